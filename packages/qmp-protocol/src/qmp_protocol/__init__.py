@@ -1,0 +1,1 @@
+"""Sans-I/O QMP (QEMU Machine Protocol): framing, messages, connection state machines and a typed command schema."""

@@ -1,0 +1,31 @@
+"""The exception tree of vmm-core. Every message is one line that a person can act on."""
+
+from __future__ import annotations
+
+
+class VmmError(Exception):
+    """Anything that vmm-core reports. The base class of every other error in this package."""
+
+
+class HypervisorError(VmmError):
+    """The hypervisor refused or failed; the message names the call and the system's reason."""
+
+
+class GuestMemoryError(VmmError):
+    """An address range that is not wholly guest RAM, or RAM that could not be made."""
+
+
+class BusError(VmmError):
+    """Two devices claim the same addresses, or a device asks for addresses outside the bus."""
+
+
+class BootError(VmmError):
+    """The kernel, the initial RAM disk or the command line cannot be loaded; the message names the file and the reason."""
+
+
+class StateError(VmmError):
+    """A saved state that is malformed, of an unknown version, or of another component; the message names the component."""
+
+
+class LifecycleError(VmmError):
+    """A virtual machine was asked for a transition that its present state does not allow."""
