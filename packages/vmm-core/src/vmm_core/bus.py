@@ -59,9 +59,7 @@ class Bus:
     def add(self, base: int, length: int, device: BusDevice, name: str) -> None:
         """Place a device. Raises BusError when the range is empty, leaves the bus, or overlaps another device's."""
         if length <= 0 or base < 0 or base + length > self.size:
-            raise BusError(
-                f"{self.name}: {name} at {base:#x}+{length:#x} does not fit a bus of {self.size:#x} addresses"
-            )
+            raise BusError(f"{self.name}: {name} at {base:#x}+{length:#x} does not fit a bus of {self.size:#x} addresses")
         for other in self._table[1]:
             if base < other.base + other.length and other.base < base + length:
                 raise BusError(

@@ -116,18 +116,12 @@ def _sequence_from_plain(plain: Any, origin: Any, args: tuple[Any, ...], where: 
     if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
         if len(plain) != len(args):
             raise StateError(f"{where}: expected {len(args)} items, got {len(plain)}")
-        return tuple(
-            _from_plain(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(plain, args, strict=True))
-        )
+        return tuple(_from_plain(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(plain, args, strict=True)))
     return origin(_from_plain(item, args[0], f"{where}[{i}]") for i, item in enumerate(plain))
 
 
 def _dataclass_from_plain(plain: Any, kind: Any, where: str) -> Any:
-    if (
-        not isinstance(plain, dict)
-        or set(plain) != {"type", "version", "fields"}
-        or not isinstance(plain["fields"], dict)
-    ):
+    if not isinstance(plain, dict) or set(plain) != {"type", "version", "fields"} or not isinstance(plain["fields"], dict):
         raise StateError(f"{where}: not a saved state")
     if plain["type"] != kind.__name__:
         raise StateError(f"{where}: state of type {plain['type']!r}, expected {kind.__name__}")

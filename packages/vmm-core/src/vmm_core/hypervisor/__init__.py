@@ -87,9 +87,7 @@ class Hypervisor(Protocol):
         """
         ...
 
-    def remove_ioeventfd(
-        self, address: int, size: int, fd: int, *, match: int | None = None, port: bool = False
-    ) -> None: ...
+    def remove_ioeventfd(self, address: int, size: int, fd: int, *, match: int | None = None, port: bool = False) -> None: ...
 
     def coalesce(self, address: int, size: int, *, port: bool = False) -> None:
         """Let the hypervisor collect writes in this range and deliver them late: in order, before the next exit is handled.
