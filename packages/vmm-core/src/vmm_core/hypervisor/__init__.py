@@ -97,7 +97,7 @@ class Hypervisor(Protocol):
         ...
 
     def flush_coalesced(self) -> None:
-        """Deliver the writes collected so far. From any thread; the machine's slow timer calls it for a guest that never exits."""
+        """Deliver the writes collected so far. From any thread; a slow timer calls it for a guest that never exits."""
         ...
 
     def create_vcpu(self, index: int, pio: Bus, mmio: Bus, listener: VcpuListener, boot: object) -> Vcpu:
