@@ -1,0 +1,1 @@
+"""Machine models: what every machine has (`core`), and the machines themselves (`microvm`)."""

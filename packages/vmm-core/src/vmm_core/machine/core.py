@@ -1,0 +1,269 @@
+"""What every machine has: RAM, two buses, vCPUs, I/O threads, components with state, and a life cycle.
+
+All methods belong to one thread, the owner (the main thread of a VMM). What happens on vCPU threads and I/O threads reaches the
+owner as a `MachineEvent` through the `post` function it gave, which must be safe to call from any thread and must not block.
+
+Not here: which devices a machine has and where they are (`microvm`), and what a client is told about it (QMP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+from vmm_core.bus import Bus
+from vmm_core.errors import LifecycleError, StateError
+from vmm_core.guestmem import GuestMemory
+from vmm_core.hypervisor import ExitReason, Hypervisor, Vcpu
+from vmm_core.state import State, Stateful
+
+PIO_SIZE = 0x1_0000
+MMIO_SIZE = 1 << 52  # the widest physical address of x86_64 and aarch64
+
+# A vCPU leaves the guest within microseconds of its kick; its last exit may wait for the GIL and a slow disk's descriptor.
+# Longer than this is a bug of ours, reported instead of waited for.
+PAUSE_LIMIT = 30.0  # seconds
+
+
+class VmStatus(Enum):
+    """Where a machine is in its life. The values are QMP's RunState names where QMP has one."""
+
+    CREATED = "prelaunch"
+    RUNNING = "running"
+    PAUSED = "paused"
+    FAILED = "internal-error"  # a vCPU cannot go on; the machine stands still until it is reset or ended
+    SHUTDOWN = "shutdown"
+
+
+class EventKind(Enum):
+    """What a machine asks its owner to do."""
+
+    RESET = "reset"
+    POWER_OFF = "power-off"
+    FAILURE = "failure"
+
+
+class MachineEvent(NamedTuple):
+    """A request from inside the machine. `report` says why, for the log."""
+
+    kind: EventKind
+    report: str
+
+
+class Component(Stateful, Protocol):
+    """A part of the machine that a guest can see."""
+
+    def reset(self) -> None:
+        """Go back to the power-on state. Only while the machine is paused."""
+        ...
+
+
+class Pausable(Protocol):
+    """A part that acts on its own, outside of vCPU exits: a queue on an I/O thread, a timer."""
+
+    def pause(self) -> None:
+        """Finish what is under way and start nothing new. Returns when guest memory and back ends are at rest."""
+        ...
+
+    def resume(self) -> None: ...
+
+
+class Closable(Protocol):
+    """A part that holds descriptors, threads or files."""
+
+    def close(self) -> None: ...
+
+
+class Machine:
+    """A machine under construction, then running, then gone.
+
+    Subclasses add devices in their constructor; the owner then calls start(), and close() at the end on every path.
+    """
+
+    def __init__(self, hypervisor: Hypervisor, memory: GuestMemory, post: Callable[[MachineEvent], None]) -> None:
+        """Put RAM in front of the guest. The machine owns `hypervisor` and `memory` from here on."""
+        self.hypervisor = hypervisor
+        self.memory = memory
+        self.pio = Bus("port bus", PIO_SIZE)
+        self.mmio = Bus("memory bus", MMIO_SIZE)
+        self.vcpus: list[Vcpu] = []
+        self.components: dict[str, Component] = {}
+        self.status = VmStatus.CREATED
+        self._post = post
+        self._pausable: list[Pausable] = []
+        self._closable: list[Closable] = []
+        self._started = False
+        hypervisor.map_memory(memory)
+
+    # Construction
+
+    def add_component(self, name: str, component: Component) -> None:
+        """Make `component` part of reset and of saved state, under `name`."""
+        if name in self.components:
+            raise ValueError(f"there is a component named {name!r} already")
+        self.components[name] = component
+
+    def remove_component(self, name: str) -> None:
+        """Forget a component that was unplugged."""
+        del self.components[name]
+
+    def add_pausable(self, part: Pausable) -> None:
+        """Let `part` take part in pause and resume: paused in order of addition, resumed in the opposite order."""
+        self._pausable.append(part)
+
+    def remove_pausable(self, part: Pausable) -> None:
+        """Forget a part that was unplugged."""
+        self._pausable.remove(part)
+
+    def add_closable(self, part: Closable) -> None:
+        """Close `part` with the machine; the last one added is closed first."""
+        self._closable.append(part)
+
+    # Requests from vCPU threads
+
+    def vcpu_exited(self, index: int, reason: ExitReason, report: str) -> None:
+        """Take a vCPU's last words (`hypervisor.VcpuListener`)."""
+        kind = {
+            ExitReason.RESET: EventKind.RESET,
+            # A triple fault ends the machine: guests of StratoVirt's microvm power off with `reboot=t` and clients wait for
+            # SHUTDOWN (reference machine-x86_64, section 7.5).
+            ExitReason.SHUTDOWN: EventKind.POWER_OFF,
+            ExitReason.POWER_OFF: EventKind.POWER_OFF,
+            ExitReason.CRASH: EventKind.FAILURE,
+        }[reason]
+        self._post(MachineEvent(kind, f"CPU {index}: {report}"))
+
+    def reset_requested(self, report: str = "guest reset") -> None:
+        """Take a device's request for a reset (`devices.acpi_pm.PowerListener`)."""
+        self._post(MachineEvent(EventKind.RESET, report))
+
+    def power_off_requested(self, report: str = "guest power-off") -> None:
+        """Take a device's request to switch the machine off (`devices.acpi_pm.PowerListener`)."""
+        self._post(MachineEvent(EventKind.POWER_OFF, report))
+
+    # Life cycle, on the owner's thread
+
+    def start(self, *, paused: bool = False) -> None:
+        """Start the vCPU threads, running unless `paused`. Raises HypervisorError when one cannot be set up."""
+        self._expect(VmStatus.CREATED)
+        for vcpu in self.vcpus:
+            vcpu.start()
+        self._started = True
+        self.status = VmStatus.PAUSED
+        if paused:
+            for part in self._pausable:
+                part.pause()
+            self.hypervisor.pause_clock()
+            return
+        for vcpu in self.vcpus:
+            vcpu.resume()
+        self.status = VmStatus.RUNNING
+
+    def pause(self) -> bool:
+        """Bring vCPUs, queues and back ends to rest. False when the machine was paused already."""
+        if self.status is VmStatus.PAUSED:
+            return False
+        self._expect(VmStatus.RUNNING)
+        self._stop_the_world()
+        self.status = VmStatus.PAUSED
+        return True
+
+    def resume(self) -> bool:
+        """Go on after pause(), or begin after start(paused=True). False when the machine was running already."""
+        if self.status is VmStatus.RUNNING:
+            return False
+        self._expect(VmStatus.PAUSED)
+        self.hypervisor.resume_clock()
+        for part in reversed(self._pausable):
+            part.resume()
+        for vcpu in self.vcpus:
+            vcpu.resume()
+        self.status = VmStatus.RUNNING
+        return True
+
+    def fail(self) -> None:
+        """Stand still after a vCPU failed, for someone to look at."""
+        if self.status is VmStatus.RUNNING:
+            self._stop_the_world()
+            self.status = VmStatus.FAILED
+
+    def reset(self) -> None:
+        """Bring every component to its power-on state and begin again; a paused machine stays paused."""
+        if self.status in (VmStatus.CREATED, VmStatus.SHUTDOWN):
+            raise LifecycleError(f"a machine that is in state {self.status.value} cannot be reset")
+        go_on = self.status is not VmStatus.PAUSED
+        if self.status is VmStatus.RUNNING:
+            self._stop_the_world()
+        self.status = VmStatus.PAUSED
+        for component in self.components.values():
+            component.reset()
+        self.hypervisor.reset()
+        self.load_firmware()
+        for vcpu in self.vcpus:
+            vcpu.reset()
+        if go_on:
+            self.resume()
+
+    def load_firmware(self) -> None:
+        """Put kernel, tables and whatever else a power-on finds in RAM there again. Raises BootError when that fails."""
+
+    def shutdown(self) -> None:
+        """End the guest: no vCPU runs after this. The machine stays to be looked at until close()."""
+        if self.status is not VmStatus.SHUTDOWN:
+            self.status = VmStatus.SHUTDOWN
+            for vcpu in self.vcpus:
+                vcpu.stop()
+
+    def close(self) -> None:
+        """Give everything back: threads, descriptors, guest memory. Twice is fine; every part is closed even if one fails."""
+        self.shutdown()
+        failures: list[Exception] = []
+        for part in [*reversed(self._closable), self.hypervisor, self.memory]:
+            try:
+                part.close()
+            except Exception as error:
+                failures.append(error)
+        self._closable.clear()
+        self._pausable.clear()
+        self.components.clear()
+        if failures:
+            raise ExceptionGroup("parts of the machine could not be closed", failures)
+
+    # State
+
+    def save(self) -> dict[str, State]:
+        """Take the state of every component, vCPU and of the hypervisor. Only while paused."""
+        self._expect(VmStatus.PAUSED)
+        states = {name: component.save() for name, component in self.components.items()}
+        states["hypervisor"] = self.hypervisor.vm_state.save()
+        states |= {f"vcpu{vcpu.index}": vcpu.save() for vcpu in self.vcpus}
+        return states
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Put states from save() into a machine of the same configuration. Only while paused.
+
+        Raises StateError when a component's state is missing, or one is left over.
+        """
+        self._expect(VmStatus.PAUSED)
+        stateful: dict[str, Stateful] = {**self.components, "hypervisor": self.hypervisor.vm_state}
+        stateful |= {f"vcpu{vcpu.index}": vcpu for vcpu in self.vcpus}
+        odd = sorted(stateful.keys() ^ states.keys())
+        if odd:
+            raise StateError(f"saved state and machine differ in: {', '.join(odd)}")
+        for name, component in stateful.items():
+            component.restore(states[name])
+
+    def _stop_the_world(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.request_pause()
+        for vcpu in self.vcpus:
+            if not vcpu.wait_paused(PAUSE_LIMIT):
+                raise LifecycleError(f"CPU {vcpu.index} did not leave the guest within {PAUSE_LIMIT:.0f} s")
+        for part in self._pausable:
+            part.pause()
+        self.hypervisor.pause_clock()
+
+    def _expect(self, status: VmStatus) -> None:
+        if self.status is not status:
+            raise LifecycleError(f"the machine is in state {self.status.value}, not {status.value}")
