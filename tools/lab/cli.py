@@ -1,0 +1,110 @@
+"""The command `lab`: what a person or a script types."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import debian, host
+from .progress import say
+
+EXIT_LAB, EXIT_TIMEOUT = 125, 124  # as `docker run` and timeout(1) have them
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one lab command; returns the exit status: the command's own, 124 for a timeout, 125 when the lab itself failed."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command: list[str] = []
+    if "--" in given:
+        at = given.index("--")
+        given, command = given[:at], given[at + 1 :]
+    options = _parser().parse_args(given)
+    try:
+        return int(options.do(options, command))
+    except (host.LabError, debian.SetupError) as error:
+        say(f"lab: {error}")
+        return EXIT_LAB
+    except TimeoutError as error:
+        say(f"lab: {error}")
+        return EXIT_TIMEOUT
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lab", description="A host with a real /dev/kvm, on any machine, over this machine's files.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    boots = argparse.ArgumentParser(add_help=False)
+    boots.add_argument("--arch", default="x86_64", help="architecture of the lab host (x86_64)")
+    boots.add_argument("--smp", type=int, default=2, metavar="N", help="CPUs (2)")
+    boots.add_argument("--memory", type=int, default=4096, metavar="MIB", help="memory in MiB (4096)")
+    boots.add_argument("--timeout", type=float, metavar="S", help="end everything after S seconds, with status 124")
+    boots.add_argument("--out", type=Path, metavar="DIR", help="a folder that the command writes to as $LAB_OUT")
+    boots.add_argument("--dmesg", type=Path, metavar="FILE", help="where to put the lab host's kernel log afterwards")
+    boots.add_argument("--qemu", action="append", default=[], metavar="ARG", help="a further argument for QEMU; repeatable")
+    boots.add_argument("--verbose", action="store_true", help="the lab host's console on standard error")
+
+    run = commands.add_parser("run", parents=[boots], help="run a command in the lab: lab run [OPTIONS] -- COMMAND...")
+    run.add_argument("--no-tty", action="store_true", help="do not give the command a terminal even when we have one")
+    run.set_defaults(do=_run)
+    shell = commands.add_parser("shell", parents=[boots], help="a root shell in the lab")
+    shell.set_defaults(do=_shell)
+    setup = commands.add_parser("setup", help="install and download everything that the lab needs")
+    setup.add_argument("--refresh", action="store_true", help="look for a newer kernel")
+    setup.set_defaults(do=_setup)
+    return parser
+
+
+def _options(options: argparse.Namespace, tty: bool) -> host.Options:
+    if options.smp < 1 or options.memory < 512:
+        raise host.LabError("--smp must be at least 1, --memory at least 512")
+    return host.Options(
+        arch=options.arch,
+        smp=options.smp,
+        memory=options.memory,
+        timeout=options.timeout,
+        out=options.out,
+        dmesg=options.dmesg,
+        tty=tty,
+        stdin=not tty and _has_input(),
+        qemu=options.qemu,
+        verbose=options.verbose,
+    )
+
+
+def _has_input() -> bool:
+    """Whether standard input is something to pass on: a pipe, a file, a socket; not a terminal, /dev/null or nothing."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISCHR(mode)
+
+
+def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
+    if not command:
+        raise host.LabError("no command: lab run [OPTIONS] -- COMMAND...")
+    return host.run(command, _options(options, tty=not options.no_tty and os.isatty(0) and os.isatty(1)))
+
+
+def _shell(options: argparse.Namespace, command: Sequence[str]) -> int:
+    if not os.isatty(0) or not os.isatty(1):
+        raise host.LabError("shell: needs a terminal; use 'lab run -- COMMAND...'")
+    return host.run(command or [os.environ.get("SHELL", "/bin/sh")], _options(options, tty=True))
+
+
+def _setup(options: argparse.Namespace, _: Sequence[str]) -> int:
+    debian.install(debian.missing())
+    if options.refresh:
+        debian.refresh("cloud")
+    kernel, _initrd = host.assets()
+    say(f"The lab is ready: kernel {kernel.release}.")
+    return 0

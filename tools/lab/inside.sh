@@ -1,0 +1,38 @@
+# PID 1 of the lab host once its root is the machine's own file system: runs the job and reports how it ended.
+# Ports: 1 output, 2 errors, 3 input, 4 control, 5 the kernel's log. Each stream ends with $LAB_TOKEN, because closing a
+# port does not tell the other side that everything was read.
+b=/run/lab/busybox
+. /run/lab/parameters
+exec </dev/null
+$b ip link set lo up
+$b hostname lab
+$b mkdir /sys/fs/cgroup/job
+
+stream() { # PIPE PORT: copy a pipe to a port, then mark the end
+    $b mkfifo "/run/lab/$1"
+    { $b cat "/run/lab/$1"; printf '\001%s' "$LAB_TOKEN"; } >"/dev/vport0p$2" &
+}
+
+stream out.pipe 1
+stream err.pipe 2
+(
+    echo 0 >/sys/fs/cgroup/job/cgroup.procs
+    if [ -n "$LAB_TTY" ]; then
+        : >/run/lab/out.pipe
+        : >/run/lab/err.pipe
+        $b stty rows "${LAB_TTY% *}" cols "${LAB_TTY#* }" </dev/hvc0
+        exec $b setsid -c $b sh /run/lab/job </dev/hvc0 >/dev/hvc0 2>&1
+    fi
+    [ -z "$LAB_STDIN" ] || exec </dev/vport0p3
+    exec $b setsid $b sh /run/lab/job >/run/lab/out.pipe 2>/run/lab/err.pipe
+) &
+wait $!
+status=$?
+# What the job left running ends with it, like the processes of a container; else an open pipe would hold the lab.
+echo 1 >/sys/fs/cgroup/job/cgroup.kill
+wait
+{ $b dmesg; printf '\001%s' "$LAB_TOKEN"; } >/dev/vport0p5
+$b sync
+[ -z "$LAB_SHARE" ] || $b umount /run/lab/out
+echo "exit $status" >/dev/vport0p4
+while :; do $b sleep 1000; done

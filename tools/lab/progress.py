@@ -1,0 +1,51 @@
+"""What a person sees while something takes long: one line that fills up on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from types import TracebackType
+
+
+class Step:
+    """One named piece of work, written to standard error. Use as a context manager.
+
+    On a terminal: a bar that is redrawn in place and ends as one line with the time it took. Elsewhere: one line at the
+    start, nothing while it goes on.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._tty = sys.stderr.isatty()
+        self._start = 0.0
+        self._drawn = -1
+
+    def __enter__(self) -> Step:
+        self._start = time.monotonic()
+        if self._tty:
+            self.update(0.0)
+        else:
+            print(f"{self._what} ...", file=sys.stderr, flush=True)
+        return self
+
+    def update(self, percent: float, detail: str = "") -> None:
+        """Draw the bar at `percent` (0 to 100)."""
+        if not self._tty or (round(percent) == self._drawn and not detail):
+            return
+        self._drawn = round(percent)
+        full = round(24 * min(max(percent, 0.0), 100.0) / 100)
+        line = f"{self._what} [{'#' * full}{'.' * (24 - full)}] {percent:3.0f}% {detail}"
+        sys.stderr.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+        sys.stderr.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._tty:
+            end = "failed" if kind else f"done in {time.monotonic() - self._start:.1f} s"
+            sys.stderr.write(f"\r\x1b[K{self._what}: {end}\n")
+            sys.stderr.flush()
+
+
+def say(text: str) -> None:
+    """One line for the person, on standard error."""
+    print(text, file=sys.stderr, flush=True)
