@@ -1,0 +1,175 @@
+"""What stands behind devices: drives, objects, character devices, monitor sockets.
+
+Not here: what a guest sees of them (see `devices`).
+"""
+
+from __future__ import annotations
+
+from .declare import Parameters, Record, key
+from .errors import BadKey
+from .values import FLAG, ID, PATH, SOCKET_PATH, SWITCH, UNMAP, Choice, Integer, Kind, MiB, Reference, Size
+
+MAX_IOTHREADS = 8
+MAX_IOPS = 1_000_000
+_CACHE = Size(0, 32 * MiB)
+
+
+class Drive(Parameters):
+    """`-drive`: a disk image and how it is accessed."""
+
+    id: str = key(ID, doc="the name that a device uses")
+    file: str = key(PATH, doc="image file or block device")
+    format: str = key(Choice("raw", later=("qcow2",)), default="raw", doc="image format", note="`qcow2` is not supported yet")
+    readonly: bool = key(SWITCH, default=False, doc="the guest cannot write")
+    direct: bool = key(SWITCH, default=True, doc="bypass the host's page cache (O_DIRECT)")
+    aio: str | None = key(
+        Choice("off", "native", "io_uring", "threads"), default=None, doc="how I/O is done; default native with direct, else off"
+    )
+    discard: bool = key(UNMAP, default=False, doc="discarded blocks are freed in the image")
+    detect_zeroes: str = key(Choice("off", "on", "unmap"), default="off", later=True, doc="turn writes of zeroes into holes")
+    iops_total: int | None = key(
+        Integer(0, MAX_IOPS), default=None, later=True, name="throttling.iops-total", doc="operations per second; 0: unlimited"
+    )
+    media: str = key(Choice("disk", "cdrom"), default="disk", later=True, doc="what a USB drive looks like")
+    l2_cache_size: int | None = key(_CACHE, default=None, later=True, doc="qcow2: bytes of mapping tables kept in memory")
+    refcount_cache_size: int | None = key(_CACHE, default=None, later=True, doc="qcow2: bytes of reference counts kept in memory")
+    interface: str = key(
+        Choice("none", later=("pflash",)),
+        default="none",
+        name="if",
+        doc="`none`: for a -device",
+        note="`pflash` is not supported yet",
+    )
+
+    def check(self) -> None:
+        if self.aio == "native" and not self.direct:
+            raise BadKey("aio=native", "needs direct=on")
+        if self.aio == "off" and self.direct:
+            raise BadKey("aio=off", "needs direct=off")
+
+    @property
+    def engine(self) -> str:
+        """How I/O is done: `off`, `native`, `io_uring` or `threads`."""
+        return self.aio or ("native" if self.direct else "off")
+
+
+class IoThread(Parameters, selector="iothread"):
+    """A thread of its own for the I/O of the devices that name it."""
+
+    id: str = key(ID, doc="the name that a device uses")
+
+
+class RngRandom(Parameters, selector="rng-random"):
+    """A source of random bytes on the host."""
+
+    id: str = key(ID, doc="the name that a device uses")
+    filename: str = key(PATH, doc="character device such as /dev/urandom")
+
+
+Object = IoThread | RngRandom
+OBJECTS: dict[str, type[Object]] = {"iothread": IoThread, "rng-random": RngRandom}
+
+
+class StdioChardev(Parameters, selector="stdio"):
+    """This process's standard input and output. At most one, and not with -daemonize."""
+
+    id: str = key(ID, doc="the name that its user gives")
+
+
+class PtyChardev(Parameters, selector="pty"):
+    """A new pseudo-terminal; its path is logged and reported by query-chardev."""
+
+    id: str = key(ID, doc="the name that its user gives")
+
+
+class FileChardev(Parameters, selector="file"):
+    """A file that output is appended to; there is no input."""
+
+    id: str = key(ID, doc="the name that its user gives")
+    path: str = key(PATH, doc="the file, created when missing, never truncated")
+
+
+class _Ip(Kind[str]):
+    allowed = "a literal IP address"
+
+    def parse(self, text: str) -> str:
+        import socket  # only lines with a TCP chardev pay for it
+
+        for family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                socket.inet_pton(family, text)
+            except (OSError, ValueError):
+                continue
+            return text
+        raise ValueError("not a literal IP address")
+
+
+class SocketChardev(Parameters, selector="socket"):
+    """A Unix socket (`path`) or a TCP socket (`host`, `port`)."""
+
+    id: str = key(ID, doc="the name that its user gives")
+    path: str | None = key(
+        SOCKET_PATH, default=None, doc="path of a Unix socket", note="longer than a socket address can hold: refused at once"
+    )
+    host: str = key(_Ip(), default="0.0.0.0", doc="TCP: literal address")  # StratoVirt's default
+    port: int | None = key(Integer(1, 65535, bits=16), default=None, doc="TCP: port")
+    server: bool = key(FLAG, default=False, doc="listen instead of connecting", note="`server=on` works too")
+    nowait: bool = key(FLAG, default=False, inverse="wait", doc="start without waiting for a client", note="`wait=off` works too")
+
+    def check(self) -> None:
+        if self.path is None and self.port is None:
+            raise BadKey("", "needs path=FILE (Unix) or port=NUMBER (TCP)")
+        if self.path is not None and self.port is not None:
+            raise BadKey(f"port={self.port}", "a Unix socket (path=) has no port")
+        if self.path is not None and self.host != "0.0.0.0":
+            raise BadKey(f"host={self.host}", "a Unix socket (path=) has no host")
+
+
+Chardev = StdioChardev | PtyChardev | FileChardev | SocketChardev
+CHARDEVS: dict[str, type[Chardev]] = {"stdio": StdioChardev, "pty": PtyChardev, "file": FileChardev, "socket": SocketChardev}
+
+
+class _Uri(Kind[str]):
+    allowed = "unix:PATH or tcp:IPv4:PORT"
+
+    def parse(self, text: str) -> str:
+        scheme, _, rest = text.partition(":")
+        if scheme == "unix":
+            SOCKET_PATH.parse(rest)
+        elif scheme == "tcp":
+            host, _, port = rest.rpartition(":")
+            _Ip().parse(host)
+            Integer(1, 65535).parse(port)
+        else:
+            raise ValueError(f"must be {self.allowed}")
+        return text
+
+
+class Qmp(Parameters):
+    """`-qmp`: a socket that speaks QMP."""
+
+    uri: str = key(_Uri(), positional=True, doc="where to listen")
+    server: bool = key(FLAG, default=False, doc="listen; required", note="`server=on` works too")
+    nowait: bool = key(FLAG, default=False, inverse="wait", doc="start without a client; required", note="`wait=off` works too")
+
+    def check(self) -> None:
+        for name in ("server", "nowait"):
+            if not getattr(self, name):
+                raise BadKey(self.uri, f"needs {name}: a monitor socket is {self.uri},server,nowait")
+
+
+class Mon(Parameters):
+    """`-mon`: a chardev that speaks QMP."""
+
+    chardev: str = key(Reference("chardev"), doc="a socket with server and nowait")
+    mode: str = key(Choice("control"), doc="`control` is QMP")
+    id: str = key(ID, default="", doc="accepted for libvirt; no effect")
+
+
+class Listener(Record):
+    """Where QMP is served: a Unix socket at `path`, or TCP on `host` and `port`. `chardev` is set when it came from -mon."""
+
+    path: str | None = None
+    host: str = ""
+    port: int = 0
+    chardev: str = ""

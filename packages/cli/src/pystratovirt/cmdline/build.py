@@ -1,0 +1,305 @@
+"""Options to a Config: values are read by their declarations, then what depends on several options is checked.
+
+Not here: the file system (see `files`), argv itself (see `lexer`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from .backends import CHARDEVS, MAX_IOTHREADS, OBJECTS, Drive, IoThread, Listener, Mon, Qmp, SocketChardev, StdioChardev
+from .config import Config
+from .declare import Parameters, items, word_in_front
+from .devices import DRIVERS, Virtconsole, VirtioBlk, VirtioSerial
+from .errors import BadKey, CommandLineError, listing, show
+from .lexer import lex
+from .machine import Accel, Cpu, Machine, Memory, MemorySize, Smp
+from .values import ID, PATH, SOCKET_PATH, Reference, Text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from .backends import Chardev, Object, RngRandom
+    from .devices import Device
+
+P = TypeVar("P", bound=Parameters)
+
+# The microvm's virtio-mmio slots (reference command-line, section 5.2): four for disks, and five beside the replaceable ones.
+MAX_DISKS = 4
+MAX_OTHER_DEVICES = 5
+_CHARDEV = Reference("chardev")
+SERIAL_ID = "serial_chardev"
+_COMMAND_LINE = Text(1 << 16)  # what a guest's architecture takes is checked by the boot loader
+
+
+def build(argv: Sequence[str]) -> Config:
+    """Return the configuration that `argv` (without the program's name) describes.
+
+    Raises CommandLineError; Information for `-h` and `-V`.
+    """
+    given = lex(argv)
+    if "h" in given or "V" in given:
+        from .errors import Information
+        from .help import help_text, version_text  # a start does not need it
+
+        raise Information(help_text() if "h" in given else version_text())
+
+    machine = _one(given, "machine", Machine) or Machine()
+    _one(given, "accel", Accel)
+    users = _Users(given)
+    monitors = _monitors(given, users)
+    serial = _serial(given, users)
+    devices = [_device(text) for text in given.get("device", ())]
+    _check_devices(devices, users)
+    config = Config(
+        machine=machine,
+        cpu=_one(given, "cpu", Cpu) or Cpu(),
+        smp=_one(given, "smp", Smp) or Smp(cpus=1),
+        memory=_memory(given, machine),
+        kernel=_text(given, "kernel", PATH),
+        initrd=_text(given, "initrd", PATH),
+        append=_append(given),
+        drives=users.drives,
+        iothreads=users.iothreads,
+        rngs=users.rngs,
+        chardevs=users.chardevs,
+        devices=tuple(devices),
+        serial=serial,
+        monitors=monitors,
+        freeze="S" in given,
+        test_socket=_test_socket(given),
+        name=_text(given, "name", ID) or "",
+        log_file=_text(given, "D", PATH),
+        daemonize="daemonize" in given,
+        pidfile=_text(given, "pidfile", PATH),
+        disable_seccomp="disable-seccomp" in given,
+    )
+    _check_whole(config)
+    return config
+
+
+def _text(given: Mapping[str, list[str]], name: str, kind: Text) -> str | None:
+    values = given.get(name)
+    if not values:
+        return None
+    try:
+        return kind.parse(values[0])
+    except ValueError as error:
+        raise CommandLineError(f"-{name}", show(values[0]), str(error)) from None
+
+
+def _one(given: Mapping[str, list[str]], name: str, schema: type[P]) -> P | None:
+    values = given.get(name)
+    return schema.parse(f"-{name}", values[0]) if values else None
+
+
+def _memory(given: Mapping[str, list[str]], machine: Machine) -> Memory:
+    amount = _one(given, "m", MemorySize)
+    path = given.get("mem-path")
+    if path:
+        given = {"mem-path": [path[0].replace('"', "")]}  # libvirt's habit of quoting (reference, section 4.6)
+    return Memory(
+        size=amount.size if amount else Memory.size,
+        path=_text(given, "mem-path", PATH) if path else None,
+        prealloc="mem-prealloc" in given,
+        share=machine.mem_share,
+        dump=machine.dump_guest_core,
+    )
+
+
+def _append(given: Mapping[str, list[str]]) -> str:
+    text = " ".join(given.get("append", ()))
+    if text:
+        _text({"append": [text]}, "append", _COMMAND_LINE)
+    return text
+
+
+def _test_socket(given: Mapping[str, list[str]]) -> str | None:
+    values = given.get("mod-test")
+    # StratoVirt's help shows the prefix, its code does not know it; both spellings mean the same socket here.
+    return _text({"mod-test": [values[0].removeprefix("unix:")]}, "mod-test", SOCKET_PATH) if values else None
+
+
+class _Users:
+    """What other options refer to by id, and who uses it."""
+
+    def __init__(self, given: Mapping[str, list[str]]) -> None:
+        self.drives: dict[str, Drive] = {}
+        self.iothreads: dict[str, IoThread] = {}
+        self.rngs: dict[str, RngRandom] = {}
+        self.chardevs: dict[str, Chardev] = {}
+        self._used: dict[tuple[str, str], str] = {}
+        for text in given.get("drive", ()):
+            self._drive(text)
+        for text in given.get("object", ()):
+            self._object(text)
+        for text in given.get("chardev", ()):
+            self.add_chardev("-chardev", text)
+
+    def _drive(self, text: str) -> None:
+        drive = Drive.parse("-drive", text)
+        _new("-drive", drive.id, self.drives)
+        for other in self.drives.values():
+            if other.file == drive.file and not (other.readonly and drive.readonly):
+                raise CommandLineError(
+                    "-drive",
+                    f"id={show(drive.id)}: file={show(drive.file)}",
+                    f"drive {show(other.id)} has it; only readonly drives can share a file",
+                )
+        self.drives[drive.id] = drive
+
+    def _object(self, text: str) -> None:
+        made: Object = _choose("-object", text, OBJECTS, "object type").parse("-object", text)
+        if isinstance(made, IoThread):
+            _new("-object", made.id, self.iothreads, "iothread: ")
+            if len(self.iothreads) == MAX_IOTHREADS:
+                raise CommandLineError("-object", f"iothread: id={show(made.id)}", f"at most {MAX_IOTHREADS} iothreads")
+            self.iothreads[made.id] = made
+        else:
+            _new("-object", made.id, self.rngs, "rng-random: ")
+            self.rngs[made.id] = made
+
+    def add_chardev(self, option: str, text: str) -> Chardev:
+        """Add the chardev that `text` describes."""
+        made: Chardev = _choose(option, text, CHARDEVS, "backend").parse(option, text)
+        _new(option, made.id, self.chardevs)
+        self.chardevs[made.id] = made
+        return made
+
+    def use(self, option: str, where: str, kind: Reference, name: str, user: str) -> None:
+        """Note that `user` refers to `name`; `where` is the text that does. Raises CommandLineError."""
+        tables: dict[str, Mapping[str, object]] = {
+            "drive": self.drives,
+            "iothread": self.iothreads,
+            "rng-random": self.rngs,
+            "chardev": self.chardevs,
+        }
+        if name not in tables[kind.to]:
+            raise CommandLineError(option, where, f"no such {kind.to}; there are: {listing(tables[kind.to])}")
+        if kind.shared:
+            return
+        other = self._used.get((kind.to, name))
+        if other:
+            raise CommandLineError(option, where, f"already used by {other}")
+        self._used[kind.to, name] = user
+
+
+def _new(option: str, name: str, table: Mapping[str, object], where: str = "") -> None:
+    if name in table:
+        raise CommandLineError(option, f"{where}id={show(name)}", "given more than once")
+
+
+def _choose(option: str, text: str, table: Mapping[str, type[P]], what: str) -> type[P]:
+    word = word_in_front(text)
+    found = table.get(word)
+    if found is not None:
+        return found
+    if not word:
+        raise CommandLineError(option, show(text), f"needs a {what} in front; there are: {listing(table)}")
+    from . import notyet  # only a mistake pays for it
+
+    if word in {"-device": notyet.DRIVERS, "-object": notyet.OBJECTS}.get(option, {}):
+        raise CommandLineError(option, word, "not supported yet")
+    raise CommandLineError(option, show(word), f"no such {what}; there are: {listing(table)}")
+
+
+def _device(text: str) -> Device:
+    return _choose("-device", text, DRIVERS, "driver").parse("-device", text)
+
+
+def _serial(given: Mapping[str, list[str]], users: _Users) -> Chardev | None:
+    values = given.get("serial")
+    if not values:
+        return None
+    text = values[0]
+    if text.startswith("chardev:"):
+        name = text.removeprefix("chardev:")
+        users.use("-serial", show(text), _CHARDEV, name, "-serial")
+        chardev = users.chardevs[name]
+    else:
+        try:
+            if any(key == "id" for key, _ in items(text)):
+                raise BadKey(show(text), "takes no id; -chardev BACKEND,id=ID with -serial chardev:ID does")
+        except BadKey as error:
+            raise CommandLineError("-serial", error.name, error.reason) from None
+        chardev = users.add_chardev("-serial", f"{text},id={SERIAL_ID}")
+        users.use("-serial", show(text), _CHARDEV, SERIAL_ID, "-serial")
+    _listens("-serial", show(text), chardev)
+    return chardev
+
+
+def _listens(option: str, where: str, chardev: Chardev) -> None:
+    if isinstance(chardev, SocketChardev) and not (chardev.server and chardev.nowait):
+        raise CommandLineError(option, where, f"socket {show(chardev.id)} needs server and nowait here")
+
+
+def _monitors(given: Mapping[str, list[str]], users: _Users) -> tuple[Listener, ...]:
+    found = []
+    qmp = _one(given, "qmp", Qmp)
+    if qmp:
+        scheme, _, rest = qmp.uri.partition(":")
+        host, _, port = rest.rpartition(":")
+        found.append(Listener(path=rest) if scheme == "unix" else Listener(host=host, port=int(port)))
+    mon = _one(given, "mon", Mon)
+    if mon:
+        where = f"chardev={show(mon.chardev)}"
+        users.use("-mon", where, _CHARDEV, mon.chardev, "-mon")
+        chardev = users.chardevs[mon.chardev]
+        if not isinstance(chardev, SocketChardev):
+            raise CommandLineError("-mon", where, "a monitor needs a socket chardev")
+        _listens("-mon", where, chardev)
+        found.append(
+            Listener(path=chardev.path, host=chardev.host if chardev.port else "", port=chardev.port or 0, chardev=chardev.id)
+        )
+    return tuple(found)
+
+
+def _check_devices(devices: list[Device], users: _Users) -> None:
+    ids: set[str] = set()
+    disks = others = controllers = ports = 0
+    for device in devices:
+        where = f"{device.selector}: "
+        for key in device.keys.values():
+            value = getattr(device, key.attribute)
+            if isinstance(key.kind, Reference) and value is not None:
+                users.use("-device", f"{where}{key.name}={show(value)}", key.kind, value, f"{where}id={show(device.id)}")
+        if device.id and device.id in ids:
+            raise CommandLineError("-device", f"{where}id={show(device.id)}", "another device has this id")
+        ids.add(device.id)
+        if isinstance(device, Virtconsole):
+            if not controllers:
+                raise CommandLineError("-device", f"{where}id={show(device.id)}", "needs a virtio-serial-device in front of it")
+            ports += 1
+            if ports > 1:
+                raise CommandLineError(
+                    "-device", f"{where}id={show(device.id)}", "the virtio-serial-device has one port, it is taken"
+                )
+            _listens("-device", f"{where}chardev={show(device.chardev)}", users.chardevs[device.chardev])
+        elif isinstance(device, VirtioBlk):
+            disks += 1
+        else:
+            others += 1
+            controllers += isinstance(device, VirtioSerial)
+        limit = "a microvm has room for"
+        if disks > MAX_DISKS:
+            raise CommandLineError("-device", f"{where}id={show(device.id)}", f"{limit} {MAX_DISKS} disks")
+        if others > MAX_OTHER_DEVICES:
+            raise CommandLineError(
+                "-device", f"{where}id={show(device.id)}", f"{limit} {MAX_OTHER_DEVICES} devices that are not disks"
+            )
+        if controllers > 1:
+            raise CommandLineError("-device", f"{where}id={show(device.id)}", "one virtio-serial-device per machine")
+
+
+def _check_whole(config: Config) -> None:
+    if config.kernel is None and config.test_socket is None:
+        raise CommandLineError("-machine", config.machine.type, "needs -kernel FILE")
+    if config.pidfile is not None and not config.daemonize:
+        raise CommandLineError("-pidfile", show(config.pidfile), "only together with -daemonize")
+    stdio = [name for name, chardev in config.chardevs.items() if isinstance(chardev, StdioChardev)]
+    if len(stdio) > 1:
+        raise CommandLineError(
+            "-chardev", f"stdio: id={show(stdio[1])}", f"standard input and output belong to {show(stdio[0])} already"
+        )
+    if stdio and config.daemonize:
+        raise CommandLineError("-daemonize", f"stdio id={show(stdio[0])}", "a daemon has no standard input and output")

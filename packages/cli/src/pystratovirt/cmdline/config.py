@@ -1,0 +1,55 @@
+"""The configuration that a command line describes: frozen, complete, cross-checked. Knows nothing of text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .declare import Record
+from .machine import Cpu, Machine, Memory, Smp
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vmm_core.topology import CpuTopology
+
+    from .backends import Chardev, Drive, IoThread, Listener, RngRandom
+    from .devices import Device
+
+
+class Config(Record):
+    """A virtual machine and the process that runs it.
+
+    Collections keep the order of the command line; mappings are by id. Every reference has been checked: a device's `drive` is an
+    id in `drives`, and so on; each drive, chardev and rng has at most one user. Things without a user are allowed.
+    """
+
+    machine: Machine = Machine()
+    cpu: Cpu = Cpu()
+    smp: Smp = Smp(cpus=1)
+    memory: Memory = Memory()
+
+    kernel: str | None = None
+    initrd: str | None = None
+    append: str = ""  # as it goes to the guest: the machine adds its own words
+
+    drives: Mapping[str, Drive] = {}  # a Mapping: nobody writes to it
+    iothreads: Mapping[str, IoThread] = {}
+    rngs: Mapping[str, RngRandom] = {}
+    chardevs: Mapping[str, Chardev] = {}
+    devices: tuple[Device, ...] = ()
+    serial: Chardev | None = None  # also in chardevs when it was given by -chardev
+
+    monitors: tuple[Listener, ...] = ()
+    freeze: bool = False
+    test_socket: str | None = None  # -mod-test: connect here, run no vCPU
+
+    name: str = ""
+    log_file: str | None = None  # None: standard error
+    daemonize: bool = False
+    pidfile: str | None = None
+    disable_seccomp: bool = False
+
+    @property
+    def topology(self) -> CpuTopology:
+        """The arrangement of the vCPUs."""
+        return self.smp.topology

@@ -1,0 +1,52 @@
+"""What a command line that cannot be followed is answered with."""
+
+from __future__ import annotations
+
+_SHOWN = 120  # longer values are cut in messages: the message has to stay one readable line
+
+
+def show(text: str) -> str:
+    """Return `text` as one printable line: control characters and undecodable bytes escaped, length bounded."""
+    if len(text) > _SHOWN:
+        text = text[: _SHOWN - 3] + "..."
+    if not text:
+        return '""'
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def listing(names: object) -> str:
+    """Return `names` (any iterable of strings) as `a, b, c`, cut after twenty."""
+    shown = [show(name) for name in names]  # type: ignore[attr-defined]
+    if not shown:
+        return "none"
+    return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")
+
+
+class CommandLineError(Exception):
+    """An option that cannot be followed. The text is one line: option, value, reason.
+
+    `value` is what was typed, or as much of it as matters; empty when the option itself is the mistake.
+    """
+
+    def __init__(self, option: str, value: str, reason: str) -> None:
+        self.option, self.value, self.reason = option, value, reason
+        super().__init__(option, value, reason)
+
+    def __str__(self) -> str:
+        return f"{show(self.option)} {show(self.value)}: {self.reason}" if self.value else f"{show(self.option)}: {self.reason}"
+
+
+class Information(Exception):
+    """The command line asked for a text (`-h`, `-V`) and not for a virtual machine."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        super().__init__(text)
+
+
+class BadKey(Exception):
+    """One key of a parameter string, in conflict with the others. Becomes a CommandLineError where the option is known."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(name, reason)
