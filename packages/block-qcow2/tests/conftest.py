@@ -1,0 +1,64 @@
+"""What the tests of the block package share."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class Driver:
+    """Plays the I/O thread: issues one request at a time on a channel and waits for its result."""
+
+    def __init__(self, disk: Any) -> None:
+        self.disk = disk
+        self.channel = disk.channel()
+        self._poll = select.poll()
+        self._poll.register(self.channel.completion_fd, select.POLLIN)
+
+    def wait(self, inline: int | None) -> int:
+        if inline is not None:
+            return inline
+        [(_, result)] = self.wait_for(1)
+        return result
+
+    def wait_for(self, count: int) -> list[tuple[Any, int]]:
+        self.channel.submit()
+        found: list[tuple[Any, int]] = []
+        while len(found) < count:
+            assert self._poll.poll(60_000), "no completion within a minute"
+            found += self.channel.completions()
+        return found
+
+    def read(self, offset: int, length: int, pieces: int = 1) -> bytes:
+        data = bytearray(length)
+        assert self.wait(self.channel.readv(offset, cut(data, pieces), "read")) == 0
+        return bytes(data)
+
+    def write(self, offset: int, data: bytes, pieces: int = 1) -> int:
+        return self.wait(self.channel.writev(offset, cut(bytearray(data), pieces), "write"))
+
+
+def cut(data: bytearray, pieces: int) -> list[memoryview]:
+    """Views that together are `data`."""
+    view = memoryview(data)
+    step = max(1, len(data) // pieces)
+    edges = [*range(0, len(data), step)][:pieces] or [0]
+    return [view[a:b] for a, b in zip(edges, [*edges[1:], len(data)], strict=True)]
+
+
+@pytest.fixture
+def descriptors_stay(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a descriptor open."""
+    before = open_descriptors()
+    yield
+    left = open_descriptors().items() - before.items()
+    assert not left, f"left open: {left}"
+
+
+def open_descriptors() -> dict[str, str]:
+    """What this process has open: descriptor number to name, the descriptor that lists them excepted."""
+    return {fd.name: str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}

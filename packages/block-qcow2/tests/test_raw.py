@@ -1,0 +1,369 @@
+"""Raw disks: every engine behaves as a byte array would, and answers errors instead of raising or hanging."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from block_qcow2 import open_disk
+from block_qcow2.errors import EngineError, ImageInUseError, OpenError
+from block_qcow2.hostfile import HostFile
+from block_qcow2.zeroes import is_zero
+
+from .conftest import Driver
+
+KiB, MiB = 1 << 10, 1 << 20
+SIZE = 256 * KiB
+
+ENGINES = [("off", False), ("threads", False), ("threads", True), ("native", True), ("native", False)]
+ENGINES += [("io_uring", False), ("io_uring", True)]
+
+
+def offered(aio: str, direct: bool, where: Path) -> bool:
+    """Whether this host has the engine (containers often lack io_uring) and this file system direct I/O."""
+    probe = where / "probe"
+    probe.write_bytes(bytes(4096))
+    try:
+        open_disk(probe, aio=aio, direct=direct).close()
+    except (EngineError, OpenError):
+        return False
+    return True
+
+
+@pytest.fixture(params=ENGINES, ids=lambda p: f"{p[0]}-{'direct' if p[1] else 'buffered'}")
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    aio, direct = request.param
+    if not offered(aio, direct, tmp_path):
+        pytest.skip(f"this host offers no aio={aio}{' with direct I/O' if direct else ''}")
+    return {"aio": aio, "direct": direct}
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+@pytest.fixture
+def disk(image: Path, engine: dict[str, Any], descriptors_stay: None) -> Iterator[Any]:
+    disk = open_disk(image, discard=True, **engine)
+    yield disk
+    disk.close()
+
+
+spans = st.tuples(st.integers(0, SIZE - 1), st.integers(1, 40 * KiB)).map(lambda t: (t[0], min(t[1], SIZE - t[0])))
+aligned = st.tuples(st.integers(0, SIZE // 512 - 1), st.integers(1, 80)).map(
+    lambda t: (t[0] * 512, min(t[1] * 512, SIZE - t[0] * 512))
+)
+operations = st.lists(
+    st.tuples(
+        st.sampled_from(["read", "write", "zero", "unmap", "discard", "flush"]), st.one_of(spans, aligned), st.integers(1, 9)
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ops=operations)
+def test_any_sequence_of_requests_leaves_what_a_byte_array_would_hold(disk: Any, image: Path, ops: list[Any]) -> None:
+    driver = Driver(disk)
+    model = bytearray(image.read_bytes())
+    for number, (kind, (offset, length), pieces) in enumerate(ops):
+        channel = driver.channel
+        if kind == "read":
+            assert driver.read(offset, length, pieces) == model[offset : offset + length]
+        elif kind == "write":
+            data = bytes([number + 1]) * length
+            assert driver.write(offset, data, pieces) == 0
+            model[offset : offset + length] = data
+        elif kind == "flush":
+            assert driver.wait(channel.flush("f")) == 0
+        elif kind == "discard":
+            assert driver.wait(channel.discard(offset, length, "d")) == 0
+            model[offset : offset + length] = bytes(length)  # on the file systems that tests run on
+        else:
+            assert driver.wait(channel.write_zeroes(offset, length, "z", kind == "unmap")) == 0
+            model[offset : offset + length] = bytes(length)
+    channel.close()
+    assert image.read_bytes() == model
+
+
+def test_many_requests_in_flight_each_complete_once(disk: Any, image: Path) -> None:
+    driver = Driver(disk)
+    content = image.read_bytes()
+    memory = memoryview(mmap.mmap(-1, 1000 * 4096))
+    pending, done = set(), []
+    for i in range(1000):
+        offset = i * 37 % (SIZE // 4096) * 4096
+        result = driver.channel.readv(offset, [memory[i * 4096 : i * 4096 + 4096]], i)
+        assert result in (0, None)
+        if result is None:
+            pending.add(i)
+    assert driver.channel.in_flight == len(pending)
+    done = [token for token, result in driver.wait_for(len(pending)) if result == 0]
+    assert sorted(done) == sorted(pending)
+    assert driver.channel.in_flight == 0
+    for i in range(1000):
+        offset = i * 37 % (SIZE // 4096) * 4096
+        assert memory[i * 4096 : i * 4096 + 4096] == content[offset : offset + 4096]
+    driver.channel.close()
+
+
+def test_misaligned_writes_to_one_block_do_not_undo_each_other(disk: Any, image: Path) -> None:
+    driver = Driver(disk)
+    for i in range(256):
+        driver.channel.writev(4096 + i * 16, [memoryview(bytearray([i]) * 16)], i)
+    driver.channel.drain()
+    driver.channel.completions()
+    driver.channel.close()
+    assert image.read_bytes()[4096:8192] == b"".join(bytes([i]) * 16 for i in range(256))
+
+
+def test_more_buffers_than_the_kernel_takes_at_once(disk: Any, image: Path) -> None:
+    driver = Driver(disk)
+    content = image.read_bytes()
+    assert driver.read(0, 3000 * 16, pieces=3000) == content[: 3000 * 16]
+    driver.channel.close()
+
+
+def test_a_buffer_of_odd_address_is_filled_all_the_same(disk: Any, image: Path) -> None:
+    driver = Driver(disk)
+    memory = memoryview(mmap.mmap(-1, 8192))
+    assert driver.wait(driver.channel.readv(512 * 3, [memory[3 : 3 + 1024]], 0)) == 0
+    assert memory[3 : 3 + 1024] == image.read_bytes()[512 * 3 :][:1024]
+    driver.channel.close()
+
+
+def test_a_file_truncated_by_somebody_answers_eio(disk: Any, image: Path) -> None:
+    driver = Driver(disk)
+    os.truncate(image, 64 * KiB)
+    buffers = [memoryview(bytearray(8192))]
+    assert driver.wait(driver.channel.readv(60 * KiB, buffers, 0)) == -errno.EIO
+    assert driver.wait(driver.channel.readv(128 * KiB, buffers, 0)) == -errno.EIO
+    driver.channel.close()
+
+
+def test_outside_the_disk_is_refused(disk: Any) -> None:
+    channel = disk.channel()
+    buffer = [memoryview(bytearray(512))]
+    assert channel.readv(SIZE - 511, buffer, 0) == -errno.EINVAL
+    assert channel.writev(SIZE, buffer, 0) == -errno.EINVAL
+    assert channel.readv(-512, buffer, 0) == -errno.EINVAL
+    assert channel.discard(SIZE, 1, 0) == -errno.EINVAL
+    assert channel.write_zeroes(0, SIZE + 1, 0, False) == -errno.EINVAL
+    assert channel.completions() == []
+    channel.close()
+
+
+def test_a_read_only_disk_refuses_every_change(image: Path, engine: dict[str, Any]) -> None:
+    disk = open_disk(image, read_only=True, discard=True, **engine)
+    before = image.read_bytes()
+    channel = disk.channel()
+    assert channel.writev(0, [memoryview(bytearray(512))], 0) == -errno.EROFS
+    assert channel.discard(0, 512, 0) == -errno.EROFS
+    assert channel.write_zeroes(0, 512, 0, True) == -errno.EROFS
+    disk.close()
+    assert image.read_bytes() == before
+
+
+def test_closing_with_requests_in_flight_waits_for_them(image: Path, engine: dict[str, Any], descriptors_stay: None) -> None:
+    disk = open_disk(image, **engine)
+    channel = disk.channel()
+    for i in range(200):
+        channel.writev(0, [memoryview(bytearray([7]) * 4096)], i)
+    disk.close()
+    assert image.read_bytes()[:4096] == bytes([7]) * 4096
+    assert not [t for t in threading.enumerate() if t.name == "block-io"]
+
+
+def test_drain_keeps_the_results_for_their_owner(disk: Any) -> None:
+    channel = disk.channel()
+    results = [channel.flush(i) for i in range(5)]
+    disk.drain()
+    assert results == [None] * 5
+    assert sorted(channel.completions()) == [(i, 0) for i in range(5)]
+    channel.close()
+
+
+@pytest.mark.parametrize("aio", [aio for aio, direct in ENGINES if not direct])
+def test_a_full_host_file_system_is_enospc(aio: str, tmp_path: Path) -> None:
+    if not offered(aio, False, tmp_path):
+        pytest.skip(f"this host offers no aio={aio}")
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(8192))
+    disk = open_disk(path, aio=aio)
+    full = os.open("/dev/full", os.O_RDWR)
+    os.dup2(full, disk.file.fd)
+    os.close(full)
+    driver = Driver(disk)
+    assert driver.write(0, b"x" * 4096) == -errno.ENOSPC
+    disk.close()
+
+
+@pytest.mark.parametrize("detect", ["on", "unmap"])
+def test_zeroes_that_are_written_need_not_take_space(tmp_path: Path, detect: str) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * MiB)
+    disk = open_disk(path, discard=True, detect_zeroes=detect)
+    driver = Driver(disk)
+    assert driver.write(0, bytes(512 * KiB)) == 0
+    disk.close()
+    assert path.read_bytes() == bytes(512 * KiB) + b"x" * (512 * KiB)
+    if detect == "unmap":
+        assert path.stat().st_blocks * 512 <= 516 * KiB
+
+
+def test_discard_does_nothing_unless_it_was_asked_for(image: Path) -> None:
+    before = image.read_bytes()
+    disk = open_disk(image)
+    driver = Driver(disk)
+    assert driver.wait(driver.channel.discard(0, SIZE, 0)) == 0
+    disk.close()
+    assert image.read_bytes() == before
+
+
+def test_zeroing_works_where_the_file_system_cannot_do_it(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from block_qcow2 import syscalls
+
+    def fallocate(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(syscalls, "fallocate", fallocate)
+    before = image.read_bytes()
+    disk = open_disk(image, discard=True)
+    driver = Driver(disk)
+    assert driver.wait(driver.channel.write_zeroes(1000, 5000, 0, True)) == 0
+    assert driver.wait(driver.channel.discard(8192, 4096, 0)) == 0
+    disk.close()
+    assert image.read_bytes() == before[:1000] + bytes(5000) + before[6000:]
+
+
+def test_direct_io_wants_an_aligned_file(tmp_path: Path) -> None:
+    if not offered("threads", True, tmp_path):
+        pytest.skip("this file system has no direct I/O")
+    path = tmp_path / "odd"
+    path.write_bytes(b"x" * 1000)
+    with pytest.raises(OpenError, match="1000, is not aligned to"):
+        open_disk(path, direct=True, aio="threads")
+
+
+def test_direct_writes_inside_an_odd_file_keep_its_length(tmp_path: Path) -> None:
+    if not offered("threads", True, tmp_path):
+        pytest.skip("this file system has no direct I/O")
+    path = tmp_path / "odd"
+    path.write_bytes(b"x" * 1000)
+    file = HostFile(path, direct=True)
+    file.pwrite(990, b"yy")
+    file.pwrite(1000, b"zz")
+    assert bytes(file.pread(985, 17)) == b"xxxxxyyxxxxxxxxzz"
+    file.close()
+    assert path.read_bytes() == b"x" * 990 + b"yy" + b"x" * 8 + b"zz"
+
+
+@pytest.mark.parametrize("what", ["missing", "directory", "fifo"])
+def test_what_is_no_disk_is_refused_with_its_name(tmp_path: Path, what: str, descriptors_stay: None) -> None:
+    path = tmp_path / what
+    if what == "directory":
+        path.mkdir()
+    elif what == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(OpenError, match=what):
+        open_disk(path)
+
+
+def test_wrong_options_are_refused(image: Path) -> None:
+    with pytest.raises(OpenError, match="no such engine"):
+        open_disk(image, aio="fast")
+    with pytest.raises(OpenError, match="detect_zeroes"):
+        open_disk(image, detect_zeroes="maybe")
+    with pytest.raises(OpenError, match="vmdk"):
+        open_disk(image, format="vmdk")
+
+
+def test_two_writers_exclude_each_other_and_readers(image: Path) -> None:
+    first, second = open_disk(image), open_disk(image)
+    reader = open_disk(image, read_only=True)
+    first.lock()
+    for other in (second, reader):
+        with pytest.raises(ImageInUseError, match=r"disk\.raw"):
+            other.lock()
+    first.unlock()
+    reader.lock()
+    with pytest.raises(ImageInUseError):
+        second.lock()
+    reader.unlock()
+    second.lock()
+    for disk in (first, second, reader):
+        disk.close()
+
+
+def test_two_readers_share(image: Path) -> None:
+    disks = [open_disk(image, read_only=True) for _ in range(2)]
+    for disk in disks:
+        disk.lock()
+    for disk in disks:
+        disk.close()
+
+
+def test_closing_another_descriptor_keeps_the_lock(image: Path) -> None:
+    first, second = open_disk(image), open_disk(image)
+    first.lock()
+    image.read_bytes()
+    with pytest.raises(ImageInUseError):
+        second.lock()
+    first.close()
+    second.close()
+
+
+def test_a_lock_held_by_a_posix_writer_is_seen(image: Path) -> None:
+    # StratoVirt's writers hold exclusive record locks on bytes 101, 102 and 202.
+    code = (
+        "import fcntl,sys; f=open(sys.argv[1],'r+b')\n"
+        "for b in (101,102,202): fcntl.lockf(f,fcntl.LOCK_EX|fcntl.LOCK_NB,1,b)\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for read_only in (False, True):
+            disk = open_disk(image, read_only=read_only)
+            with pytest.raises(ImageInUseError):
+                disk.lock()
+            disk.close()
+
+
+def test_opening_a_raw_disk_imports_little() -> None:
+    code = """
+import sys, tempfile
+before = set(sys.modules)
+from block_qcow2 import open_disk
+f = tempfile.NamedTemporaryFile(); f.write(bytes(4096)); f.flush()
+open_disk(f.name).channel()
+heavy = {"asyncio", "numpy", "concurrent.futures", "ctypes", "inspect", "dataclasses", "block_qcow2.qcow2", "mmap"}
+print(sorted(heavy & (set(sys.modules) - before)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("at", [0, 1, 4095, 65535, 65536, 99_999])
+def test_one_byte_makes_a_buffer_not_zero(at: int) -> None:
+    data = bytearray(100_000)
+    assert is_zero(memoryview(data))
+    data[at] = 1
+    assert not is_zero(memoryview(data))
