@@ -7,13 +7,15 @@ $b mount -t devtmpfs dev /dev
 $b mount -t sysfs sys /sys
 . /lab/parameters
 
-for module in /modules/*.ko; do
-    options=
-    case $module in
-    *kvm-amd.ko) options="npt=1 nested=0" ;;
-    esac
-    $b insmod "$module" $options || echo "lab: cannot load $module"
-done
+load() { # what is loaded in the background is waited for in inside.sh
+    for module in "$@"; do
+        options=
+        [ "${module##*-}" != kvm_amd.ko ] || options="npt=1 nested=0"
+        $b insmod "$module" $options || echo "lab: cannot load $module"
+    done
+}
+load /modules/1-*
+load /modules/2-* &
 
 $b mkdir -p /lower /rw /root
 $b mount -t virtiofs -o ro root /lower || { echo "lab: cannot mount the machine's files"; $b reboot -f; }
@@ -38,4 +40,5 @@ if [ -d "/root$LAB_MODULES" ]; then
     $b mkdir -p "lib/modules/$($b uname -r)"
     $b mount -o bind "/root$LAB_MODULES" "lib/modules/$($b uname -r)"
 fi
+wait
 exec $b switch_root /root /run/lab/busybox sh /run/lab/inside.sh

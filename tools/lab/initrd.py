@@ -74,13 +74,13 @@ def module_files(kernel: Kernel, names: Iterable[str]) -> list[Path]:
 
     Names are as in /proc/modules, with - and _ alike. One that is built into the kernel is left out; an unknown one is an error.
     """
-    builtin = {_module_name(line) for line in (kernel.modules / "modules.builtin").read_text().split()}
+    builtin = {module_name(line) for line in (kernel.modules / "modules.builtin").read_text().split()}
     where: dict[str, Path] = {}
     needs: dict[str, list[str]] = {}
     for line in (kernel.modules / "modules.dep").read_text().splitlines():
         path, _, rest = line.partition(":")
-        where[_module_name(path)] = kernel.modules / path
-        needs[_module_name(path)] = [_module_name(other) for other in rest.split()]
+        where[module_name(path)] = kernel.modules / path
+        needs[module_name(path)] = [module_name(other) for other in rest.split()]
     order: list[str] = []
 
     def visit(name: str) -> None:
@@ -93,7 +93,7 @@ def module_files(kernel: Kernel, names: Iterable[str]) -> list[Path]:
         order.append(name)
 
     for name in names:
-        visit(_module_name(name))
+        visit(module_name(name))
     return [where[name] for name in order]
 
 
@@ -111,5 +111,10 @@ def module_bytes(path: Path) -> bytes:
             raise SetupError(f"{path}: modules packed as {other} are not supported yet")
 
 
-def _module_name(path: str) -> str:
+def module_name(path: str) -> str:
+    """A module's name as in /proc/modules, from the path of its file or another spelling.
+
+    >>> module_name("kernel/arch/x86/kvm/kvm-amd.ko.xz")
+    'kvm_amd'
+    """
     return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")

@@ -15,18 +15,19 @@ stream() { # PIPE PORT: copy a pipe to a port, then mark the end
 
 stream out.pipe 1
 stream err.pipe 2
+# In the foreground: a shell's background children ignore SIGINT, and so would the job.
 (
     echo 0 >/sys/fs/cgroup/job/cgroup.procs
     if [ -n "$LAB_TTY" ]; then
         : >/run/lab/out.pipe
         : >/run/lab/err.pipe
-        $b stty rows "${LAB_TTY% *}" cols "${LAB_TTY#* }" </dev/hvc0
-        exec $b setsid -c $b sh /run/lab/job </dev/hvc0 >/dev/hvc0 2>&1
+        exec </dev/hvc0 >/dev/hvc0 2>&1
+        $b stty rows "${LAB_TTY% *}" cols "${LAB_TTY#* }"
+        exec $b setsid -c $b sh /run/lab/job
     fi
     [ -z "$LAB_STDIN" ] || exec </dev/vport0p3
     exec $b setsid $b sh /run/lab/job >/run/lab/out.pipe 2>/run/lab/err.pipe
-) &
-wait $!
+)
 status=$?
 # What the job left running ends with it, like the processes of a container; else an open pipe would hold the lab.
 echo 1 >/sys/fs/cgroup/job/cgroup.kill
