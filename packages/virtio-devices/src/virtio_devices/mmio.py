@@ -1,0 +1,415 @@
+"""Virtio over MMIO, version 2 (virtio 1.2, section 4.2): registers, the status machine, interrupts of one device.
+
+Stricter than the drivers we know need: a status bit is only stored when its step was possible, an unoffered feature refuses
+FEATURES_OK, and writing 0 to Status is a whole reset. The optional QueueReset register reads 0, as VIRTIO_F_RING_RESET is not
+offered, and there are no shared memory regions.
+
+Not here: where the window is and who turns doorbell writes into events (the machine registers `notify_fds`), and devices.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice
+from virtio_devices.queue import QueueError, SplitQueue
+from vmm_core.errors import StateError, VmmError
+from vmm_core.guestmem import GuestMemory
+from vmm_core.interrupt import InterruptLine
+from vmm_core.state import expect, versioned
+
+SIZE = 0x200  # bytes of the register window
+QUEUE_NOTIFY = 0x050
+
+_MAGIC = 0x7472_6976  # "virt"
+_CONFIG = 0x100
+_ALL_ONES = 0xFFFF_FFFF
+
+# Device status bits (2.1)
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
+_DRIVER_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
+
+# InterruptStatus bits (4.2.2). A configuration change sets its own bit alone, as the text has it.
+USED_BUFFER, CONFIG_CHANGE = 1, 2
+
+
+@versioned(1)
+class QueueState(NamedTuple):
+    """Registers of one queue, and its indices while it is ready."""
+
+    size: int
+    desc: int
+    driver: int
+    device: int
+    ready: bool
+    next_avail: int
+    next_used: int
+
+
+@versioned(1)
+class MmioState(NamedTuple):
+    """Everything that a driver set through the registers."""
+
+    device_type: int
+    status: int
+    interrupt_status: int
+    device_features_sel: int
+    driver_features_sel: int
+    driver_features: int
+    unknown_features: bool
+    queue_sel: int
+    queues: tuple[QueueState, ...]
+
+
+class _QueueRegisters:
+    """What a driver writes about one queue before it is ready."""
+
+    def __init__(self, max_size: int) -> None:
+        self.max_size = max_size
+        self.clear()
+
+    def clear(self) -> None:
+        self.size = self.max_size
+        self.desc = self.driver = self.device = 0
+        self.queue: SplitQueue | None = None  # there exactly while the queue is ready
+
+
+class MmioTransport:
+    """The window of one device, or of none: a placeholder whose DeviceID is 0, which drivers pass over (4.2.2).
+
+    A `vmm_core.bus.BusDevice` of SIZE bytes, and the device's `Notifier`. The transport owns the device.
+
+    `notify_fds` has one event descriptor a queue. The machine makes guest writes of 4 bytes at QUEUE_NOTIFY that equal the
+    queue's index into events on it; such a write that reaches the bus anyway has the same effect.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice | None,
+        memory: GuestMemory,
+        line: InterruptLine,
+        *,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        """Make a window in the reset state. `report` hears, on any thread, why a device needs a reset."""
+        self.device = device
+        self.needs_reset_reason = ""
+        self._memory = memory
+        self._line = line
+        self._report = report
+        # Two locks. Control orders what changes the device's life; it is held while loops finish their work. State guards the
+        # two registers that loops change as well, is a leaf, and is never held while anything else is called.
+        self._control = threading.RLock()
+        self._state = threading.Lock()
+        self._status = 0
+        self._interrupt_status = 0
+        self._device_features_sel = self._driver_features_sel = self._driver_features = self._queue_sel = 0
+        self._unknown_features = False
+        self._queues = [_QueueRegisters(size) for size in device.queue_sizes] if device else []
+        self.notify_fds: tuple[int, ...] = ()
+        fds: list[int] = []
+        try:
+            for _ in self._queues:
+                fds.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))  # noqa: PERF401
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            raise
+        self.notify_fds = tuple(fds)
+        if device:
+            device.connect(self)
+
+    @property
+    def status(self) -> int:
+        """The device status (2.1)."""
+        return self._status
+
+    @property
+    def interrupt_status(self) -> int:
+        """The pending bits of the InterruptStatus register."""
+        return self._interrupt_status
+
+    # BusDevice: vCPU threads, several at once
+
+    def read(self, offset: int, size: int) -> int:
+        """Answer a register read; 0 for what is no register, is write-only or is not read in its width (4.2.2.2)."""
+        device = self.device
+        if offset >= _CONFIG:
+            return device.read_config(offset - _CONFIG, size) if device else 0
+        if size != 4:
+            return 0
+        if offset == 0x060:
+            return self._interrupt_status
+        if offset == 0x000:
+            return _MAGIC
+        if offset == 0x004:
+            return 2
+        if device is None:
+            return 0
+        if offset == 0x008:
+            return device.device_type
+        if offset == 0x010:
+            return (device.features >> (32 * self._device_features_sel)) & _ALL_ONES if self._device_features_sel < 2 else 0
+        if offset == 0x034:
+            return queue.max_size if (queue := self._selected()) else 0
+        if offset == 0x044:
+            return int(queue.queue is not None) if (queue := self._selected()) else 0
+        if offset == 0x070:
+            return self._status
+        if 0x0B0 <= offset <= 0x0BC and not offset & 3:
+            return _ALL_ONES  # no such shared memory region, whichever is selected
+        if offset == 0x0FC:
+            return device.config_generation
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take a register write; ignored for what is no register, is read-only, or is not due at this status."""
+        device = self.device
+        if device is None:
+            return
+        if offset >= _CONFIG:
+            if self._status & (DRIVER | FAILED) == DRIVER:
+                device.write_config(offset - _CONFIG, size, value)
+        elif size != 4:
+            return
+        elif offset == 0x064:
+            with self._state:
+                self._interrupt_status &= ~value
+        elif offset == QUEUE_NOTIFY:
+            doorbells = self.notify_fds
+            if value < len(doorbells):
+                os.eventfd_write(doorbells[value], 1)
+        else:
+            with self._control:
+                self._write_control(device, offset, value)
+
+    def _write_control(self, device: VirtioDevice, offset: int, value: int) -> None:
+        if offset == 0x070:
+            self._write_status(device, value & 0xFF)
+        elif offset == 0x014:
+            self._device_features_sel = value
+        elif offset == 0x020:
+            self._write_driver_features(value)
+        elif offset == 0x024:
+            self._driver_features_sel = value
+        elif offset == 0x030:
+            self._queue_sel = value
+        elif offset == 0x044:
+            self._write_ready(device, value)
+        elif (queue := self._selected()) and not queue.queue and self._status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK:
+            if offset == 0x038:
+                queue.size = value
+            elif offset in (0x080, 0x084):
+                queue.desc = _half(queue.desc, value, offset & 4)
+            elif offset in (0x090, 0x094):
+                queue.driver = _half(queue.driver, value, offset & 4)
+            elif offset in (0x0A0, 0x0A4):
+                queue.device = _half(queue.device, value, offset & 4)
+
+    def _selected(self) -> _QueueRegisters | None:
+        sel = self._queue_sel
+        return self._queues[sel] if sel < len(self._queues) else None
+
+    def _write_driver_features(self, value: int) -> None:
+        if self._status & (DRIVER | FEATURES_OK | FAILED) != DRIVER:
+            return
+        sel = self._driver_features_sel
+        if sel < 2:
+            kept = self._driver_features & ~(_ALL_ONES << (32 * sel))
+            self._driver_features = kept | value << (32 * sel)
+        elif value:
+            self._unknown_features = True  # nothing beyond bit 63 is offered
+
+    def _write_ready(self, device: VirtioDevice, value: int) -> None:
+        queue = self._selected()
+        if queue is None:
+            return
+        if value == 0:
+            if self._status & DRIVER_OK:
+                device.stop_queue(self._queue_sel)
+            queue.queue = None
+        elif value == 1 and not queue.queue and self._status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK:
+            try:
+                queue.queue = self._enable(queue)
+            except QueueError as error:
+                self.needs_reset(f"{device.name}: queue {self._queue_sel}: {error}")
+
+    def _enable(self, registers: _QueueRegisters) -> SplitQueue:
+        return SplitQueue(
+            self._memory,
+            registers.size,
+            registers.desc,
+            registers.driver,
+            registers.device,
+            max_size=registers.max_size,
+            event_idx=bool(self._driver_features & F_EVENT_IDX),
+            indirect=bool(self._driver_features & F_INDIRECT_DESC),
+        )
+
+    def _write_status(self, device: VirtioDevice, value: int) -> None:
+        if value == 0:
+            self.reset()
+            return
+        if self._status & ~value & _DRIVER_BITS or self._status & FAILED:
+            return  # 2.1.1: a driver must not clear a bit, and resets after FAILED
+        new = value & ~self._status
+        accepted = new & (ACKNOWLEDGE | DRIVER | FAILED)
+        if new & FEATURES_OK and value & DRIVER and self._features_fit(device):
+            accepted |= FEATURES_OK
+        if new & DRIVER_OK and (self._status | accepted) & FEATURES_OK and not accepted & FAILED:
+            accepted |= DRIVER_OK
+        with self._state:
+            self._status |= accepted
+        if accepted & DRIVER_OK:
+            if self._status & NEEDS_RESET:
+                self.config_changed()  # broken while it was set up; only now may the driver be told (2.1.2)
+            else:
+                self._activate(device)
+
+    def _features_fit(self, device: VirtioDevice) -> bool:
+        chosen = self._driver_features
+        if self._unknown_features or chosen & ~device.features or not chosen & F_VERSION_1:
+            return False
+        return device.accepts(chosen)
+
+    def _activate(self, device: VirtioDevice) -> None:
+        try:
+            device.activate(self._driver_features, [registers.queue for registers in self._queues], self.notify_fds)
+        except (VmmError, OSError) as error:
+            self.needs_reset(f"{device.name}: {error}")
+
+    # Notifier: any thread
+
+    def queue_used(self, index: int) -> None:
+        """Interrupt the driver for used buffers. The one line serves all queues."""
+        with self._state:
+            self._interrupt_status |= USED_BUFFER
+        self._line.trigger()
+
+    def config_changed(self) -> None:
+        """Interrupt the driver for a configuration change, once it is ready (2.3: not before DRIVER_OK)."""
+        with self._state:
+            if not self._status & DRIVER_OK:
+                return
+            self._interrupt_status |= CONFIG_CHANGE
+        self._line.trigger()
+
+    def needs_reset(self, reason: str) -> None:
+        """Set DEVICE_NEEDS_RESET and tell the driver."""
+        with self._state:
+            first = not self._status & NEEDS_RESET
+            self._status |= NEEDS_RESET
+        if first:
+            self.needs_reset_reason = reason
+            if self._report:
+                self._report(reason)
+            self.config_changed()
+
+    # Component, Pausable, Closable: the machine's owner
+
+    def reset(self) -> None:
+        """Go back to the power-on state. Waits for requests under way; no guest memory is touched after it returns."""
+        with self._control:
+            if self.device:
+                self.device.reset()
+            for queue in self._queues:
+                queue.clear()
+            self._device_features_sel = self._driver_features_sel = self._driver_features = self._queue_sel = 0
+            self._unknown_features = False
+            self.needs_reset_reason = ""
+            with self._state:
+                self._status = self._interrupt_status = 0
+
+    def pause(self) -> None:
+        """Bring the device to rest."""
+        with self._control:
+            if self.device:
+                self.device.pause()
+
+    def resume(self) -> None:
+        """Let the device go on."""
+        with self._control:
+            if self.device:
+                self.device.resume()
+
+    def close(self) -> None:
+        """Close the device and the doorbells, which must not be registered with a hypervisor any more. Twice is fine."""
+        with self._control:
+            if self.device:
+                self.device.close()
+            fds, self.notify_fds = self.notify_fds, ()
+            for fd in fds:
+                os.close(fd)
+
+    def save(self) -> MmioState:
+        """Return the registers and the queues' indices. While paused."""
+        return MmioState(
+            device_type=self.device.device_type if self.device else 0,
+            status=self._status,
+            interrupt_status=self._interrupt_status,
+            device_features_sel=self._device_features_sel,
+            driver_features_sel=self._driver_features_sel,
+            driver_features=self._driver_features,
+            unknown_features=self._unknown_features,
+            queue_sel=self._queue_sel,
+            queues=tuple(
+                QueueState(q.size, q.desc, q.driver, q.device, q.queue is not None, *(q.queue.indices if q.queue else (0, 0)))
+                for q in self._queues
+            ),
+        )
+
+    def restore(self, state: Any) -> None:
+        """Put saved registers back, guest memory being restored already. An active device stays paused until resume().
+
+        Raises StateError when the state does not fit the device; the transport is reset then.
+        """
+        name = self.device.name if self.device else "virtio-mmio placeholder"
+        saved = expect(state, MmioState, name)
+        with self._control:
+            self.reset()
+            try:
+                self._restore(saved)
+            except (VmmError, OSError) as error:
+                self.reset()
+                raise StateError(f"{name}: {error}") from None
+
+    def _restore(self, saved: MmioState) -> None:
+        device = self.device
+        if saved.device_type != (device.device_type if device else 0) or len(saved.queues) != len(self._queues):
+            raise StateError(f"state of device type {saved.device_type} with {len(saved.queues)} queues")
+        words = (saved.device_features_sel, saved.driver_features_sel, saved.queue_sel)
+        if not all(0 <= word <= _ALL_ONES for word in words) or saved.status & ~(_DRIVER_BITS | NEEDS_RESET):
+            raise StateError("a register has a value that does not exist")
+        ready = any(queue.ready for queue in saved.queues)
+        if ((saved.status & DRIVER_OK or ready) and not saved.status & FEATURES_OK) or not 0 <= saved.driver_features < 1 << 64:
+            raise StateError(f"status {saved.status:#x} with features {saved.driver_features:#x} cannot be")
+        if device is None:
+            return
+        self._device_features_sel, self._driver_features_sel, self._queue_sel = words
+        self._driver_features, self._unknown_features = saved.driver_features, saved.unknown_features
+        if saved.status & FEATURES_OK and not self._features_fit(device):
+            raise StateError(f"features {saved.driver_features:#x} were negotiated, {device.features:#x} are offered")
+        for registers, queue in zip(self._queues, saved.queues, strict=True):
+            registers.size, registers.desc, registers.driver, registers.device = (
+                queue.size,
+                queue.desc,
+                queue.driver,
+                queue.device,
+            )
+            if queue.ready:
+                registers.queue = self._enable(registers)
+                registers.queue.set_indices(queue.next_avail, queue.next_used)
+        with self._state:
+            self._status = saved.status
+            self._interrupt_status = saved.interrupt_status & (USED_BUFFER | CONFIG_CHANGE)
+        if saved.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK:
+            device.pause()
+            device.activate(saved.driver_features, [registers.queue for registers in self._queues], self.notify_fds)
+
+
+def _half(old: int, value: int, high: int) -> int:
+    """Return the 64-bit `old` with its low or high half replaced."""
+    return (old & _ALL_ONES) | value << 32 if high else (old & ~_ALL_ONES) | value
