@@ -149,7 +149,7 @@ class _Users:
         self.drives[drive.id] = drive
 
     def _object(self, text: str) -> None:
-        made: Object = _choose("-object", text, OBJECTS, "object type").parse("-object", text)
+        made: Object = _choose("-object", text, OBJECTS, "type").parse("-object", text)
         if isinstance(made, IoThread):
             _new("-object", made.id, self.iothreads, "iothread: ")
             if len(self.iothreads) == MAX_IOTHREADS:
@@ -302,4 +302,5 @@ def _check_whole(config: Config) -> None:
             "-chardev", f"stdio: id={show(stdio[1])}", f"standard input and output belong to {show(stdio[0])} already"
         )
     if stdio and config.daemonize:
-        raise CommandLineError("-daemonize", f"stdio id={show(stdio[0])}", "a daemon has no standard input and output")
+        where = "stdio" if stdio[0] == SERIAL_ID else f"stdio: id={show(stdio[0])}"
+        raise CommandLineError("-daemonize", where, "a daemon has no standard input and output")

@@ -179,7 +179,7 @@ class Parameters(Record):
                     where = f"{item}: "
             for found in cls.keys.values():
                 if found.required and found.attribute not in values:
-                    raise BadKey("", f"needs {found.name}={found.kind.type} ({found.doc})")
+                    raise BadKey("", f"needs {found.name}=... ({found.doc})")
             result = cls(**values)
             result.check()
         except BadKey as error:
@@ -202,11 +202,11 @@ class Parameters(Record):
         raise ValueError(f"needs a value ({found.kind.allowed})")
 
     def render(self) -> str:
-        """Return the shortest text that parses to this."""
+        """Return a short text that parses to this: what differs from the default, and always what would come first."""
         parts = [self.selector] if self.selector else []
         for found in self.keys.values():
             value = getattr(self, found.attribute)
-            if found.required or value != found.default:
+            if found.required or found.positional or value != found.default:
                 parts.append(f"{found.name}={found.kind.render(value).replace(',', ',,')}")
         return ",".join(parts)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 _SHOWN = 120  # longer values are cut in messages: the message has to stay one readable line
 
 
-def show(text: str) -> str:
-    """Return `text` as one printable line: control characters and undecodable bytes escaped, length bounded."""
-    if len(text) > _SHOWN:
-        text = text[: _SHOWN - 3] + "..."
+def show(text: str, limit: int = _SHOWN) -> str:
+    """Return `text` as one printable line of about `limit` characters: control characters and undecodable bytes escaped."""
+    if len(text) > limit:
+        text = text[: limit - 3] + "..."
     if not text:
         return '""'
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
@@ -33,7 +33,8 @@ class CommandLineError(Exception):
         super().__init__(option, value, reason)
 
     def __str__(self) -> str:
-        return f"{show(self.option)} {show(self.value)}: {self.reason}" if self.value else f"{show(self.option)}: {self.reason}"
+        value = f" {show(self.value, 4 * _SHOWN)}" if self.value else ""  # several values, each cut when it was put here
+        return f"{show(self.option)}{value}: {self.reason}"
 
 
 class Information(Exception):

@@ -53,7 +53,7 @@ class Integer(Kind[int]):
         if value > self.high:
             raise ValueError(f"at most {self.high}{self._unit}")
         if value < self.low:
-            raise ValueError(f"at least {self.low}{self._unit}")
+            raise ValueError(f"at least {self.low}{self._unit.removesuffix('s') if self.low == 1 else self._unit}")
         return value
 
 

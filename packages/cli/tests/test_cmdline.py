@@ -1,0 +1,304 @@
+"""The command line: what it means, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+from pathlib import Path
+
+import pytest
+
+from pystratovirt.cmdline import CommandLineError, Config, Information, parse, parse_or_exit
+from pystratovirt.cmdline.backends import Drive, FileChardev, IoThread, PtyChardev, RngRandom, SocketChardev, StdioChardev
+from pystratovirt.cmdline.devices import Virtconsole, VirtioBlk, VirtioRng, VirtioSerial
+from pystratovirt.cmdline.options import LATER, OPTIONS
+from pystratovirt.cmdline.values import GiB, MiB
+
+KERNEL = ["-kernel", "vmlinuz"]
+SPINE = [
+    *("-machine", "microvm", "-smp", "2", "-m", "512", *KERNEL, "-append", "console=ttyS0 root=/dev/vda rw"),
+    *("-drive", "file=rootfs.ext4,id=rootfs,readonly=off,direct=off", "-device", "virtio-blk-device,drive=rootfs,id=rootfs"),
+    *("-qmp", "unix:/tmp/qmp.sock,server,nowait", "-serial", "stdio"),
+]
+
+
+def kernel(*argv: str) -> Config:
+    return parse([*KERNEL, *argv])
+
+
+def test_stratovirts_own_command_line_means_what_it_says() -> None:
+    config = parse(SPINE)
+    assert config.machine.type == "microvm"
+    assert config.topology.cpus == 2
+    assert config.memory.size == 512 * MiB
+    assert config.kernel == "vmlinuz"
+    assert config.append == "console=ttyS0 root=/dev/vda rw"
+    assert config.drives == {"rootfs": Drive(id="rootfs", file="rootfs.ext4", direct=False)}
+    assert config.drives["rootfs"].engine == "off"
+    assert config.devices == (VirtioBlk(id="rootfs", drive="rootfs"),)
+    assert [listener.path for listener in config.monitors] == ["/tmp/qmp.sock"]
+    assert isinstance(config.serial, StdioChardev)
+
+
+def test_defaults_are_stratovirts() -> None:
+    config = kernel()
+    assert config.memory.size == 256 * MiB
+    assert config.topology.max_cpus == 1
+    assert (config.memory.share, config.memory.dump, config.memory.prealloc) == (False, True, False)
+    assert not config.freeze
+    assert config.serial is None
+    assert config.monitors == ()
+
+
+def test_kata_containers_command_line_parses() -> None:
+    config = parse([
+        *("-name", "sandbox-1", "-uuid", "0b9fd0b1", "-smp", "4", "-m", "2048", *KERNEL, "-append", "a=b c"),
+        *("-qmp", "unix:/run/vc/qmp.sock,server,nowait", "-D", "-disable-seccomp"),
+        *("-machine", "type=microvm,dump-guest-core=off,mem-share=on"),
+        *("-object", "rng-random,id=objrng0,filename=/dev/urandom", "-device", "virtio-rng-device,rng=objrng0,id=virtio-rng0"),
+        *("-drive", "id=rootfs,file=image,readonly=on,direct=off", "-device", "virtio-blk-device,drive=rootfs,id=virtio-blk0"),
+        *("-device", "virtio-serial-device,id=virtio-serial0"),
+        *("-chardev", "socket,id=charconsole0,path=/run/vc/console.sock,server,nowait"),
+        *("-device", "virtconsole,chardev=charconsole0,id=virtio-console0,nr=0"),
+    ])  # fmt: skip
+    assert (config.memory.share, config.memory.dump) == (True, False)
+    assert config.rngs == {"objrng0": RngRandom(id="objrng0", filename="/dev/urandom")}
+    assert config.devices == (
+        VirtioRng(rng="objrng0", id="virtio-rng0"),
+        VirtioBlk(drive="rootfs", id="virtio-blk0"),
+        VirtioSerial(id="virtio-serial0"),
+        Virtconsole(chardev="charconsole0", id="virtio-console0", nr=0),
+    )
+    assert config.disable_seccomp
+    assert config.log_file is None
+
+
+def test_what_libvirt_sends_without_effect_is_accepted() -> None:
+    config = kernel(
+        *("-machine", "microvm,accel=kvm:tcg,usb=off,dump-guest-core=off", "-accel", "kvm", "-cpu", "host"),
+        *("-overcommit", "mem-lock=off", "-uuid", "u", "-no-user-config", "-nodefaults", "-sandbox", "on,obsolete=deny"),
+        *("-msg", "timestamp=on", "-rtc", "base=utc", "-boot", "strict=on", "-nographic", "-realtime", "mlock=off", "-usb"),
+        *("-display", "none", "-no-shutdown", "-battery"),
+    )
+    assert config.machine.accel == "kvm:tcg"
+
+
+def test_values_of_a_repeated_option_are_pooled_in_order() -> None:
+    assert kernel("-append", "a", "b=c", "-append", "d").append == "a b=c d"
+
+
+def test_a_value_may_begin_with_a_dash_where_one_is_needed() -> None:
+    assert kernel("-append", "--debug", "-name", "-x").append == "--debug"
+
+
+def test_a_known_option_is_never_taken_for_a_value() -> None:
+    with pytest.raises(CommandLineError, match="-append: needs a value"):
+        parse(["-append", "-smp", "2"])
+
+
+def test_what_follows_two_dashes_is_left_alone() -> None:
+    assert kernel("--", "-nonsense").kernel == "vmlinuz"
+
+
+def test_flags_may_be_repeated() -> None:
+    assert kernel("-S", "-freeze").freeze
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("6", (6, 6, 1, 1, 1, 6, 1)),
+        ("cpus=4,maxcpus=8", (4, 8, 1, 1, 1, 8, 1)),
+        ("8,sockets=2", (8, 8, 2, 1, 1, 4, 1)),
+        ("8,cores=2", (8, 8, 4, 1, 1, 2, 1)),
+        ("8,cores=2,sockets=2", (8, 8, 2, 1, 1, 2, 2)),
+        ("2,sockets=2,dies=2,clusters=2,cores=2,threads=2", (2, 32, 2, 2, 2, 2, 2)),
+        ("+3", (3, 3, 1, 1, 1, 3, 1)),
+    ],
+)
+def test_a_topology_is_completed_as_stratovirt_does(text: str, shape: tuple[int, ...]) -> None:
+    assert tuple(kernel("-smp", text).topology) == shape
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("128", 128 * MiB), ("size=1G", GiB), ("262144k", 256 * MiB), ("512g", 512 * GiB), ("+200M", 200 * MiB)],
+)
+def test_memory_is_counted_in_mib_unless_a_unit_says_otherwise(text: str, size: int) -> None:
+    assert kernel("-m", text).memory.size == size
+
+
+def test_quotes_around_a_memory_path_are_dropped() -> None:
+    assert kernel("-mem-path", '"/dev/hugepages"').memory.path == "/dev/hugepages"
+
+
+def test_two_commas_are_a_comma_inside_a_value() -> None:
+    assert kernel("-drive", "id=a,file=one,,two").drives["a"].file == "one,two"
+
+
+def test_a_value_may_contain_equals_signs() -> None:
+    assert kernel("-drive", "id=a,file=x=y=").drives["a"].file == "x=y="
+
+
+@pytest.mark.parametrize("flags", ["server,nowait", "server=on,wait=off", "server=on,nowait=on"])
+def test_server_and_nowait_have_qemus_spelling_too(flags: str) -> None:
+    config = kernel("-qmp", f"unix:q,{flags}", "-chardev", f"socket,id=c,path=s,{flags}", "-serial", "chardev:c")
+    assert config.serial == SocketChardev(id="c", path="s", server=True, nowait=True)
+    assert len(config.monitors) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stdio", StdioChardev(id="serial_chardev")),
+        ("pty", PtyChardev(id="serial_chardev")),
+        ("file,path=out", FileChardev(id="serial_chardev", path="out")),
+        ("socket,path=s,server,nowait", SocketChardev(id="serial_chardev", path="s", server=True, nowait=True)),
+        ("socket,port=99,server,nowait", SocketChardev(id="serial_chardev", port=99, server=True, nowait=True)),
+    ],
+)
+def test_the_serial_port_takes_every_backend(text: str, expected: object) -> None:
+    assert kernel("-serial", text).serial == expected
+
+
+def test_a_serial_port_finds_its_chardev_whatever_the_order() -> None:
+    assert kernel("-serial", "chardev:x", "-chardev", "pty,id=x").serial == PtyChardev(id="x")
+
+
+def test_a_monitor_on_a_chardev_listens_where_the_chardev_says() -> None:
+    config = kernel("-chardev", "socket,id=m,host=127.0.0.1,port=4444,server,nowait", "-mon", "chardev=m,id=mon0,mode=control")
+    (listener,) = config.monitors
+    assert (listener.path, listener.host, listener.port, listener.chardev) == (None, "127.0.0.1", 4444, "m")
+
+
+def test_devices_share_an_iothread_but_not_a_drive() -> None:
+    config = kernel(
+        *("-object", "iothread,id=io", "-drive", "id=a,file=f", "-drive", "id=b,file=g"),
+        *("-device", "virtio-blk-device,drive=a,id=a,iothread=io", "-device", "virtio-blk-device,drive=b,id=b,iothread=io"),
+    )
+    assert config.iothreads == {"io": IoThread(id="io")}
+
+
+def test_readonly_drives_can_share_a_file() -> None:
+    assert len(kernel("-drive", "id=a,file=f,readonly=on", "id=b,file=f,readonly=on").drives) == 2
+
+
+def test_test_mode_needs_no_kernel_and_no_drive() -> None:
+    assert parse(["-machine", "microvm", "-mod-test", "unix:/tmp/t"]).test_socket == "/tmp/t"
+
+
+def test_a_kernel_needs_neither_initrd_nor_drive_nor_monitor() -> None:
+    assert kernel().initrd is None
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS.values() if option.state is LATER], ids=lambda o: o.name)
+def test_an_option_that_is_known_and_does_not_work_yet_is_refused_by_name(option: object) -> None:
+    name = f"-{option.name}"  # type: ignore[attr-defined]
+    with pytest.raises(CommandLineError) as caught:
+        kernel(name, "x")
+    assert str(caught.value) == f"{name}: not supported yet"
+
+
+def test_help_and_version_are_texts_and_no_machine() -> None:
+    with pytest.raises(Information) as caught:
+        parse(["-m", "nonsense", "-V", "-h"])
+    text = caught.value.text
+    assert all(
+        f"-{option.name} " in text or f"-{option.name}\n" in text or f"-{option.name}," in text
+        for option in OPTIONS.values()
+        if option.state is not LATER
+    )
+    assert max(map(len, text.splitlines())) <= 120
+    with pytest.raises(Information) as caught:
+        parse(["-version"])
+    assert caught.value.text.startswith("StratoVirt 2.4.0 (pystratovirt ")
+    assert caught.value.text.count("\n") == 1
+
+
+def test_the_commands_shown_by_help_parse() -> None:
+    with pytest.raises(Information) as caught:
+        parse(["-h"])
+    command = caught.value.text.partition("\n  stratovirt ")[2]
+    assert command
+    assert parse(shlex.split(command.replace("\\\n", " "))).devices
+
+
+WRONG = (Path(__file__).parent / "wrong_command_lines.txt").read_text().split("\n\n")[1:]
+
+
+@pytest.mark.parametrize("case", WRONG, ids=[case.partition("\n")[0][2:] for case in WRONG])
+def test_a_wrong_command_line_is_answered_with_one_line_and_status_1(
+    case: str, capfd: pytest.CaptureFixture[str], kernel_file: str
+) -> None:
+    command, answer = case.strip().split("\n")
+    argv = shlex.split(command.removeprefix("$ "))
+    if "-kernel" not in argv and argv != ["-machine", "microvm"]:
+        argv += ["-kernel", kernel_file]
+    with pytest.raises(SystemExit) as caught:
+        parse_or_exit(argv)
+    out, err = capfd.readouterr()
+    assert err == f"{answer}\n"
+    assert out == ""
+    assert caught.value.code == 1
+
+
+def test_there_are_enough_wrong_command_lines() -> None:
+    assert len(WRONG) >= 40
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "answer"),
+    [
+        ("-name", "n" * 256, f"-name {'n' * 117}...: at most 255 bytes, this is 256"),
+        ("-qmp", f"unix:{'p' * 108},server,nowait", f"-qmp unix:{'p' * 108}: at most 107 bytes, this is 108"),
+        ("-chardev", f"socket,id=x,path={'p' * 108}", f"-chardev socket: path={'p' * 108}: at most 107 bytes, this is 108"),
+    ],
+)
+def test_a_value_that_is_too_long_is_cut_in_the_answer(option: str, value: str, answer: str) -> None:
+    with pytest.raises(CommandLineError) as caught:
+        kernel(option, value)
+    assert str(caught.value) == answer
+
+
+def test_there_are_at_most_eight_iothreads() -> None:
+    with pytest.raises(CommandLineError, match="-object iothread: id=io8: at most 8 iothreads"):
+        kernel("-object", *(f"iothread,id=io{n}" for n in range(9)))
+
+
+@pytest.fixture
+def kernel_file(tmp_path: Path) -> str:
+    path = tmp_path / "vmlinuz"
+    path.touch()
+    return str(path)
+
+
+def test_control_characters_in_a_value_do_not_reach_the_terminal() -> None:
+    with pytest.raises(CommandLineError) as caught:
+        kernel("-smp", "\x1b[31m\r\n\udcff")
+    assert str(caught.value) == "-smp \\x1b[31m\\r\\n\\udcff: not a whole decimal number"
+
+
+def test_a_second_serial_controller_and_a_fifth_disk_have_no_room() -> None:
+    disks = [
+        text for n in range(5) for text in ("-drive", f"id=d{n},file=f{n}", "-device", f"virtio-blk-device,id=d{n},drive=d{n}")
+    ]
+    with pytest.raises(CommandLineError, match="id=d4: a microvm has room for 4 disks"):
+        kernel(*disks)
+    with pytest.raises(CommandLineError, match="one virtio-serial-device"):
+        kernel("-device", "virtio-serial-device,id=a", "virtio-serial-device,id=b")
+
+
+def test_the_files_of_a_good_command_line_are_found(tmp_path: Path, kernel_file: str) -> None:
+    config = parse_or_exit(
+        ["-kernel", kernel_file, "-drive", f"id=a,file={kernel_file}", "-object", "rng-random,id=r,filename=/dev/urandom"]
+    )
+    assert config.kernel == kernel_file
+
+
+def test_a_socket_is_no_drive(tmp_path: Path, kernel_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(tmp_path / "s"))
+        with pytest.raises(SystemExit):
+            parse_or_exit(["-kernel", kernel_file, "-drive", f"id=a,file={tmp_path / 's'}"])
+    assert capsys.readouterr().err.endswith("not a regular file or a block device\n")
