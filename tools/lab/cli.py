@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import debian, host
+from . import debian, guests, host
 from .progress import say
 
 EXIT_LAB, EXIT_TIMEOUT = 125, 124  # as `docker run` and timeout(1) have them
@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     setup = commands.add_parser("setup", help="install and download everything that the lab needs")
     setup.add_argument("--refresh", action="store_true", help="look for a newer kernel")
     setup.set_defaults(do=_setup)
+    assets = commands.add_parser("assets", help="build what guests boot from; prints kernel=, initrd= and rootfs= with their paths")
+    assets.add_argument("--flavour", choices=["cloud", "generic"], default="cloud", help="which of the distribution's kernels (cloud)")
+    assets.add_argument("--size", type=int, default=256, metavar="MIB", help="size of the root image in MiB (256)")
+    assets.set_defaults(do=_assets)
     return parser
 
 
@@ -107,4 +111,10 @@ def _setup(options: argparse.Namespace, _: Sequence[str]) -> int:
         debian.refresh("cloud")
     kernel, _initrd = host.assets()
     say(f"The lab is ready: kernel {kernel.release}.")
+    return 0
+
+
+def _assets(options: argparse.Namespace, _: Sequence[str]) -> int:
+    kernel = guests.kernel(options.flavour)
+    print(f"kernel={kernel.image}\ninitrd={guests.initrd(kernel)}\nrootfs={guests.rootfs(options.size)}")
     return 0

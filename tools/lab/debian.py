@@ -122,7 +122,7 @@ def refresh(flavour: str) -> Kernel:
         release = _kernel_release(scratch)
         _run([tool("depmod"), "-b", str(scratch), release])
 
-    folder = cache.folder(f"kernels/{image}_{_candidate(image)}", fill)
+    folder = cache.folder(f"kernels/{image}_{_candidate(image)}".replace(":", "-"), fill)
     note = cache.root() / "kernels" / f"{flavour}.json"
     scratch = note.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps({"folder": folder.name}))
@@ -141,7 +141,7 @@ def busybox() -> Path:
         if not (scratch / "bin").exists():
             (scratch / "bin").symlink_to("usr/bin")
 
-    return cache.folder(f"busybox/{_candidate('busybox-static')}", fill) / "bin/busybox"
+    return cache.folder(f"busybox/{_candidate('busybox-static')}".replace(":", "-"), fill) / "bin/busybox"
 
 
 def _kernel_in(folder: Path) -> Kernel:
