@@ -22,8 +22,8 @@ from virtio_devices.mmio import (
     MmioState,
 )
 from virtio_devices.queue import SplitQueue
-from virtio_driver import MODERN, Driver, descriptors
-from virtio_loop import ManualLoop
+from virtio_driver import MODERN, Driver, descriptors, new_loop, watched
+from vmm_core.directloop import DirectLoop
 from vmm_core.errors import StateError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.state import decode, encode
@@ -37,7 +37,7 @@ class Echo(VirtioDevice):
 
     device_type = 42
 
-    def __init__(self, loop: ManualLoop, *, fail: bool = False) -> None:
+    def __init__(self, loop: DirectLoop, *, fail: bool = False) -> None:
         features = F_INDIRECT_DESC | F_EVENT_IDX | F_PRIVATE
         super().__init__("echo", [loop], features=features, queue_sizes=[64, 16], config=bytes(range(12)))
         self.fail = fail
@@ -71,12 +71,14 @@ class Echo(VirtioDevice):
 
 
 @pytest.fixture
-def loop() -> ManualLoop:
-    return ManualLoop()
+def loop() -> Iterator[DirectLoop]:
+    loop = new_loop()
+    yield loop
+    loop.close()
 
 
 @pytest.fixture
-def make(memory: GuestMemory, loop: ManualLoop) -> Iterator[Callable[..., Driver]]:
+def make(memory: GuestMemory, loop: DirectLoop) -> Iterator[Callable[..., Driver]]:
     made: list[Driver] = []
 
     def make(device: VirtioDevice | None = None) -> Driver:
@@ -86,7 +88,7 @@ def make(memory: GuestMemory, loop: ManualLoop) -> Iterator[Callable[..., Driver
     yield make
     for driver in made:
         driver.close()
-    assert not loop.watches, "a closed device watches nothing"
+    assert not watched(loop), "a closed device watches nothing"
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def test_the_identity_registers_say_what_it_is(echo: Driver) -> None:
     assert echo.read(0x00C) == 0
 
 
-def test_a_placeholder_has_device_id_0_and_nothing_else(memory: GuestMemory, loop: ManualLoop) -> None:
+def test_a_placeholder_has_device_id_0_and_nothing_else(memory: GuestMemory, loop: DirectLoop) -> None:
     driver = Driver(None, memory, loop)
     assert [driver.read(offset) for offset in range(0, 0x110, 4)] == [0x7472_6976, 2] + [0] * 66
     for offset in range(0, 0x200, 4):
@@ -202,7 +204,7 @@ def test_a_configuration_change_before_driver_ok_raises_no_interrupt(echo: Drive
     assert (echo.read(0x060), echo.line.edges) == (0, 0)
 
 
-def test_a_device_without_writable_fields_ignores_writes(make: Callable[..., Driver], loop: ManualLoop) -> None:
+def test_a_device_without_writable_fields_ignores_writes(make: Callable[..., Driver], loop: DirectLoop) -> None:
     driver = make(VirtioDevice("plain", [loop], features=0, queue_sizes=[], config=b"\x05"))
     driver.negotiate()
     driver.write(0x100, 1, 1)
@@ -308,14 +310,14 @@ def test_writing_0_is_a_whole_reset(echo: Driver) -> None:
     echo.write(0x030, 0)
     assert (echo.status, echo.read(0x060), echo.read(0x044)) == (0, 0, 0)
     assert not echo.device.active
-    assert not echo.loop.watches
+    assert not watched(echo.loop)
     echo.offer(b"x", 1)
     echo.kick()
     assert echo.rings[0].collect() == [], "rings of before the reset are not touched"
     assert echo.start(F_VERSION_1).request(b"again", 5) == (5, b"again")
 
 
-def test_back_end_trouble_at_driver_ok_asks_for_a_reset(make: Callable[..., Driver], loop: ManualLoop) -> None:
+def test_back_end_trouble_at_driver_ok_asks_for_a_reset(make: Callable[..., Driver], loop: DirectLoop) -> None:
     driver = make(Echo(loop, fail=True))
     driver.start()
     assert driver.status == READY | NEEDS_RESET
@@ -433,7 +435,7 @@ def test_each_queue_has_its_own_doorbell(echo: Driver) -> None:
     echo.start()
     echo.offer(b"by descriptor", 13, queue=1)
     os.eventfd_write(echo.transport.notify_fds[1], 1)
-    echo.loop.settle()
+    echo.loop.poll()
     assert len(echo.rings[1].collect()) == 1
     for wild in (2, 0x1_0001, 0xFFFF_FFFF):
         echo.write(0x050, wild)
@@ -446,7 +448,7 @@ def test_a_doorbell_before_driver_ok_is_remembered(echo: Driver) -> None:
     echo.kick()
     assert echo.rings[0].collect() == []
     echo.status |= DRIVER_OK
-    echo.loop.settle()
+    echo.loop.poll()
     assert len(echo.rings[0].collect()) == 1
 
 
@@ -498,7 +500,7 @@ def test_a_paused_device_does_nothing_and_then_catches_up(echo: Driver) -> None:
     assert echo.rings[0].collect() == []
     echo.transport.resume()
     echo.transport.resume()
-    echo.loop.settle()
+    echo.loop.poll()
     assert len(echo.rings[0].collect()) == 1
 
 
@@ -516,7 +518,7 @@ def test_a_device_can_be_activated_reset_and_stopped_while_paused(echo: Driver) 
     assert echo.request(b"a", 1) == (1, b"a")
 
 
-def test_closing_twice_is_fine_and_gives_every_descriptor_back(memory: GuestMemory, loop: ManualLoop) -> None:
+def test_closing_twice_is_fine_and_gives_every_descriptor_back(memory: GuestMemory, loop: DirectLoop) -> None:
     before = descriptors()
     driver = Driver(Echo(loop), memory, loop).start()
     driver.close()
@@ -526,7 +528,7 @@ def test_closing_twice_is_fine_and_gives_every_descriptor_back(memory: GuestMemo
 
 
 def test_doorbells_that_cannot_be_made_leave_nothing_behind(
-    memory: GuestMemory, loop: ManualLoop, monkeypatch: pytest.MonkeyPatch
+    memory: GuestMemory, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = descriptors()
     real, calls = os.eventfd, []
@@ -543,7 +545,7 @@ def test_doorbells_that_cannot_be_made_leave_nothing_behind(
     assert descriptors() == before
 
 
-def test_a_device_needs_a_loop_and_is_activated_once(make: Callable[..., Driver], loop: ManualLoop) -> None:
+def test_a_device_needs_a_loop_and_is_activated_once(make: Callable[..., Driver], loop: DirectLoop) -> None:
     with pytest.raises(ValueError, match="needs a loop"):
         VirtioDevice("x", [], features=0, queue_sizes=[1])
     driver = make().start()
@@ -567,7 +569,7 @@ def test_a_live_device_goes_on_after_save_and_restore(make: Callable[..., Driver
     new.rings = old.rings
     assert new.rings[0].collect() == []
     new.transport.resume()
-    new.loop.settle()
+    new.loop.poll()
     assert new.rings[0].collect() == [(2, 7)]
     assert new.read(0x060) & USED_BUFFER
 
@@ -575,7 +577,7 @@ def test_a_live_device_goes_on_after_save_and_restore(make: Callable[..., Driver
 @given(st.lists(st.integers(0, 6), max_size=6))
 @settings(max_examples=100)
 def test_every_step_of_negotiation_survives_save_and_restore(steps: list[int]) -> None:
-    memory, loop = GuestMemory([(0, 1 << 20)]), ManualLoop()
+    memory, loop = GuestMemory([(0, 1 << 20)]), new_loop()
     old, new = Driver(Echo(loop), memory, loop), Driver(Echo(loop), memory, loop)
     actions: list[Callable[[], object]] = [
         old.acknowledge,
@@ -595,6 +597,7 @@ def test_every_step_of_negotiation_survives_save_and_restore(steps: list[int]) -
     assert new.device.active == (old.device.active and not old.broken)
     old.close()
     new.close()
+    loop.close()
 
 
 def test_states_that_cannot_be_are_refused_and_leave_a_reset_device(make: Callable[..., Driver]) -> None:
@@ -662,7 +665,7 @@ WRITES = st.tuples(st.one_of(st.sampled_from(REGISTERS), st.integers(0, 0x1FF)),
 @given(st.lists(WRITES, max_size=60), st.booleans())
 @settings(max_examples=1000)
 def test_no_sequence_of_register_writes_escapes_and_reset_always_works(writes: list[tuple[int, int, int]], live: bool) -> None:
-    memory, loop = GuestMemory([(0, 1 << 20)]), ManualLoop()
+    memory, loop = GuestMemory([(0, 1 << 20)]), new_loop()
     driver = Driver(Echo(loop), memory, loop)
     try:
         if live:
@@ -670,9 +673,10 @@ def test_no_sequence_of_register_writes_escapes_and_reset_always_works(writes: l
         for offset, size, value in writes:
             driver.write(offset, value & ((1 << 8 * size) - 1), size)
             assert 0 <= driver.read(offset, size) < 1 << 8 * size
-            loop.settle()
+            loop.poll()
             assert driver.device.active <= bool(driver.status & DRIVER_OK)
         assert driver.restart().request(b"works", 5) == (5, b"works")
     finally:
         driver.close()
-    assert not loop.watches
+        assert not watched(loop)
+        loop.close()

@@ -8,14 +8,25 @@ from pathlib import Path
 
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice
 from virtio_devices.mmio import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, SIZE, MmioTransport
-from virtio_loop import ManualLoop
 from virtio_rings import Ring
 from vmm_core.bus import Bus
+from vmm_core.clock import VirtualClock
+from vmm_core.directloop import DirectLoop
 from vmm_core.guestmem import GuestMemory
 
 BASE = 0xD000_0000
 RINGS = 0x1000  # where the driver puts its rings, 0x4000 bytes a queue
 DATA = 0x4_0000  # where it puts its buffers
+
+
+def new_loop() -> DirectLoop:
+    """Return a loop that runs only in poll(), with a clock of its own that moves only when told to."""
+    return DirectLoop("test", VirtualClock())
+
+
+def watched(loop: DirectLoop) -> list[int]:
+    """Return the descriptors that a loop watches."""
+    return list(loop._handlers)
 
 
 def descriptors() -> list[str]:
@@ -46,7 +57,7 @@ class Line:
 class Driver:
     """One device behind its transport, with the loop that serves it."""
 
-    def __init__(self, device: VirtioDevice | None, memory: GuestMemory, loop: ManualLoop) -> None:
+    def __init__(self, device: VirtioDevice | None, memory: GuestMemory, loop: DirectLoop) -> None:
         self.device, self.memory, self.loop = device, memory, loop
         self.line = Line()
         self.reports: list[str] = []
@@ -124,7 +135,7 @@ class Driver:
         assert self.negotiate(self.offered() & ~without if features is None else features)
         self.rings = [self.enable(index, size) for index in range(len(self.device.queue_sizes))]
         self.status |= DRIVER_OK
-        self.loop.settle()
+        self.loop.poll()
         return self
 
     def restart(self) -> Driver:
@@ -155,7 +166,7 @@ class Driver:
 
     def kick(self, queue: int = 0) -> None:
         self.write(0x050, queue)
-        self.loop.settle()
+        self.loop.poll()
 
     def request(self, *buffers: bytes | int, queue: int = 0) -> tuple[int, bytes]:
         """Make one request and wait for it: (bytes written as reported, what is in the writable buffers now)."""
