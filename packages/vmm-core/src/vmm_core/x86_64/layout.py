@@ -73,8 +73,8 @@ class Microvm:
     MP_TABLE: Final = Range(0xF_0000, 0x1_0000)
     FIRMWARE_AREA: Final = Range(0xE_0000, 0x2_0000)  # where a PC has its BIOS: reserved in the memory map, for the two above
     KERNEL_BASE: Final = 0x10_0000  # the lowest address for a kernel or a RAM disk: 1 MiB
-    # Older kernels do not say how high a RAM disk may lie; this is what all of them take, and where StratoVirt puts it.
-    INITRD_TOP: Final = 0x3800_0000
+    PLAIN_KERNEL: Final = 0x100_0000  # where Linux is linked to run, 16 MiB: for images that do not say so
+    INITRD_TOP: Final = 0x37FF_FFFF  # a RAM disk ends here or, if that is lower, where low RAM ends; all kernels take that
 
     # ACPI registers: below the slots, where StratoVirt's standard machine has its event register.
     GED_EVENT: Final = Range(0xF000_0000, 0x4)  # pending events of the generic event device, cleared by reading
