@@ -1,0 +1,53 @@
+"""File descriptors that clients passed with `getfd`, by name, until a device takes them.
+
+Not here: receiving them (`client`).
+"""
+
+from __future__ import annotations
+
+import os
+
+from qmp_protocol.errors import GENERIC_ERROR, QmpError
+
+_MOST = 256  # a client could else use up every descriptor of the process
+
+
+class DescriptorTable:
+    """Named descriptors. What is in the table is open and belongs to it; `close` ends all."""
+
+    def __init__(self) -> None:
+        self._fds: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._fds
+
+    def put(self, name: str, fd: int) -> None:
+        """Own `fd` under `name` and close the one that had the name.
+
+        Raises QmpError when there are too many; `fd` is closed then.
+        """
+        if name not in self._fds and len(self._fds) >= _MOST:
+            os.close(fd)
+            raise QmpError(GENERIC_ERROR, f"at most {_MOST} descriptors can wait for a device")
+        old = self._fds.get(name)
+        self._fds[name] = fd
+        if old is not None:
+            os.close(old)
+
+    def take(self, name: str) -> int | None:
+        """Hand over the descriptor called `name`, which is then the caller's to close; None when there is none."""
+        return self._fds.pop(name, None)
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        close_all(tuple(self._fds.values()))
+        self._fds.clear()
+
+
+def close_all(fds: tuple[int, ...]) -> None:
+    """Close descriptors that nobody wants."""
+    for fd in fds:
+        os.close(fd)

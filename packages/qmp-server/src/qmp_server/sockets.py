@@ -1,0 +1,142 @@
+"""Listening sockets, made without an event loop, so that a program can open its doors before it imports one.
+
+A unix socket file is replaced only when nobody listens on it, has mode 0600 before anybody can connect, and is removed at the
+end if it is still ours.
+
+Not here: accepting (`server`), and StratoVirt's option syntax.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import Self
+
+_LOCK_TRIES = 40
+_LOCK_PAUSE = 0.025  # seconds: a second in all, far longer than a bind takes
+
+
+class Listener:
+    """A listening socket, and the file that goes with it. Usable as a context manager."""
+
+    def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
+        """Take over a socket that listens already. `path` is its file, if it is a unix socket with one."""
+        sock.setblocking(False)
+        self.socket = sock
+        self.path = path
+        self._file = _identity(path) if path else None
+
+    def close(self) -> None:
+        """Close the socket and remove its file, unless somebody else has put another one there. Harmless twice."""
+        path, self.path = self.path, None
+        if path and self._file and _identity(path) == self._file:
+            path.unlink(missing_ok=True)
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def listen_unix(path: str | Path, *, backlog: int = 16) -> Listener:
+    """Listen on a unix socket at `path`.
+
+    Raises OSError: EADDRINUSE when a process listens there, EEXIST when a file is there that is no socket, ENAMETOOLONG, and
+    what the file system reports.
+    """
+    # The working directory may change before the file is removed.
+    path = Path(path).absolute()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            _bind(sock, path)
+        except FileExistsError:
+            _replace_stale(sock, path)
+        path.chmod(0o600)  # connecting is not possible before listen(), so nobody gets in between
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return Listener(sock, path)
+
+
+def listen_tcp(host: str, port: int, *, backlog: int = 16) -> Listener:
+    """Listen on a TCP port of a literal IPv4 or IPv6 address; port 0 picks a free one. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return Listener(sock)
+
+
+def _bind(sock: socket.socket, path: Path) -> None:
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise FileExistsError(errno.EEXIST, "the file exists", str(path)) from None
+        if error.errno is None:  # CPython's own check of the length has no number
+            raise OSError(errno.ENAMETOOLONG, "the path is too long for a unix socket", str(path)) from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _replace_stale(sock: socket.socket, path: Path) -> None:
+    """Bind where a file is. The directory is locked meanwhile: two processes must not both find the file stale."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _lock(directory, path)
+        try:
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise FileExistsError(errno.EEXIST, "the file is not a socket", str(path))
+            if _somebody_listens(path):
+                raise OSError(errno.EADDRINUSE, "another process listens there", str(path))
+            path.unlink()
+        except FileNotFoundError:
+            pass  # it went away by itself
+        _bind(sock, path)
+        sock.listen(0)  # from here on the next one in line finds it alive
+    finally:
+        os.close(directory)
+
+
+def _lock(directory: int, path: Path) -> None:
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE)
+        else:
+            return
+    raise OSError(errno.EADDRINUSE, "another process is making a socket in this directory", str(path))
+
+
+def _somebody_listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:  # its backlog is full
+            return True
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
