@@ -7,12 +7,13 @@ Nothing here differs by CPU architecture; what does lives beside it in `vmm_core
 from __future__ import annotations
 
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from vmm_core.bus import Bus
-from vmm_core.guestmem import GuestMemory
-from vmm_core.interrupt import InterruptLine
-from vmm_core.state import Stateful
+if TYPE_CHECKING:  # a machine without saved state need not load what states are made of
+    from vmm_core.bus import Bus
+    from vmm_core.guestmem import GuestMemory
+    from vmm_core.interrupt import InterruptLine
+    from vmm_core.state import State, Stateful
 
 
 class ExitReason(Enum):
@@ -32,10 +33,11 @@ class VcpuListener(Protocol):
         ...
 
 
-class Vcpu(Stateful, Protocol):
+class Vcpu(Protocol):
     """One virtual CPU with the thread that runs it.
 
-    A vCPU is made paused. Its thread is named ``CPU <index>/KVM`` in the form clients know: ``CPU 0/Kvm``.
+    A vCPU is made paused. Clients know its thread by the name ``CPU 0/Kvm``, or whatever its number is. After it told the
+    listener that it cannot go on, it counts as paused, and resume() does nothing until reset() or restore().
     """
 
     @property
@@ -61,11 +63,22 @@ class Vcpu(Stateful, Protocol):
     def resume(self) -> None: ...
 
     def reset(self) -> None:
-        """Load the boot state again. Only while paused."""
+        """Load the boot state again. Raises LifecycleError unless paused."""
+        ...
+
+    def save(self) -> State:
+        """Return every register (`vmm_core.state.Stateful`). Raises LifecycleError unless paused."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Put back what save() returned. Raises StateError for a state that does not fit, LifecycleError unless paused."""
         ...
 
     def stop(self) -> None:
-        """End the thread and give the vCPU back. Never hangs; safe from any thread but the vCPU's own, and twice."""
+        """End the thread and give the vCPU back. Safe from any thread but the vCPU's own, and twice.
+
+        Raises HypervisorError instead of hanging when a device keeps the vCPU from leaving an exit.
+        """
         ...
 
 
@@ -80,6 +93,17 @@ class Hypervisor(Protocol):
         """The wire of a global system interrupt, connected through an irqfd. The same object for the same number."""
         ...
 
+    def route_message(self, gsi: int, address: int, data: int) -> None:
+        """Make an edge on the line of `gsi` write `data` to `address`: a message-signalled interrupt.
+
+        Only numbers that no controller of the hypervisor has as a pin can be messages; on x86_64 those from 24 on.
+        """
+        ...
+
+    def unroute_message(self, gsi: int) -> None:
+        """Make an edge on the line of `gsi` do nothing again. Harmless when it does already."""
+        ...
+
     def add_ioeventfd(self, address: int, size: int, fd: int, *, match: int | None = None, port: bool = False) -> None:
         """Turn guest writes of `size` bytes (0: any) at `address` into events on `fd`, only those equal to `match` if given.
 
@@ -92,7 +116,7 @@ class Hypervisor(Protocol):
     def coalesce(self, address: int, size: int, *, port: bool = False) -> None:
         """Let the hypervisor collect writes in this range and deliver them late: in order, before the next exit is handled.
 
-        A hypervisor that cannot just delivers each write at once.
+        A hypervisor that cannot just delivers each write at once. Only before the first vCPU starts.
         """
         ...
 
@@ -101,7 +125,7 @@ class Hypervisor(Protocol):
         ...
 
     def create_vcpu(self, index: int, pio: Bus, mmio: Bus, listener: VcpuListener, boot: object) -> Vcpu:
-        """Make a vCPU. `boot` is the architecture's boot state (`vmm_core.x86_64.boot.VcpuBoot`), loaded at start and reset."""
+        """Make a vCPU. `boot` (`vmm_core.x86_64.vcpu_boot.VcpuBoot`) is the state that start() and reset() load."""
         ...
 
     @property
