@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import debian, guests, host
+from . import debian, guests, host, probe
 from .progress import say
 
 EXIT_LAB, EXIT_TIMEOUT = 125, 124  # as `docker run` and timeout(1) have them
@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lab", description="A host with a real /dev/kvm, on any machine, over this machine's files.")
+    parser = argparse.ArgumentParser(
+        prog="lab", description="A host with a real /dev/kvm, on any machine, over this machine's files."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     boots = argparse.ArgumentParser(add_help=False)
@@ -55,13 +57,24 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[boots], help="run a command in the lab: lab run [OPTIONS] -- COMMAND...")
     run.add_argument("--no-tty", action="store_true", help="do not give the command a terminal even when we have one")
     run.set_defaults(do=_run)
+    auto = commands.add_parser(
+        "auto", parents=[boots], help="run a command here if our own KVM runs guests directly, else in the lab"
+    )
+    auto.add_argument("--no-tty", action="store_true", help="do not give the command a terminal even when we have one")
+    auto.set_defaults(do=_auto)
+    look = commands.add_parser("probe", help="say whether our own KVM runs guests directly; exit status 0 for yes, 1 for no")
+    look.set_defaults(do=_probe)
     shell = commands.add_parser("shell", parents=[boots], help="a root shell in the lab")
     shell.set_defaults(do=_shell)
     setup = commands.add_parser("setup", help="install and download everything that the lab needs")
     setup.add_argument("--refresh", action="store_true", help="look for a newer kernel")
     setup.set_defaults(do=_setup)
-    assets = commands.add_parser("assets", help="build what guests boot from; prints kernel=, initrd= and rootfs= with their paths")
-    assets.add_argument("--flavour", choices=["cloud", "generic"], default="cloud", help="which of the distribution's kernels (cloud)")
+    assets = commands.add_parser(
+        "assets", help="build what guests boot from; prints kernel=, initrd= and rootfs= with their paths"
+    )
+    assets.add_argument(
+        "--flavour", choices=["cloud", "generic"], default="cloud", help="which of the distribution's kernels (cloud)"
+    )
     assets.add_argument("--size", type=int, default=256, metavar="MIB", help="size of the root image in MiB (256)")
     assets.set_defaults(do=_assets)
     return parser
@@ -97,6 +110,32 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     if not command:
         raise host.LabError("no command: lab run [OPTIONS] -- COMMAND...")
     return host.run(command, _options(options, tty=not options.no_tty and os.isatty(0) and os.isatty(1)))
+
+
+def _auto(options: argparse.Namespace, command: Sequence[str]) -> int:
+    """In the lab, or directly; says which and why."""
+    answer = probe.probe()
+    if not answer.native:
+        say(f"Running in the lab: {answer.reason}.")
+        return _run(options, command)
+    if not command:
+        raise host.LabError("no command: lab auto [OPTIONS] -- COMMAND...")
+    say(f"Running directly: {answer.reason}.")
+    environment = dict(os.environ)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        environment["LAB_OUT"] = str(options.out.resolve())
+    limit = [] if options.timeout is None else ["timeout", "--kill-after=10", f"{options.timeout:g}"]
+    try:
+        os.execvpe((*limit, *command)[0], [*limit, *command], environment)
+    except OSError as error:
+        raise host.LabError(f"{command[0]}: {error.strerror}") from None
+
+
+def _probe(_options: argparse.Namespace, _: Sequence[str]) -> int:
+    answer = probe.probe()
+    print(f"{'yes' if answer.native else 'no'}: {answer.reason}")
+    return 0 if answer.native else 1
 
 
 def _shell(options: argparse.Namespace, command: Sequence[str]) -> int:

@@ -78,7 +78,9 @@ def install(packages: Sequence[str]) -> None:
     if os.geteuid() != 0:
         sudo = shutil.which("sudo")
         if sudo is None:
-            raise SetupError(f"root is needed to install {' '.join(packages)}: run as root 'apt-get install {' '.join(packages)}'")
+            raise SetupError(
+                f"root is needed to install {' '.join(packages)}: run as root 'apt-get install {' '.join(packages)}'"
+            )
         command = [sudo, *command]
     say(f"Installing system packages: {' '.join(packages)}")
     with Step("Installing"):
@@ -231,6 +233,8 @@ def _output(command: Sequence[str], check: bool = True) -> str:
 
 
 def _run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL, env=env)
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL, env=env
+    )
     if done.returncode:
         raise SetupError(f"{' '.join(command)}: exit status {done.returncode}: {(done.stderr or done.stdout).strip()}")

@@ -31,7 +31,9 @@ kernel = debian.kernel
 busybox = debian.busybox
 
 
-def initrd(kernel: Kernel, modules: Sequence[str] = MODULES, script: str | None = None, files: Mapping[str, bytes] | None = None) -> Path:
+def initrd(
+    kernel: Kernel, modules: Sequence[str] = MODULES, script: str | None = None, files: Mapping[str, bytes] | None = None
+) -> Path:
     """An initrd with busybox and these modules (and what they depend on) for this kernel.
 
     It mounts root= and goes on there; with a `script` (text for busybox sh) it runs that instead, as PID 1. `files`
@@ -55,9 +57,11 @@ def initrd(kernel: Kernel, modules: Sequence[str] = MODULES, script: str | None 
             archive.file(name, data, 0o755)
         for number, module in enumerate(module_files(kernel, modules)):
             archive.file(f"modules/{number:02}-{module_name(module.name)}.ko", module_bytes(module))
-        path.write_bytes(archive.bytes())
+        path.write_bytes(archive.finish())
 
-    key = cache.digest(init, str(shell), str(kernel.image), " ".join(modules), *contents, Path(__file__), _HERE.parent / "initrd.py")
+    key = cache.digest(
+        init, str(shell), str(kernel.image), " ".join(modules), *contents, Path(__file__), _HERE.parent / "initrd.py"
+    )
     return cache.file(f"guests/initrd-{key}", build)
 
 
@@ -124,7 +128,12 @@ def _make_ext4(image: Path, tree: Path, size: int) -> None:
         names = ["/" + str(entry.relative_to(tree)) for entry in sorted(tree.rglob("*"))]
         commands = "".join(f'sif "{name}" {field} 0\n' for name in names for field in ("uid", "gid"))
         done = subprocess.run(
-            [tool("debugfs"), "-w", "-f", "-", str(image)], input=commands, capture_output=True, text=True, check=False, env=environment
+            [tool("debugfs"), "-w", "-f", "-", str(image)],
+            input=commands,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
         )
         if done.returncode:
             raise SetupError(f"debugfs: {done.stderr.strip()}")

@@ -81,7 +81,7 @@ def assets() -> tuple[debian.Kernel, Path]:
                 if module not in placed:
                     archive.file(f"modules/{stage}-{number:02}-{module_name(module.name)}.ko", module_bytes(module))
                     placed.add(module)
-        path.write_bytes(archive.bytes())
+        path.write_bytes(archive.finish())
 
     key = cache.digest(init, inside, repr(MODULES), str(kernel.image), str(busybox))
     return kernel, cache.file(f"lab/{key}/initrd", build)
@@ -130,7 +130,7 @@ def _job_archive(command: Sequence[str], kernel: debian.Kernel, options: Options
     archive = Archive()
     archive.file("lab/job", os.fsencode(job_script(command, str(Path.cwd()), environment)))
     archive.file("lab/parameters", "".join(f"{name}={shlex.quote(value)}\n" for name, value in parameters.items()).encode())
-    return archive.bytes()
+    return archive.finish()
 
 
 class _Host:

@@ -42,7 +42,7 @@ class Archive:
         """Add a character device node."""
         self._place(name, stat.S_IFCHR | mode, b"", major, minor)
 
-    def bytes(self) -> bytes:
+    def finish(self) -> bytes:
         """The whole archive, ended and padded to 512 bytes."""
         end = _entry("TRAILER!!!", 0, 0, b"", 0, 0)
         body = b"".join([*self._parts, end])

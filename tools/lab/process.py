@@ -41,7 +41,7 @@ class Child:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
-            preexec_fn=die_with_parent(),
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 - this process has one thread
         )
         stack.callback(self.kill)
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 
 class Step:
@@ -21,7 +22,7 @@ class Step:
         self._start = 0.0
         self._drawn = -1
 
-    def __enter__(self) -> Step:
+    def __enter__(self) -> Self:
         self._start = time.monotonic()
         if self._tty:
             self.update(0.0)
