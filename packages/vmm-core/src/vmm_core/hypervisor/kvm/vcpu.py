@@ -9,14 +9,12 @@ Not here: registers (`x86_64.vcpu`), what an exit that ends the guest means (`ex
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import signal
 from collections.abc import Callable
 from errno import EAGAIN, EINTR
 from fcntl import ioctl
-from pathlib import Path
 from struct import Struct
 from threading import Condition, Thread, get_ident
 from typing import TYPE_CHECKING, Any
@@ -207,13 +205,22 @@ class KvmVcpu:
                 self._condition.notify_all()
 
     def _set_up_thread(self) -> None:
-        with contextlib.suppress(OSError):  # a name that cannot be given is no reason to fail
-            Path(f"/proc/self/task/{self.thread_id}/comm").write_text(f"CPU {self.index}/Kvm")
+        self._name_thread()
         signal.pthread_sigmask(signal.SIG_SETMASK, set(signal.valid_signals()) - _OUR_OWN_FAULT)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         # Two signals below SIGRTMIN are the C library's own and stay open: setuid() in any thread waits for all others.
         mask = sum(1 << number - 1 for number in blocked if number != KICK)
         kvm.call(self._fd, kvm.SET_SIGNAL_MASK, bytearray(kvm.SIGNAL_MASK.pack(8, mask)))
+
+    def _name_thread(self) -> None:
+        try:
+            fd = os.open(f"/proc/self/task/{self.thread_id}/comm", os.O_WRONLY | os.O_CLOEXEC)
+        except OSError:  # a name that cannot be given is no reason to fail
+            return
+        try:
+            os.write(fd, f"CPU {self.index}/Kvm".encode())
+        finally:
+            os.close(fd)
 
     def _wait_for_work(self) -> bool:
         """Stay parked until the guest may run; False when the thread is to end."""
