@@ -15,7 +15,7 @@ from vmm_core.directloop import DirectLoop
 from vmm_core.guestmem import GuestMemory
 
 BASE = 0xD000_0000
-RINGS = 0x1000  # where the driver puts its rings, 0x4000 bytes a queue
+RINGS = 0x1000  # where the driver puts its rings, sharing the space up to DATA
 DATA = 0x4_0000  # where it puts its buffers
 
 
@@ -120,7 +120,10 @@ class Driver:
 
     def enable(self, index: int, size: int = 8) -> Ring:
         """Set up one queue."""
-        ring = Ring(self.memory, size, RINGS + 0x4000 * index)
+        assert self.device is not None
+        room = (DATA - RINGS) // len(self.device.queue_sizes) & ~15
+        ring = Ring(self.memory, size, RINGS + room * index)
+        assert ring.end <= RINGS + room * (index + 1)
         self.write(0x030, index)
         self.write(0x038, size)
         for register, address in ((0x080, ring.desc), (0x090, ring.avail), (0x0A0, ring.used)):

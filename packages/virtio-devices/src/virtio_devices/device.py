@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from virtio_devices.queue import QueueError, SplitQueue
+from vmm_core.errors import StateError, VmmError
 from vmm_core.loop import READ, Loop
 from vmm_core.state import State, expect, versioned
 
@@ -22,6 +23,10 @@ from vmm_core.state import State, expect, versioned
 F_INDIRECT_DESC = 1 << 28
 F_EVENT_IDX = 1 << 29
 F_VERSION_1 = 1 << 32
+
+
+class DeviceError(VmmError):
+    """A device cannot do what its owner asked for, or cannot start; the message names the device and the reason."""
 
 
 class Notifier(Protocol):
@@ -175,8 +180,6 @@ class VirtioDevice:
     def restore(self, state: Any) -> None:
         """Put back a saved state, before or after the transport's. Raises StateError when it does not fit."""
         if expect(state, DeviceState, self.name).device_type != self.device_type:
-            from vmm_core.errors import StateError
-
             raise StateError(f"{self.name}: state of device type {state.device_type}, not {self.device_type}")
 
     # For subclasses

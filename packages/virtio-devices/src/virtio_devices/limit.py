@@ -1,0 +1,41 @@
+"""A leaky bucket: how much may pass per second on the machine's clock, with up to one second's worth at once from rest.
+
+Not here: what waits meanwhile. Who is told to wait arms a timer and asks again.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from vmm_core.clock import Clock
+
+_SECOND = 1_000_000_000  # ns
+
+
+class LeakyBucket:
+    """One limit, which any number of threads may share.
+
+    The level drains by `rate` units a second; while it is not above `rate`, whatever is asked for passes and raises it. This
+    is StratoVirt's rule (reference virtio, section 5.6): an iops limit lets one more than a second's worth pass from rest.
+    """
+
+    def __init__(self, clock: Clock, rate: int) -> None:
+        """Limit to `rate` units a second, at least 1."""
+        if rate < 1:
+            raise ValueError(f"a rate of {rate}")
+        self._clock = clock
+        self._rate = rate
+        # When the bucket will be empty, in nanoseconds times rate: whole numbers, so nothing is lost by rounding.
+        self._empty_at = 0
+        self._lock = threading.Lock()
+
+    def take(self, units: int) -> int:
+        """Take `units` and return 0, or take nothing and return for how many nanoseconds to wait before asking again."""
+        rate = self._rate
+        with self._lock:
+            now = self._clock.now() * rate
+            over = self._empty_at - now - rate * _SECOND
+            if over > 0:
+                return -(-over // rate)
+            self._empty_at = max(self._empty_at, now) + units * _SECOND
+            return 0
