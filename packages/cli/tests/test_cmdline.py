@@ -71,6 +71,7 @@ def test_kata_containers_command_line_parses() -> None:
         Virtconsole(chardev="charconsole0", id="virtio-console0", nr=0),
     )
     assert config.disable_seccomp
+    assert config.log
     assert config.log_file is None
 
 

@@ -95,7 +95,7 @@ def configurations(draw: st.DrawFn) -> list[str]:
     argv += draw(st.sampled_from([[], ["-serial", "stdio"], ["-serial", "chardev:tty", "-chardev", "pty,id=tty"]]))
     argv += draw(st.sampled_from([[], ["-qmp", "unix:q,server,nowait"], ["-qmp", "tcp:1.2.3.4:5,server,nowait"]]))
     argv += draw(st.sampled_from([[], ["-chardev", "socket,id=mon,path=p,server,nowait", "-mon", "chardev=mon,mode=control"]]))
-    argv += draw(st.sampled_from([[], ["-S"], ["-mem-prealloc", "-D", "log"], ["-daemonize", "-pidfile", "p"]]))
+    argv += draw(st.sampled_from([[], ["-S"], ["-mem-prealloc", "-D", "log"], ["-D"], ["-daemonize", "-pidfile", "p"]]))
     return argv
 
 

@@ -69,6 +69,7 @@ def build(argv: Sequence[str]) -> Config:
         freeze="S" in given,
         test_socket=_test_socket(given),
         name=_text(given, "name", ID) or "",
+        log="D" in given,
         log_file=_text(given, "D", PATH),
         daemonize="daemonize" in given,
         pidfile=_text(given, "pidfile", PATH),

@@ -44,6 +44,7 @@ class Config(Record):
     test_socket: str | None = None  # -mod-test: connect here, run no vCPU
 
     name: str = ""
+    log: bool = False  # -D: steps are logged, and not only what goes wrong
     log_file: str | None = None  # None: standard error
     daemonize: bool = False
     pidfile: str | None = None

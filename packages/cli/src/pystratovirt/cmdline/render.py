@@ -24,7 +24,6 @@ def render(config: Config) -> list[str]:
         ("-append", config.append or None),
         ("-mod-test", config.test_socket),
         ("-name", config.name or None),
-        ("-D", config.log_file),
         ("-pidfile", config.pidfile),
     ):
         if text is not None:
@@ -36,6 +35,8 @@ def render(config: Config) -> list[str]:
         ("-disable-seccomp", config.disable_seccomp),
     ):
         argv += [option] * on
+    if config.log:
+        argv += ["-D", config.log_file] if config.log_file is not None else ["-D"]
     chardevs = [chardev for chardev in config.chardevs.values() if chardev is not config.serial or chardev.id != SERIAL_ID]
     groups: list[tuple[str, list[Parameters]]] = [
         ("-drive", [*config.drives.values()]),
