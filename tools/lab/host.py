@@ -118,12 +118,12 @@ def _job_archive(command: Sequence[str], kernel: debian.Kernel, options: Options
     """What differs from run to run, as a second archive behind the initramfs (the kernel unpacks both)."""
     environment = {**os.environ, **options.environment, "LAB": "1"}
     if options.out:
-        environment["LAB_OUT"] = "/run/lab/out"
+        environment["LAB_OUT"] = str(options.out.resolve())
     size = shutil.get_terminal_size() if options.tty else None
     parameters = {
         "LAB_TOKEN": token,
         "LAB_MODULES": str(kernel.modules),
-        "LAB_SHARE": "1" if options.out else "",
+        "LAB_SHARE": str(options.out.resolve()) if options.out else "",
         "LAB_STDIN": "1" if options.stdin else "",
         "LAB_TTY": f"{size.lines} {size.columns}" if size else "",
     }

@@ -33,9 +33,10 @@ $b mkdir -p dev/pts dev/shm
 $b mount -t devpts -o ptmxmode=666 devpts dev/pts
 $b mount -t tmpfs -o mode=1777 shm dev/shm
 $b mount -t tmpfs -o mode=755 run run
-$b mkdir -p run/lab/out run/lock
+$b mkdir -p run/lab run/lock
 $b cp -a /bin/busybox /lab/. run/lab/
-[ -z "$LAB_SHARE" ] || $b mount -t virtiofs out run/lab/out || $b reboot -f
+# At the same path as outside, so that a command need not know where it runs.
+[ -z "$LAB_SHARE" ] || $b mount -t virtiofs out "/root$LAB_SHARE" || $b reboot -f
 if [ -d "/root$LAB_MODULES" ]; then
     $b mkdir -p "lib/modules/$($b uname -r)"
     $b mount -o bind "/root$LAB_MODULES" "lib/modules/$($b uname -r)"

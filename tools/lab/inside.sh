@@ -34,6 +34,6 @@ echo 1 >/sys/fs/cgroup/job/cgroup.kill
 wait
 { $b dmesg; printf '\001%s' "$LAB_TOKEN"; } >/dev/vport0p5
 $b sync
-[ -z "$LAB_SHARE" ] || $b umount /run/lab/out
+[ -z "$LAB_SHARE" ] || $b umount "$LAB_SHARE"
 echo "exit $status" >/dev/vport0p4
 while :; do $b sleep 1000; done

@@ -1,0 +1,224 @@
+"""Fixtures of the whole-VM tests. They need a /dev/kvm that runs Linux: `tox -e lab` gives them one on any machine.
+
+Each test starts VMMs with `start`, and leaves nothing behind: afterwards there is no process of theirs, no socket of one
+that ended by itself, no new temporary file, and no complaint of KVM in the kernel's log. Consoles, logs and command
+lines of a failed test are kept in $LAB_OUT (or lab-results/), in a folder with the test's name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import guests
+from lab.probe import probe
+from lab.vmm import Qmp, Vmm, end_session, session_processes
+
+_HERE = Path(__file__).parent
+_WATCHED = ("/tmp", "/dev/shm", "/run", "/var/tmp")
+# What is known to be harmless: kvm-amd asks the emulated CPU for a performance counter that it does not have.
+_HARMLESS = re.compile(r"(Unhandled|ignored) (WRMSR|wrmsr).*0xc0010007")
+_COMPLAINT = re.compile(r"\bkvm\b.*|SVM:.*|BUG:.*|Oops.*|Call Trace.*|Out of memory.*|general protection.*", re.IGNORECASE)
+_report = pytest.StashKey[pytest.TestReport]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in this folder."""
+    for item in items:
+        if _HERE in item.path.parents:
+            item.add_marker(pytest.mark.lab)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """In CI a skipped lab test is a failed one: the lab is there so that nothing has to be skipped."""
+    report: pytest.TestReport = yield
+    if report.skipped and os.environ.get("CI") == "true" and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI does not allow: {report.longrepr}"
+    if report.failed or call.when == "call":
+        item.stash[_report] = report
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """The same for a whole file."""
+    report: pytest.CollectReport = yield
+    if report.skipped and os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI does not allow: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def usable_kvm() -> None:
+    """These tests run where guests run; elsewhere they are skipped, with the way to run them."""
+    answer = probe()
+    if not answer.native:
+        pytest.skip(f"{answer.reason}; use 'tox -e lab'")
+
+
+@pytest.fixture(scope="session")
+def cloud_kernel() -> guests.Kernel:
+    """The stock cloud kernel: finds CPUs and disks through ACPI only."""
+    return guests.kernel("cloud")
+
+
+@pytest.fixture(scope="session")
+def generic_kernel() -> guests.Kernel:
+    """The stock generic kernel: reads MP tables too."""
+    return guests.kernel("generic")
+
+
+@pytest.fixture(scope="session")
+def initrd(cloud_kernel: guests.Kernel) -> Path:
+    """An initrd for the cloud kernel that mounts root= and goes on there."""
+    return guests.initrd(cloud_kernel)
+
+
+@pytest.fixture(scope="session")
+def generic_initrd(generic_kernel: guests.Kernel) -> Path:
+    """The same for the generic kernel."""
+    return guests.initrd(generic_kernel)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder for one test, with a path that is short enough for sockets."""
+    path = Path(tempfile.mkdtemp(prefix="vm-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def rootfs(folder: Path) -> Path:
+    """A root image of this test's own, to write to."""
+    return guests.copy_image(guests.rootfs(), folder / "rootfs.ext4")
+
+
+@pytest.fixture(scope="session")
+def direct_folder() -> Iterator[Path]:
+    """A folder whose files can be opened with O_DIRECT. The lab's own files lie in memory, which cannot."""
+    path = Path(tempfile.mkdtemp(prefix="direct-", dir="/tmp"))
+    probe_file = path / "probe"
+    probe_file.touch()
+    try:
+        os.close(os.open(probe_file, os.O_RDWR | os.O_DIRECT))
+        mounted = False
+    except OSError:
+        mounted = True
+        image = path.with_suffix(".img")
+        subprocess.run(["modprobe", "loop"], check=True)
+        subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(image), "4G"], check=True)
+        subprocess.run(["mount", "-o", "loop", str(image), str(path)], check=True)
+    yield path
+    if mounted:
+        subprocess.run(["umount", str(path)], check=True)
+        image.unlink()
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Callable[..., Vmm]]:
+    """Start the VMM with these arguments: start("-machine", "microvm", …, name="second") -> Vmm.
+
+    $STRATOVIRT names another program than the one beside this Python, to run the same test with a peer.
+    """
+    program = os.environ.get("STRATOVIRT") or str(Path(sys.executable).with_name("stratovirt"))
+    running: list[Vmm] = []
+
+    def starter(*arguments: object, name: str = "") -> Vmm:
+        vmm = Vmm([program, *map(str, arguments)], folder, name or f"vmm{len(running)}")
+        running.append(vmm)
+        return vmm
+
+    yield starter
+    for vmm in running:
+        vmm.kill()
+    left = [entry for vmm in running for entry in session_processes(vmm.pid)]
+    for vmm in running:
+        end_session(vmm.pid)
+    if _failed(request.node):
+        _keep(request.node, running)
+    assert not left, f"processes left behind: {left}"
+    if not any(vmm.killed for vmm in running):  # kill -9 gives no chance to remove a socket
+        sockets = [path.name for path in folder.iterdir() if path.is_socket()]
+        assert not sockets, f"sockets left behind: {sockets}"
+
+
+@pytest.fixture
+def qmp(folder: Path) -> Iterator[Callable[[], Qmp]]:
+    """Connect to this test's QMP socket, folder/"qmp.sock": qmp() -> Qmp. Closed at the end."""
+    connections: list[Qmp] = []
+
+    def connect() -> Qmp:
+        connections.append(Qmp(folder / "qmp.sock"))
+        return connections[-1]
+
+    yield connect
+    for connection in connections:
+        connection.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_in_temporary_folders() -> Iterator[None]:
+    """No new file in the places where programs put temporary ones."""
+    before = _temporary_files()
+    yield
+    left = _temporary_files() - before
+    assert not left, f"left behind: {sorted(left)}"
+
+
+@pytest.fixture(autouse=True)
+def no_complaint_in_the_kernel_log(usable_kvm: None) -> Iterator[None]:
+    """The host's kernel log shows no KVM error, no warning and no crash from this test."""
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        os.lseek(log, 0, os.SEEK_END)
+        yield
+        complaints = [line for line in _kernel_messages(log) if _COMPLAINT.search(line) and not _HARMLESS.search(line)]
+    finally:
+        os.close(log)
+    assert not complaints, "the kernel complained:\n" + "\n".join(complaints)
+
+
+def _kernel_messages(log: int) -> Iterator[str]:
+    """New warnings and worse, one a record (Linux, Documentation/ABI/testing/dev-kmsg)."""
+    while True:
+        try:
+            record = os.read(log, 8192).decode(errors="replace")
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            continue  # the ring went round; the next read gives the oldest that is left
+        head, _, text = record.partition(";")
+        if int(head.split(",")[0]) & 7 <= 4:  # LOG_WARNING
+            yield text.splitlines()[0]
+
+
+def _temporary_files() -> set[str]:
+    # Folders of fixtures with a longer life, and of pytest itself, are not a test's leavings.
+    ours = re.compile(r"/(pytest-of-.*|direct-.*)$")
+    return {str(path) for folder in _WATCHED for path in Path(folder).iterdir() if not ours.search(str(path))}
+
+
+def _failed(item: pytest.Item) -> bool:
+    return item.stash.get(_report, None) is not None and item.stash[_report].failed
+
+
+def _keep(item: pytest.Item, vmms: list[Vmm]) -> None:
+    target = Path(os.environ.get("LAB_OUT", "lab-results")) / re.sub(r"[^\w.-]+", "_", item.name)
+    target.mkdir(parents=True, exist_ok=True)
+    for vmm in vmms:
+        shutil.copy(vmm.console, target)
+        shutil.copy(vmm.log, target)
+        (target / f"{vmm.log.stem}.command").write_text(" ".join(vmm.command) + "\n")
