@@ -167,6 +167,11 @@ class KvmVcpu:
         """Put back what save() returned. Raises StateError for a state that is not one, or does not fit this host."""
         self._change_state(lambda: self._arch.restore(state))
 
+    def describe(self) -> str:
+        """Return the registers for a log."""
+        self._expect_parked()
+        return self._arch.describe()
+
     def _change_state(self, change: Any) -> None:
         self._expect_parked()
         change()
