@@ -78,9 +78,35 @@ class HostFile:
 
     # --- reading and writing ---
 
+    def read_some(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Fill `buffers` from `offset` as far as the file goes; return the number of bytes that were there."""
+        total = sum(map(len, buffers))
+        align = self.alignment
+        if not self.direct or not (offset % align or total % align):
+            try:
+                return _some(os.preadv, self.fd, offset, buffers, total)
+            except OSError as e:
+                if not self.direct or e.errno != errno.EINVAL:
+                    raise
+        target = Cursor(buffers)
+        start, end = offset - offset % align, -(-(offset + total) // align) * align
+        done = 0
+        bounce = _aligned(min(_BOUNCE, end - start))
+        at = start
+        while at < end:
+            part = bounce[: min(end - at, _BOUNCE)]
+            got = _some(os.preadv, self.fd, at, [part], len(part))
+            useful = part[max(offset - at, 0) : max(min(at + got, offset + total) - at, 0)]
+            target.copy_from(useful)
+            done += len(useful)
+            at += len(part)
+            if got < len(part):
+                break
+        return done
+
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers` from `offset`. A file that ends before is EIO: somebody truncated it."""
-        if read_some(self, offset, buffers) != sum(map(len, buffers)):
+        if self.read_some(offset, buffers) != sum(map(len, buffers)):
             raise OSError(errno.EIO, "the file ends inside the range to be read")
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -217,7 +243,7 @@ class HostFile:
             self._write_bounced(offset, buffers, total)  # the memory is misaligned
 
     def _write_bounced(self, offset: int, buffers: Sequence[memoryview], total: int) -> None:
-        source = _Cursor(buffers)
+        source = Cursor(buffers)
         bounce = _aligned(min(_BOUNCE, total))
         while total:
             part = bounce[: min(total, _BOUNCE)]
@@ -229,7 +255,7 @@ class HostFile:
     def _read_modify_write(self, offset: int, buffers: Sequence[memoryview], total: int) -> None:
         align = self.alignment
         start, end = offset - offset % align, -(-(offset + total) // align) * align
-        source = _Cursor(buffers)
+        source = Cursor(buffers)
         bounce = _aligned(min(_BOUNCE, end - start))
         with self.gate.write(start, end, exclusive=True):
             size = os.fstat(self.fd).st_size
@@ -248,50 +274,33 @@ class HostFile:
                 os.ftruncate(self.fd, max(size, offset + total))
 
 
-def read_some(file: HostFile, offset: int, buffers: Sequence[memoryview]) -> int:
-    """Fill `buffers` from `offset` as far as the file goes; return the number of bytes that were there."""
-    total = sum(map(len, buffers))
-    align = file.alignment
-    if not file.direct or not (offset % align or total % align):
-        try:
-            return _some(os.preadv, file.fd, offset, buffers, total)
-        except OSError as e:
-            if not file.direct or e.errno != errno.EINVAL:
-                raise
-    target = _Cursor(buffers)
-    start, end = offset - offset % align, -(-(offset + total) // align) * align
-    done = 0
-    bounce = _aligned(min(_BOUNCE, end - start))
-    at = start
-    while at < end:
-        part = bounce[: min(end - at, _BOUNCE)]
-        got = _some(os.preadv, file.fd, at, [part], len(part))
-        useful = part[max(offset - at, 0) : max(min(at + got, offset + total) - at, 0)]
-        target.copy_from(useful)
-        done += len(useful)
-        at += len(part)
-        if got < len(part):
-            break
-    return done
-
-
-class _Cursor:
+class Cursor:
     """Walks over a list of buffers, copying piece by piece."""
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
         self._left = list(buffers)
 
     def copy_to(self, target: memoryview) -> None:
+        """Fill `target` from the buffers."""
         while len(target):
             part = self._take(len(target))
             target[: len(part)] = part
             target = target[len(part) :]
 
     def copy_from(self, source: memoryview) -> None:
+        """Put `source` into the buffers."""
         while len(source):
             part = self._take(len(source))
             part[:] = source[: len(part)]
             source = source[len(part) :]
+
+    def views(self, length: int) -> list[memoryview]:
+        """The next `length` bytes, as views of the buffers."""
+        found = []
+        while length:
+            found.append(self._take(length))
+            length -= len(found[-1])
+        return found
 
     def _take(self, limit: int) -> memoryview:
         while not len(self._left[0]):
@@ -341,3 +350,12 @@ def _all(
 ) -> None:
     if _some(call, fd, offset, buffers, total) != total:
         raise OSError(errno.EIO, "nothing more can be written")
+
+
+def read_padded(file: HostFile, offset: int, buffers: Sequence[memoryview]) -> None:
+    """Fill `buffers` from `offset`; what the file does not have reads as zeroes."""
+    done = file.read_some(offset, buffers)
+    for buffer in buffers:
+        if done < len(buffer):
+            buffer[done:] = bytes(len(buffer) - done)
+        done = max(done - len(buffer), 0)

@@ -1,0 +1,145 @@
+"""Making new qcow2 images. Not here: what goes into them, or which file may be overwritten."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from typing import NamedTuple
+
+from ..errors import ImageFormatError
+from ..hostfile import HostFile
+from . import tables
+from .format import (
+    AUTOCLEAR_DATA_FILE_RAW,
+    COMPAT_LAZY_REFCOUNTS,
+    COMPRESSION_NAMES,
+    EXT_BACKING_FORMAT,
+    EXT_DATA_FILE,
+    EXT_FEATURE_NAMES,
+    INCOMPAT_COMPRESSION,
+    INCOMPAT_DATA_FILE,
+    INCOMPAT_EXTENDED_L2,
+    MAX_BACKING_NAME,
+    MAX_CLUSTER_BITS,
+    MAX_L1_BYTES,
+    MAX_VIRTUAL_SIZE,
+    MIN_CLUSTER_BITS,
+    V2_LENGTH,
+    Header,
+    feature_name_table,
+)
+from .refcount import pack
+
+
+class Options(NamedTuple):
+    """What a new image is like; qemu-img's names and defaults."""
+
+    version: int = 3  # compat=0.10 is 2, compat=1.1 is 3
+    cluster_size: int = 65536
+    refcount_bits: int = 16
+    extended_l2: bool = False
+    compression_type: str = "zlib"
+    lazy_refcounts: bool = False
+    backing_file: str | None = None
+    backing_format: str | None = None
+    data_file: str | None = None
+    data_file_raw: bool = False
+    preallocation: str = "off"  # off, metadata, falloc, full
+
+
+def check_options(size: int, o: Options) -> None:
+    """Refuse what no image can be. ImageFormatError names the option and what it may be."""
+    bits = o.cluster_size.bit_length() - 1
+    if o.cluster_size != 1 << bits or not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
+        raise ImageFormatError(f"cluster_size={o.cluster_size}: expected a power of two from 512 to 2097152")
+    if o.refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
+        raise ImageFormatError(f"refcount_bits={o.refcount_bits}: expected a power of two up to 64")
+    if o.compression_type not in COMPRESSION_NAMES.values():
+        raise ImageFormatError(f"compression_type={o.compression_type}: expected zlib or zstd")
+    if o.preallocation not in ("off", "metadata", "falloc", "full"):
+        raise ImageFormatError(f"preallocation={o.preallocation}: expected off, metadata, falloc or full")
+    if o.version not in (2, 3):
+        raise ImageFormatError(f"compat version {o.version}: expected 2 (0.10) or 3 (1.1)")
+    if o.version == 2:
+        for name, given in (
+            ("refcount_bits", o.refcount_bits != 16),
+            ("extended_l2", o.extended_l2),
+            ("compression_type", o.compression_type != "zlib"),
+            ("lazy_refcounts", o.lazy_refcounts),
+            ("data_file", o.data_file is not None),
+        ):
+            if given:
+                raise ImageFormatError(f"{name} needs compat=1.1")
+    if o.extended_l2 and o.cluster_size < 16384:
+        raise ImageFormatError("extended_l2 needs a cluster_size of 16384 or more")
+    if o.data_file_raw and not o.data_file:
+        raise ImageFormatError("data_file_raw needs data_file")
+    if o.data_file and o.backing_file and o.data_file_raw:
+        raise ImageFormatError("data_file_raw and backing_file do not go together")
+    if o.backing_file is not None and len(os.fsencode(o.backing_file)) > MAX_BACKING_NAME:
+        raise ImageFormatError(f"backing_file: expected at most {MAX_BACKING_NAME} bytes")
+    if o.backing_format and not o.backing_file:
+        raise ImageFormatError("backing_fmt needs backing_file")
+    if o.preallocation != "off" and o.backing_file and not o.extended_l2:
+        raise ImageFormatError("preallocation and backing_file go together only with extended_l2")
+    if not 0 <= size <= MAX_VIRTUAL_SIZE:
+        raise ImageFormatError(f"size={size}: expected 0 to 2^63-1")
+    if -(-size >> (2 * bits - (4 if o.extended_l2 else 3))) * 8 > MAX_L1_BYTES:
+        raise ImageFormatError(f"size={size}: too large for clusters of {o.cluster_size} bytes")
+
+
+def write_empty(file: HostFile, size: int, o: Options) -> None:
+    """Write the metadata of an empty image of `size` bytes into the empty `file`, and flush it."""
+    check_options(size, o)
+    h = Header()
+    h.version = o.version
+    h.cluster_bits = o.cluster_size.bit_length() - 1
+    h.size = size
+    h.refcount_order = o.refcount_bits.bit_length() - 1
+    if o.version == 2:
+        h.header_length = V2_LENGTH
+    if o.extended_l2:
+        h.incompatible |= INCOMPAT_EXTENDED_L2
+    if o.compression_type == "zstd":
+        h.incompatible |= INCOMPAT_COMPRESSION
+        h.compression_type = 1
+    if o.lazy_refcounts:
+        h.compatible |= COMPAT_LAZY_REFCOUNTS
+    if o.version >= 3:
+        h.set_extension(EXT_FEATURE_NAMES, feature_name_table())
+    if o.data_file:
+        h.incompatible |= INCOMPAT_DATA_FILE
+        h.set_extension(EXT_DATA_FILE, os.fsencode(o.data_file))
+        if o.data_file_raw:
+            h.autoclear |= AUTOCLEAR_DATA_FILE_RAW
+    if o.backing_file:
+        h.backing_file = os.fsencode(o.backing_file)
+        if o.backing_format:
+            h.set_extension(EXT_BACKING_FORMAT, o.backing_format.encode())
+    bits = h.cluster_bits
+    l1_clusters = max(-(-h.l1_needed * 8 >> bits), 1)
+    # Cluster 0 is the header, then the refcount table, its blocks, the L1 table.
+    per_block = 1 << bits + 3 - h.refcount_order
+    table_clusters = blocks = 1
+    while True:
+        total = 1 + table_clusters + blocks + l1_clusters
+        need_blocks = -(-total // per_block)
+        need_table = -(-need_blocks * 8 >> bits)
+        if need_blocks <= blocks and need_table <= table_clusters:
+            break
+        blocks, table_clusters = max(need_blocks, blocks), max(need_table, table_clusters)
+    h.refcount_table_offset, h.refcount_table_clusters = 1 << bits, table_clusters
+    first_block = 1 + table_clusters
+    h.l1_table_offset, h.l1_size = (first_block + blocks) << bits, h.l1_needed or 1
+    table = array("Q", [(first_block + i) << bits for i in range(blocks)])
+    counts = array({3: "B", 4: "H", 5: "I", 6: "Q"}.get(h.refcount_order, "B"), [1]) * total
+    counts.extend(array(counts.typecode, [0]) * (blocks * per_block - total))
+    for i in range(blocks):
+        file.pwrite((first_block + i) << bits, pack(counts[i * per_block : (i + 1) * per_block], h.refcount_order))
+    file.pwrite(1 << bits, tables.to_bytes(table) + bytes((table_clusters << bits) - 8 * len(table)))
+    file.pwrite(h.l1_table_offset, bytes(l1_clusters << bits))
+    file.flush()
+    # The header last: a file that is cut off before is no image rather than half of one.
+    file.pwrite(0, h.pack())
+    file.flush()
+    file.refresh_size()

@@ -1,0 +1,284 @@
+"""An open qcow2 image: opening with the rules for what an image may name, flushing, resizing, closing.
+
+Not here: reading (`reader`), writing (`writer`), the order on the disk (`metadata`), snapshots, checking.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from ..errors import ImageFormatError, UnsupportedFeatureError
+from ..hostfile import HostFile, read_padded
+from . import tables
+from .format import (
+    AUTOCLEAR_BITMAPS,
+    AUTOCLEAR_DATA_FILE_RAW,
+    CRYPT_AES,
+    CRYPT_NONE,
+    EXT_BACKING_FORMAT,
+    EXT_BITMAPS,
+    EXT_DATA_FILE,
+    INCOMPAT_CORRUPT,
+    INCOMPAT_DIRTY,
+    MAX_L1_BYTES,
+    MAX_VIRTUAL_SIZE,
+    Header,
+)
+from .reader import COMPRESSED_DATA, NORMAL, UNALLOCATED, ZERO_PLAIN, Source
+from .writer import Writer
+
+
+class Extent(NamedTuple):
+    """Adjacent guest bytes of one kind. What is not `present` comes from the backing image, or is zero without one."""
+
+    offset: int
+    length: int
+    present: bool  # this image says what is here
+    zero: bool  # it reads as zeroes
+    compressed: bool
+    host: int | None  # where the data are in the (data) file, if they are there as they are
+
+
+class Qcow2Image(Writer):
+    """A qcow2 image over an open file, which it owns. See `open_qcow2`."""
+
+    format = "qcow2"
+
+    def __init__(
+        self,
+        file: HostFile,
+        header: Header,
+        *,
+        read_only: bool = True,
+        backing: Source | None = None,
+        data_file: HostFile | None = None,
+        l2_cache_bytes: int = 0,
+        discard: bool = False,
+    ) -> None:
+        super().__init__(file, header, read_only=read_only, data_file=data_file, l2_cache_bytes=l2_cache_bytes, discard=discard)
+        self.path = file.path
+        self.backing = backing
+        self._closed = False
+        if not read_only:
+            known = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW
+            if header.autoclear & ~known:
+                header.autoclear &= known
+                self.write_header()
+
+    @property
+    def backing_file(self) -> str | None:
+        """The name of the backing file as it stands in the image."""
+        return os.fsdecode(self.header.backing_file) if self.header.backing_file else None
+
+    @property
+    def backing_format(self) -> str | None:
+        data = self.header.extension(EXT_BACKING_FORMAT)
+        return data.decode("utf-8", "replace") if data else None
+
+    @property
+    def data_file_name(self) -> str | None:
+        data = self.header.extension(EXT_DATA_FILE)
+        return os.fsdecode(data) if data else None
+
+    def block_status(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """What backs each part of a range, in order. Looks at this image only, not at its backing image."""
+        end = self.size if length is None else min(offset + length, self.size)
+        while offset < end:
+            # One L2 table at a time: the answer for a large image is as lazy as its reader.
+            stop = min((offset >> self._l2_shift) + 1 << self._l2_shift, end)
+            for kind, host, n in self.map_range(offset, stop - offset):
+                zero = kind == ZERO_PLAIN or (kind == UNALLOCATED and self.backing is None)
+                where = host if kind == NORMAL else None
+                yield Extent(offset, n, kind != UNALLOCATED, zero, kind == COMPRESSED_DATA, where)
+                offset += n
+
+    # --- life ---
+
+    def flush(self) -> None:
+        """Make every write that has finished survive power loss. Raises OSError, ImageFormatError."""
+        if self.read_only:
+            return
+        with self._lock:
+            dirty = bool(self.l2.dirty or self._l1_dirty or self.refcounts.dirty or self._pending)
+        if dirty:
+            self.commit()
+        else:
+            if self.external:
+                self.data_file.flush()
+            self.file.flush()
+
+    def close(self) -> None:
+        """Flush and close the image and what it named. Harmless twice. The files are closed even if flushing fails."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if not self.read_only and not self._broken:
+                self.flush()
+                with self._lock:
+                    late = self.refcounts.dirty
+                if late:
+                    self.commit()  # counts that fell with the first one
+        finally:
+            self.file.close()
+            if self.external:
+                self.data_file.close()
+            if self.backing is not None:
+                self.backing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # --- size ---
+
+    def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Set the virtual size, in bytes. Making it smaller loses data and wants `shrink`."""
+        self.must_be_writable()
+        if not 0 <= size <= MAX_VIRTUAL_SIZE:
+            raise ValueError(f"size {size}: expected 0 to 2^63-1")
+        if size < self.size:
+            if not shrink:
+                raise ValueError("making an image smaller loses data: it has to be asked for")
+            self._cut(size)
+        elif size == self.size:
+            return
+        with self.exclusive():
+            needed = -(-size >> self._l2_shift) if size else 0
+            if needed * 8 > MAX_L1_BYTES:
+                raise ImageFormatError(f"an L1 table for {size} bytes would take {needed * 8} bytes, at most {MAX_L1_BYTES} work")
+            if size > self.size:
+                self._forget_tail()
+            if needed > len(self.l1):
+                self._grow_l1(needed)
+            self.header.size = size
+            self.write_header()
+            self.size = size
+            if self.external and self.header.autoclear & AUTOCLEAR_DATA_FILE_RAW:
+                self.data_file.truncate(size)
+
+    def _cut(self, size: int) -> None:
+        """Drop what is behind `size`: whole clusters are freed, the rest of the last one is zeroed."""
+        mask = self.cluster_size - 1
+        border = (size + mask) & ~mask
+        if border > size and size < self.size:
+            self._zero_part(size, min(border, self.size) - size)
+        if border < self.size:
+            self._clusterwise(border, self.size - border, self._forget_clusters, True, None)
+        self.commit()
+
+    def _forget_clusters(self, offset: int, length: int, unmap: bool) -> None:
+        self._set_clusters(offset, length, keep=False, zero=False)
+
+    def _forget_tail(self) -> None:
+        """What is added reads as zeroes: the last cluster's bytes behind the old end do so when they were never written."""
+        mask = self.cluster_size - 1
+        end = (self.size + mask) & ~mask
+        if end == self.size:
+            return
+        [*_, last] = self.map_range(end - self.cluster_size, self.cluster_size)
+        if last.kind == NORMAL and not self.external:
+            self.data_file.write_zeroes(last.host + last.length - (end - self.size), end - self.size)
+
+    def _grow_l1(self, needed: int) -> None:
+        """Move the L1 table to a larger place. Nothing else is running."""
+        header, bits = self.header, self.cluster_bits
+        self.commit()
+        with self._lock:
+            old_offset, old_clusters = header.l1_table_offset, -(-len(self.l1) * 8 >> bits)
+            clusters = -(-needed * 8 >> bits)
+            first = self._allocate_adjacent(clusters)
+            self.l1 = self.l1 + array("Q", bytes(8 * (needed - len(self.l1))))
+            self.reserved.update(range(first, first + clusters))
+        self.file.pwrite(first << bits, tables.to_bytes(self.l1) + bytes((clusters << bits) - 8 * needed))
+        with self._lock:
+            blocks, entries = self.refcounts.take_dirty()
+        self._write_in_order(blocks, entries, [], [])
+        with self._lock:
+            self.refcounts.finish(True)
+        header.l1_table_offset, header.l1_size = first << bits, needed
+        self.write_header()
+        if old_clusters and old_offset:
+            with self._lock:
+                self._free_later(old_offset >> bits, old_clusters)
+
+
+def read_header(file: HostFile) -> Header:
+    """Parse the header of an open file. ImageFormatError, naming the file."""
+    start = bytearray(min(file.size, 1 << 16))
+    with memoryview(start) as view:
+        read_padded(file, 0, [view])
+    try:
+        bits = int.from_bytes(start[20:24], "big")
+        if 16 < bits <= 21 and file.size > len(start):
+            start = bytearray(min(file.size, 1 << bits))
+            with memoryview(start) as view:
+                read_padded(file, 0, [view])
+        return Header.parse(start, file.size)
+    except ImageFormatError as e:
+        raise type(e)(f"{file.path}: {e}") from None
+
+
+def open_qcow2(
+    file: HostFile,
+    *,
+    read_only: bool = True,
+    open_backing: Callable[[str, str | None], Source] | None = None,
+    open_data_file: Callable[[str], HostFile] | None = None,
+    l2_cache_bytes: int = 0,
+    discard: bool = False,
+    for_repair: bool = False,
+) -> Qcow2Image:
+    """Open the image in `file`, which belongs to it from then on.
+
+    What the image names is opened by `open_backing` (name, format) and `open_data_file` (name), which raise if the name is not
+    to be opened; without them such an image is refused. `for_repair`: a dirty or corrupt image may be written.
+    Raises ImageFormatError, UnsupportedFeatureError, OpenError.
+    """
+    header = read_header(file)
+    path = file.path
+    if header.crypt_method != CRYPT_NONE:
+        name = "AES" if header.crypt_method == CRYPT_AES else "LUKS"
+        raise UnsupportedFeatureError(f"{path}: the image is encrypted ({name}), which is not supported yet")
+    if not read_only:
+        if header.incompatible & INCOMPAT_CORRUPT and not for_repair:
+            raise ImageFormatError(f"{path}: the image is marked corrupt: it can be read, or repaired by check")
+        if header.incompatible & INCOMPAT_DIRTY and not for_repair:
+            raise ImageFormatError(f"{path}: the image was not closed properly: it can be read, or repaired by check")
+        if header.autoclear & AUTOCLEAR_BITMAPS and header.extension(EXT_BITMAPS):
+            raise UnsupportedFeatureError(f"{path}: the image has persistent dirty bitmaps, which are not kept on writes yet")
+    backing: Source | None = None
+    data_file: HostFile | None = None
+    try:
+        if header.has_data_file:
+            name = os.fsdecode(header.extension(EXT_DATA_FILE) or b"")
+            if open_data_file is None:
+                raise UnsupportedFeatureError(f"{path}: the image names a data file, {name!r}: opening it has to be allowed")
+            data_file = open_data_file(name)
+        if header.backing_file:
+            name = os.fsdecode(header.backing_file)
+            if open_backing is None:
+                raise UnsupportedFeatureError(f"{path}: the image names a backing file, {name!r}: opening it has to be allowed")
+            fmt = header.extension(EXT_BACKING_FORMAT)
+            backing = open_backing(name, fmt.decode("utf-8", "replace") if fmt else None)
+        return Qcow2Image(
+            file,
+            header,
+            read_only=read_only,
+            backing=backing,
+            data_file=data_file,
+            l2_cache_bytes=l2_cache_bytes,
+            discard=discard,
+        )
+    except BaseException:
+        if data_file is not None:
+            data_file.close()
+        if backing is not None:
+            backing.close()
+        raise
