@@ -1,0 +1,38 @@
+"""What is in the cache is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lab import cache
+
+
+def test_a_folder_is_made_once(empty_cache: Path) -> None:
+    made: list[Path] = []
+
+    def fill(folder: Path) -> None:
+        made.append(folder)
+        (folder / "x").write_text("1")
+
+    first, second = cache.folder("a/b", fill), cache.folder("a/b", fill)
+    assert first == second == empty_cache / "a/b"
+    assert (first / "x").read_text() == "1"
+    assert len(made) == 1
+
+
+def test_a_failed_maker_leaves_nothing(empty_cache: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        cache.folder("a/b", fill)
+    assert list((empty_cache / "a").iterdir()) == []
+
+
+def test_a_digest_tells_parts_from_their_concatenation(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"ab")
+    assert cache.digest("ab", "c") != cache.digest("a", "bc")
+    assert cache.digest(tmp_path / "f") == cache.digest(b"ab")
