@@ -47,6 +47,8 @@ def test_an_access_reaches_exactly_the_device_that_owns_all_of_it(wanted: list[t
 
     owners = {owner.get(cell) for cell in range(address, address + size)}
     target = owners.pop() if len(owners) == 1 else None
+    found = bus.find(address)
+    assert (found and found.device) == (devices[owner[address]] if address in owner else None)
     answer = bus.read(address, size)
     bus.write(address, size, 5)
 

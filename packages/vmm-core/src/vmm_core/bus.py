@@ -75,6 +75,14 @@ class Bus:
             raise BusError(f"{self.name}: no device starts at {base:#x}")
         self._table = ([m.base for m in table], table)
 
+    def find(self, address: int) -> Mapping | None:
+        """Return the mapping that `address` is in, or None."""
+        bases, table = self._table
+        at = bisect_right(bases, address) - 1
+        if at >= 0 and address < table[at].base + table[at].length:
+            return table[at]
+        return None
+
     def read(self, address: int, size: int) -> int:
         """Read `size` bytes at `address`; all ones where no device answers the whole access."""
         bases, table = self._table
