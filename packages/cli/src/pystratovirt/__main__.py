@@ -1,0 +1,5 @@
+"""`python -m pystratovirt` is the command stratovirt."""
+
+from pystratovirt.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""The command `stratovirt`: from argv to an exit status.
+
+The order is what clients see (reference command-line, section 7.1): the monitor sockets can be connected to before the machine
+is built, and are served once it runs. What takes long to import comes after the vCPUs have started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from pystratovirt import log
+from pystratovirt.cmdline import fail, parse_or_exit
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from pystratovirt.cmdline.backends import Listener as MonitorAddress
+    from pystratovirt.cmdline.config import Config
+    from pystratovirt.daemon import Daemon
+    from qmp_server.sockets import Listener
+
+# How long a thread that comes back from a system call waits for one that runs Python. The default of 5 ms is what a guest would
+# wait for an exit while an I/O thread is busy; shorter than this gains nothing measurable (docs/decisions.md).
+SWITCH_INTERVAL = 50e-6  # seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    config = parse_or_exit(argv)
+    try:
+        log.setup(config.log_file, wanted=config.log)
+    except OSError as error:
+        fail(f"-D {config.log_file}: {error.strerror}")
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    with contextlib.ExitStack() as stack:
+        try:
+            return _run(config, stack)
+        except Exception as error:
+            from pystratovirt.daemon import DaemonError
+            from pystratovirt.vm import VmError
+
+            if not isinstance(error, (VmError, DaemonError)):
+                raise
+            if config.log_file:
+                log.error(str(error))
+            fail(error)
+
+
+def _run(config: Config, stack: contextlib.ExitStack) -> int:
+    daemon: Daemon | None = None
+    if config.daemonize:
+        from pystratovirt.daemon import daemonize
+
+        daemon = daemonize()
+        stack.callback(daemon.close)
+    if config.pidfile:
+        from pystratovirt.daemon import PidFile
+
+        stack.callback(PidFile(config.pidfile).remove)
+    from pystratovirt.events import EventChannel
+    from pystratovirt.vm import VirtualMachine
+
+    events = EventChannel()
+    stack.callback(events.close)
+    events.catch_signals()
+    listeners = [_listen(listener, stack) for listener in config.monitors]
+    vm = stack.enter_context(VirtualMachine(config, events.post))
+    test_socket = None
+    if config.test_socket:
+        test_socket = stack.enter_context(_connect_test_socket(config.test_socket))
+    vm.start()
+    if daemon:
+        daemon.ready()
+
+    import anyio
+
+    from pystratovirt.runtime import Runtime
+
+    log.adopt_logging()
+    return anyio.run(Runtime(vm, events, test_socket).run, listeners)
+
+
+def _listen(where: MonitorAddress, stack: contextlib.ExitStack) -> Listener:
+    from pystratovirt.vm import VmError
+    from qmp_server.sockets import listen_tcp, listen_unix
+
+    name = f"unix:{where.path}" if where.path is not None else f"tcp:{where.host}:{where.port}"
+    try:
+        listener = listen_unix(where.path) if where.path is not None else listen_tcp(where.host, where.port)
+    except OSError as error:
+        raise VmError(f"-qmp {name}: {error.strerror or error}") from None
+    stack.callback(listener.close)
+    return listener
+
+
+def _connect_test_socket(path: str) -> socket.socket:
+    import socket
+
+    from pystratovirt.vm import VmError
+
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise VmError(f"-mod-test {path}: {error.strerror or error}") from None
+    sock.setblocking(False)
+    return sock
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""The main loop: what the main thread does while a guest runs. QMP, signals, what the machine asks for, and the test socket.
+
+Loaded after the vCPUs have been started, because the import of an event loop takes longer than everything before it.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.abc
+
+from pystratovirt import log
+from pystratovirt.qmp_handlers import lifecycle
+from qmp_protocol.events import Reset, Shutdown, Stopped
+from qmp_server.server import QmpServer
+from vmm_core.errors import VmmError
+from vmm_core.machine.core import EventKind, MachineEvent, VmStatus
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from pystratovirt.events import EventChannel
+    from pystratovirt.vm import VirtualMachine
+    from qmp_server.sockets import Listener
+
+TEST_CHUNK = 65536
+
+
+class Runtime:
+    """One run of a virtual machine, to its end."""
+
+    def __init__(self, vm: VirtualMachine, events: EventChannel, test_socket: socket.socket | None = None) -> None:
+        """Prepare to run `vm`, which has been started. `test_socket` is connected to whoever drives test mode."""
+        self.vm = vm
+        self.machine = vm.machine
+        self.status = 0  # of the process
+        self._events = events
+        self._test_socket = test_socket
+        self._ended = False
+        self._qmp = QmpServer()
+        lifecycle.register(self._qmp, self)
+
+    async def run(self, listeners: Sequence[Listener]) -> int:
+        """Serve until the machine ends; return the process's exit status. Takes the listeners over."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._watch_events)
+            if self._test_socket is not None:
+                tasks.start_soon(self._serve_test_socket, self._test_socket)
+            await self._qmp.serve(listeners)  # returns after end()
+            tasks.cancel_scope.cancel()
+        return self.status
+
+    # What QMP handlers and the machine ask for, on the main thread
+
+    def end(self, *, guest: bool, reason: str, status: int = 0) -> None:
+        """End the guest, tell every client, and let run() return once they know. Once; later calls are ignored."""
+        if self._ended:
+            return
+        self._ended = True
+        self.status = status
+        log.info(f"the virtual machine ends: {reason}")
+        try:
+            self.machine.shutdown()
+        except VmmError as error:
+            log.error(f"{error}")
+            self.status = 1
+        self._qmp.emit(Shutdown(guest=guest, reason=reason))
+        self._qmp.close()
+
+    def reset(self, report: str) -> None:
+        """Reset the machine and tell every client; a machine that cannot begin again ends."""
+        if self._ended:
+            return
+        log.info(f"the virtual machine is reset: {report}")
+        try:
+            self.machine.reset()
+        except VmmError as error:
+            log.error(f"reset failed: {error}")
+            self.end(guest=False, reason="reset-failed", status=1)
+        else:
+            self._qmp.emit(Reset())
+
+    def fail(self, report: str) -> None:
+        """Bring a machine to rest that has lost a vCPU, and tell every client; someone may want to look at it."""
+        log.error(report)
+        try:
+            self.machine.fail()
+        except VmmError as error:
+            log.error(f"{error}")
+        self._qmp.emit(Stopped())
+
+    async def _watch_events(self) -> None:
+        while True:
+            await anyio.wait_readable(self._events.fileno())
+            for event in self._events.drain():
+                self._handle(event)
+
+    def _handle(self, event: MachineEvent | signal.Signals) -> None:
+        if isinstance(event, signal.Signals):
+            log.info(f"Received kill signal, signal number: {event.value}")
+            self.end(guest=False, reason=f"Guest shutdown by signal {event.value}")
+        elif self.machine.status is VmStatus.SHUTDOWN:
+            return
+        elif event.kind is EventKind.RESET:
+            self.reset(event.report)
+        elif event.kind is EventKind.POWER_OFF:
+            log.info(event.report)
+            self.end(guest=True, reason="guest-shutdown")
+        else:
+            self.fail(event.report)
+
+    # Test mode: requests come on a socket that whoever tests listens on
+
+    async def _serve_test_socket(self, sock: socket.socket) -> None:
+        from vmm_core.testprotocol import TestProtocol
+
+        protocol = TestProtocol(self.vm.test_access())
+        while True:
+            await anyio.wait_readable(sock)
+            try:
+                data = sock.recv(TEST_CHUNK)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            if not data:
+                self.end(guest=False, reason="test socket closed", status=1)
+                return
+            await _send_all(sock, protocol.receive(data))
+
+
+async def _send_all(sock: socket.socket, data: bytes) -> None:
+    while data:
+        try:
+            data = data[sock.send(data) :]
+        except BlockingIOError:
+            await anyio.wait_writable(sock)
+        except OSError:  # the peer is gone; the next read says so
+            return

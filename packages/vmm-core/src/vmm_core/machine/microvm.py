@@ -1,0 +1,160 @@
+"""The microvm machine of x86_64: virtio-mmio slots, a serial port, and just enough of a PC for a stock kernel.
+
+Two forms. With ACPI (the default) stock distribution kernels find CPUs, devices, the power button and the reset register; the
+MP table is there as well. Without (`acpi=off`) it is StratoVirt's machine: an MP table and `virtio_mmio.device=` words on the
+kernel's command line, and what ends the guest is a triple fault.
+
+Construction is: the constructor, `plug` for each device, `finish`. Not here: virtio devices themselves, which the composition
+makes, and addresses (`vmm_core.x86_64.layout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from vmm_core.bus import BusDevice
+from vmm_core.clock import Clock
+from vmm_core.devices.acpi_pm import AcpiPm
+from vmm_core.devices.i8042 import I8042
+from vmm_core.devices.rtc import Rtc
+from vmm_core.guestmem import GuestMemory
+from vmm_core.hypervisor import Hypervisor
+from vmm_core.interrupt import InterruptLine
+from vmm_core.loop import Loop
+from vmm_core.machine.core import Closable, Component, Machine, MachineEvent, Pausable
+from vmm_core.topology import CpuTopology
+from vmm_core.x86_64.acpi_tables import acpi_tables, write_acpi_tables
+from vmm_core.x86_64.boot import load_kernel
+from vmm_core.x86_64.layout import Microvm as Layout
+from vmm_core.x86_64.layout import Slot
+from vmm_core.x86_64.mp_table import command_line_words, mp_table, write_mp_table
+from vmm_core.x86_64.vcpu_boot import VcpuBoot
+
+QUEUE_NOTIFY = 0x50  # virtio 1.2, section 4.2.2: the doorbell of every queue
+
+
+class MmioDevice(BusDevice, Component, Pausable, Closable, Protocol):
+    """What a slot takes: a virtio-mmio window with one doorbell descriptor a queue."""
+
+    @property
+    def notify_fds(self) -> tuple[int, ...]: ...
+
+
+class SerialPort(BusDevice, Component, Closable, Protocol):
+    """What goes to COM1."""
+
+
+class Kernel(NamedTuple):
+    """What the machine boots: paths of a kernel and a RAM disk, and the command line before the machine adds its words."""
+
+    path: str
+    initrd: str | None = None
+    command_line: str = ""
+
+
+class Microvm(Machine):
+    """A microvm. The owner plugs devices into slots, calls finish(), and then start()."""
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        memory: GuestMemory,
+        post: Callable[[MachineEvent], None],
+        *,
+        topology: CpuTopology,
+        clock: Clock,
+        loop: Loop,
+        kernel: Kernel | None = None,
+        acpi: bool = True,
+    ) -> None:
+        """Make the machine without its serial port and virtio devices. `loop` runs the timers of its legacy devices.
+
+        Without a `kernel` the vCPUs have nothing to run; only test mode has a use for that.
+        """
+        super().__init__(hypervisor, memory, post)
+        self.topology = topology
+        self.acpi = acpi
+        self.slots: dict[int, MmioDevice] = {}
+        self._kernel = kernel
+        self._has_serial = False
+        self.i8042 = I8042(self)
+        self.pio.add(*Layout.I8042_DATA, self.i8042.data_port, "keyboard controller data")
+        self.pio.add(*Layout.I8042_COMMAND, self.i8042, "keyboard controller command")
+        # A clock that does not answer costs a stock kernel 4 s of its boot, so it is there even without ACPI; only its
+        # interrupt, which StratoVirt's machine has no line for, is not.
+        self.rtc = Rtc(clock, loop, hypervisor.interrupt_line(Layout.RTC_GSI) if acpi else None, memory_size=memory.size)
+        self.pio.add(*Layout.RTC_PORTS, self.rtc, "clock")
+        self.add_component("rtc", self.rtc)
+        self.add_closable(self.rtc)
+        self.power: AcpiPm | None = None
+        if acpi:
+            self.power = AcpiPm(self, hypervisor.interrupt_line(Layout.GED_GSI))
+            self.mmio.add(*Layout.GED_EVENT, self.power.events, "ACPI events")
+            self.mmio.add(Layout.SLEEP_CONTROL.base, 3, self.power.registers, "ACPI sleep and reset")
+            self.add_component("acpi", self.power)
+
+    def interrupt_line(self, gsi: int) -> InterruptLine:
+        """Return the wire of an interrupt of the layout."""
+        return self.hypervisor.interrupt_line(gsi)
+
+    def add_serial(self, port: SerialPort) -> None:
+        """Put a serial port at COM1. The machine owns it from here on."""
+        self.pio.add(*Layout.COM1, port, "COM1")
+        # Linux writes its console byte by byte: collecting the bytes in the kernel saves an exit each.
+        self.hypervisor.coalesce(Layout.COM1.base, 1, port=True)
+        self.add_component("serial", port)
+        self.add_closable(port)
+        self._has_serial = True
+
+    def plug(self, number: int, device: MmioDevice, name: str) -> None:
+        """Put a virtio-mmio window into slot `number`. `name` is its component name. The machine owns the device from here on."""
+        slot = Layout.slot(number)
+        self.mmio.add(slot.base, slot.size, device, name)
+        self.slots[number] = device
+        self.add_component(name, device)
+        self.add_pausable(device)
+        self.add_closable(_Window(self.hypervisor, slot, device))
+        for index, fd in enumerate(device.notify_fds):
+            self.hypervisor.add_ioeventfd(slot.base + QUEUE_NOTIFY, 4, fd, match=index)
+
+    def finish(self) -> None:
+        """Load kernel and tables, and make the vCPUs. Raises BootError or HypervisorError."""
+        boot = self._load()
+        for index in range(self.topology.cpus):
+            self.vcpus.append(self.hypervisor.create_vcpu(index, self.pio, self.mmio, self, boot))
+
+    def press_power_button(self) -> bool:
+        """Press the power button. False when the machine has none (`acpi=off`)."""
+        if self.power is None:
+            return False
+        self.power.press_power_button()
+        return True
+
+    def load_firmware(self) -> None:
+        """Put tables and kernel into RAM again, as a power-on finds them."""
+        self._load()
+
+    def _load(self) -> VcpuBoot | None:
+        memory, slots = self.memory, [Layout.slot(number) for number in sorted(self.slots)]
+        apic_ids = [self.topology.apic_id(index) for index in range(self.topology.cpus)]
+        write_mp_table(memory, mp_table(apic_ids))
+        rsdp = write_acpi_tables(memory, acpi_tables(apic_ids, slots, serial=self._has_serial)) if self.acpi else None
+        if self._kernel is None:
+            return None
+        path, initrd, words = self._kernel
+        # Also with ACPI: a kernel built for StratoVirt's microvm has no ACPI, and one that has both takes each device once.
+        command_line = " ".join([*([words] if words else []), *command_line_words(slots)])
+        return load_kernel(memory, path, initrd, command_line, rsdp=rsdp).vcpu_boot
+
+
+class _Window:
+    """A slot's part of the machine's end: doorbells are taken from the hypervisor before the device closes them."""
+
+    def __init__(self, hypervisor: Hypervisor, slot: Slot, device: MmioDevice) -> None:
+        self._hypervisor, self._slot, self._device = hypervisor, slot, device
+
+    def close(self) -> None:
+        for index, fd in enumerate(self._device.notify_fds):
+            self._hypervisor.remove_ioeventfd(self._slot.base + QUEUE_NOTIFY, 4, fd, match=index)
+        self._device.close()
