@@ -25,10 +25,13 @@ class IrqfdLine:
 
     def trigger(self) -> None:
         """Send one edge. Nothing after close()."""
+        fd = self._fd
+        if fd < 0:
+            return
         try:
-            os.eventfd_write(self._fd, 1)
+            os.eventfd_write(fd, 1)
         except OSError:
-            # EAGAIN: KVM has not taken 2^64 - 2 edges yet; they merge. EBADF: the machine is gone. Neither is an error here.
+            # EAGAIN: KVM has not taken 2^64 - 2 edges yet, and they merge. EBADF: closed this moment. Neither is an error.
             return
 
     def fileno(self) -> int:
