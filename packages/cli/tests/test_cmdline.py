@@ -297,9 +297,9 @@ def test_the_files_of_a_good_command_line_are_found(tmp_path: Path, kernel_file:
     assert config.kernel == kernel_file
 
 
-def test_a_socket_is_no_drive(tmp_path: Path, kernel_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_socket_is_no_drive(tmp_path: Path, kernel_file: str, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(tmp_path / "s"))
         with pytest.raises(SystemExit):
             parse_or_exit(["-kernel", kernel_file, "-drive", f"id=a,file={tmp_path / 's'}"])
-    assert capsys.readouterr().err.endswith("not a regular file or a block device\n")
+    assert capfd.readouterr().err.endswith("not a regular file or a block device\n")

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pystratovirt import log
 from pystratovirt.log import DEBUG, ERROR, INFO, TRACE, WARN, Log, level_from
@@ -87,6 +89,17 @@ def test_levels_are_named_in_any_case(text: str | None, level: int) -> None:
 def test_what_a_client_says_stays_one_line(journal: Log, path: Path) -> None:
     journal.write(INFO, "QMP: --> a\nb\x1b[2J\udc80", "f", 1)
     assert path.read_text().endswith(":INFO: QMP: --> a\\nb\\x1b[2J\\udc80\n")
+
+
+@given(st.text())
+def test_any_message_is_one_line(text: str) -> None:
+    reader, writer = os.pipe()
+    journal = Log(INFO, f"/proc/self/fd/{writer}")
+    os.close(writer)
+    journal.write(INFO, text, "f", 1)
+    journal.close()
+    with os.fdopen(reader) as lines:
+        assert LINE.fullmatch(lines.read())
 
 
 def test_an_endless_message_is_cut(journal: Log, path: Path) -> None:

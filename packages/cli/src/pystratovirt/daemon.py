@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import stat
 import sys
 
@@ -31,8 +32,7 @@ class Daemon:
         was interrupted, and nobody knows that this process exists.
         """
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         os.close(null)
@@ -50,24 +50,35 @@ class Daemon:
             self._pipe = -1
 
 
+def _flush() -> None:
+    """Write out what Python has buffered, so that it is neither written twice nor to /dev/null."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it is when the descriptor was closed at the start
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+
+
 def daemonize() -> Daemon:
     """Go to the background; return there, in a new session without a terminal. The caller's process does not return.
 
     Until `Daemon.ready` standard error is the caller's: a failure is written there, the process ends, and the caller's exit
     status is 1. Call it before any thread is started. Raises DaemonError.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     try:
         reader, writer = os.pipe()  # closed on exec, so that no helper keeps the caller waiting
+        interrupted = signal.getsignal(signal.SIGINT)
+        if interrupted is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a waiting caller, without a traceback
         child = os.fork()
     except OSError as error:
-        raise DaemonError(f"cannot fork: {error.strerror}") from None
+        raise DaemonError(f"-daemonize: cannot fork: {error.strerror}") from None
     if child:
         os.close(writer)
         _wait_and_exit(child, reader)
     os.close(reader)
     os.setsid()
+    signal.signal(signal.SIGINT, interrupted or signal.SIG_DFL)
     # A session leader that opens a terminal gets it as its own: the child of one does not.
     try:
         grandchild = os.fork()
@@ -86,8 +97,6 @@ def _wait_and_exit(child: int, reader: int) -> None:
         os.waitpid(child, 0)
         if os.read(reader, 1) == READY:
             status = 0
-    except KeyboardInterrupt:
-        status = 130  # 128 + SIGINT, as shells count; the daemon finds its caller gone
     finally:
         os._exit(status)
 

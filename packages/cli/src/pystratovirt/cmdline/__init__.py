@@ -13,6 +13,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from pystratovirt.stdio import ensure_standard_descriptors, say
+
 from .build import build as parse
 from .config import Config
 from .errors import CommandLineError, Information
@@ -34,19 +36,19 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> Config:
     """
     from .files import check_files  # parse alone does not need it
 
+    ensure_standard_descriptors()
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         check_files(config)
     except CommandLineError as error:
         fail(error)
     except Information as answer:
-        sys.stdout.write(answer.text)
-        sys.stdout.flush()
+        say(1, answer.text)
         raise SystemExit(0) from None
     return config
 
 
 def fail(error: Exception) -> NoReturn:
     """End the program: one line to standard error, status 1."""
-    sys.stderr.write(f"{PROGRAM}: {error}\n")
+    say(2, f"{PROGRAM}: {error}\n")
     raise SystemExit(1) from None

@@ -1,0 +1,47 @@
+"""Standard descriptors that are closed, full or without a reader."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pystratovirt.stdio import say
+
+SHELL = 'exec "$@" <&- >&- 2>&-'
+
+
+def test_a_closed_standard_descriptor_is_never_given_to_a_file(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from pystratovirt.cmdline import parse_or_exit
+from pystratovirt import log
+parse_or_exit(["-kernel", sys.argv[1], "-machine", "microvm"])
+image = os.open(sys.argv[1], os.O_RDWR)
+log.error("this is not for the image")
+os.write(image, (" ".join(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)) + f" {image > 2}").encode())
+"""
+    image = tmp_path / "image"
+    image.touch()
+    subprocess.run(["sh", "-c", SHELL, "sh", sys.executable, "-c", script, str(image)], check=True)
+    assert image.read_text() == "/dev/null /dev/null /dev/null True"
+
+
+def test_a_wrong_command_line_has_its_status_when_nobody_reads_the_answer() -> None:
+    script = "from pystratovirt.cmdline import parse_or_exit; parse_or_exit(['-smp', '300'])"
+    assert subprocess.run(["sh", "-c", SHELL, "sh", sys.executable, "-c", script], check=False).returncode == 1
+
+
+def test_text_for_a_reader_that_has_gone_is_dropped() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    say(writer, "x" * 100_000)
+    os.close(writer)
+
+
+def test_text_arrives_whole_and_encodable(capfd: pytest.CaptureFixture[str]) -> None:
+    say(1, "\udc80 done\n")
+    assert capfd.readouterr().out == "\\udc80 done\n"
