@@ -247,7 +247,7 @@ class ClientConnection:
 
     def __init__(self, *, max_message: int = CLIENT_LIMIT) -> None:
         """`max_message` is the longest message taken from the server, in bytes."""
-        self._framer = Framer(max_message)
+        self._framer = Framer(max_message, patient=True)
         self._waiting: dict[str, tuple[int, str]] = {}  # id -> (number, command), in the order of sending
         self._count = 0
         self.state = State.OPENING

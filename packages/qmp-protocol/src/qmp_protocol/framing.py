@@ -43,11 +43,27 @@ class Framer:
     Holds at most one unfinished message: `limit` bytes and what arrived with the last of them.
     """
 
-    __slots__ = ("_buffer", "_depth", "_limit", "_line_broke", "_scanner", "_skip_in_string", "_skipping", "_started", "_waiting")
+    __slots__ = (
+        "_buffer",
+        "_depth",
+        "_limit",
+        "_line_broke",
+        "_patient",
+        "_scanner",
+        "_skip_in_string",
+        "_skipping",
+        "_started",
+        "_waiting",
+    )
 
-    def __init__(self, limit: int = SERVER_LIMIT) -> None:
-        """`limit` is the longest message in bytes; a longer one becomes one Malformed and is dropped as it arrives."""
+    def __init__(self, limit: int = SERVER_LIMIT, *, patient: bool = False) -> None:
+        """`limit` is the longest message in bytes; a longer one becomes one Malformed and is dropped as it arrives.
+
+        `patient` is for peers that end each message with a line end, as servers do: nothing is looked into before that comes. It
+        is faster for long messages in many pieces and changes when things come out, not what.
+        """
         self._limit = limit
+        self._patient = patient
         self._buffer = bytearray()  # starts at the unfinished message, or is empty
         self._scanner = ObjectScanner()
         self._started = False  # the scanner has looked at the buffer
@@ -83,7 +99,7 @@ class Framer:
                 break
             else:
                 return frames
-        elif self._waiting and self._still_waits(data):
+        elif self._waiting and self._may_wait(data):
             self._buffer += data
             return frames
         self._waiting = False
@@ -94,8 +110,7 @@ class Framer:
     def finish(self) -> list[Frame]:
         """The stream ended: return the Malformed that an unfinished message makes, if there is one."""
         frames: list[Frame] = []
-        if self.unfinished:
-            self._scan(frames)
+        self._run(frames, final=True)
         if self.unfinished:
             frames.append(Malformed(f"EOF while parsing {self._scanner.inside}{self._place(len(self._buffer))}"))
         self._buffer.clear()
@@ -103,7 +118,7 @@ class Framer:
         self._skipping = self._waiting = False
         return frames
 
-    def _run(self, frames: list[Frame]) -> None:
+    def _run(self, frames: list[Frame], final: bool = False) -> None:
         buffer = self._buffer
         while buffer:
             if self._skipping:
@@ -114,19 +129,15 @@ class Framer:
                 self._strip()
                 if not buffer or self._take_line(frames):
                     continue
-                if buffer[0] == 0x7B and self._still_waits(buffer):
+                if not final and self._may_wait(buffer):
                     self._waiting = True
                     return
             if not self._scan(frames):
                 return
 
-    def _still_waits(self, data: bytes | bytearray) -> bool:
-        """Whether a message that began cannot have ended with `data`: then looking into it can wait for more."""
-        return (
-            b"\n" not in data
-            and not data.rstrip(_SPACE).endswith(b"}")
-            and len(self._buffer) + (len(data) if data is not self._buffer else 0) <= self._limit
-        )
+    def _may_wait(self, data: bytes | bytearray) -> bool:
+        """Whether a patient reader can leave the message in front alone until its line ends."""
+        return self._patient and b"\n" not in data and len(self._buffer) + len(data) <= self._limit
 
     def _strip(self) -> None:
         """Drop white space in front of a message."""

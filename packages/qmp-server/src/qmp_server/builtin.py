@@ -11,7 +11,8 @@ from qmp_protocol.errors import GENERIC_ERROR, QmpError
 from qmp_server.descriptors import close_all
 
 if TYPE_CHECKING:
-    from qmp_protocol.commands.fds import Getfd
+    from qmp_protocol.commands.device import Getfd
+    from qmp_protocol.messages import Json
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
 
@@ -36,6 +37,12 @@ def _query_events(_: object, call: Call) -> list[dict[str, str]]:
     return [{"name": name} for name in call.server.schema.events]
 
 
+def _query_qmp_schema(_: object, call: Call) -> list[Json]:
+    from qmp_protocol.schema.introspect import introspect  # asked for at most once by most clients
+
+    return introspect(call.server.schema)
+
+
 def _getfd(arguments: Getfd, call: Call) -> None:
     fds = call.take_fds()
     if not fds:
@@ -48,5 +55,6 @@ _HANDLERS = {
     "query-version": _query_version,
     "query-commands": _query_commands,
     "query-events": _query_events,
+    "query-qmp-schema": _query_qmp_schema,
     "getfd": _getfd,
 }

@@ -1,10 +1,13 @@
-"""StratoVirt's commands, each declared once. `STRATOVIRT` is the schema of all of them and of the events."""
+"""StratoVirt's commands, each declared once. `STRATOVIRT` is the schema of all of them and of the events.
+
+The order is the one in which StratoVirt lists them (reference section 3).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qmp_protocol.commands import fds, lifecycle, query
+from qmp_protocol.commands import block, debug, device, lifecycle, machine, query
 from qmp_protocol.events import EVENTS
 from qmp_protocol.messages import Greeting
 from qmp_protocol.schema import Command, Schema
@@ -16,12 +19,62 @@ COMMANDS: tuple[type[Command[Any]], ...] = (
     lifecycle.Cont,
     lifecycle.SystemPowerdown,
     lifecycle.SystemReset,
+    device.DeviceAdd,
+    device.DeviceDel,
+    device.ChardevAdd,
+    device.ChardevRemove,
+    device.NetdevAdd,
+    device.NetdevDel,
+    device.CameradevAdd,
+    device.CameradevDel,
+    machine.QueryHotpluggableCpus,
+    machine.QueryCpus,
     lifecycle.QueryStatus,
-    fds.Getfd,
+    device.Getfd,
+    block.BlockdevAdd,
+    block.BlockdevDel,
+    machine.Balloon,
+    machine.QueryMem,
+    machine.QueryMemGpa,
+    machine.QueryBalloon,
+    debug.QueryVnc,
+    debug.QueryDisplayImage,
+    debug.SwitchAudioRecord,
+    machine.Migrate,
+    machine.QueryMigrate,
+    machine.MigrateCancel,
     query.QueryVersion,
     query.QueryCommands,
+    query.QueryTarget,
+    query.QueryKvm,
+    query.QueryMachines,
     query.QueryEvents,
+    query.QomListTypes,
+    query.DeviceListProperties,
+    block.BlockCommit,
+    query.QueryTpmModels,
+    query.QueryTpmTypes,
+    query.QueryCommandLineOptions,
+    machine.QueryMigrateCapabilities,
     query.QueryQmpSchema,
+    query.QuerySevCapabilities,
+    query.QueryChardev,
+    query.QomList,
+    query.QomGet,
+    block.QueryBlock,
+    block.QueryNamedBlockNodes,
+    block.QueryBlockstats,
+    block.QueryBlockJobs,
+    query.QueryGicCapabilities,
+    machine.QueryIothreads,
+    debug.UpdateRegion,
+    debug.InputEvent,
+    debug.HumanMonitorCommand,
+    block.BlockdevSnapshotInternalSync,
+    block.BlockdevSnapshotDeleteInternalSync,
+    machine.QueryVcpuReg,
+    debug.TraceGetState,
+    debug.TraceSetState,
 )
 
 STRATOVIRT = Schema(COMMANDS, EVENTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qmp_protocol.schema.declare import Command, Empty, Machines, Notification, Schema
 from qmp_protocol.schema.struct import Field, Struct, member, to_json
-from qmp_protocol.schema.types import i64, u8, u16, u32, u64
+from qmp_protocol.schema.types import i64, u8, u16, u32, u64, usize
 
 __all__ = [
     "Command",
@@ -21,4 +21,5 @@ __all__ = [
     "u16",
     "u32",
     "u64",
+    "usize",
 ]

@@ -45,13 +45,12 @@ class Command(Struct, Generic[R_co]):
     machines: ClassVar[Machines] = Machines.ALL
     refusal: ClassVar[str] = ""
     takes_fds: ClassVar[bool] = False
-    arguments_required: ClassVar[bool] = False
 
     def __init_subclass__(
         cls,
         *,
         name: str = "",
-        since: str = "2.0.0",
+        since: str = "2.4.0",
         machines: Machines = Machines.ALL,
         refusal: str = "",
         strict: bool = True,
@@ -95,7 +94,7 @@ class Notification(Struct):
     since: ClassVar[str] = ""
     machines: ClassVar[Machines] = Machines.ALL
 
-    def __init_subclass__(cls, *, name: str = "", since: str = "2.0.0", machines: Machines = Machines.ALL) -> None:
+    def __init_subclass__(cls, *, name: str = "", since: str = "2.4.0", machines: Machines = Machines.ALL) -> None:
         super().__init_subclass__()
         cls.name, cls.since, cls.machines = name, since, machines
 

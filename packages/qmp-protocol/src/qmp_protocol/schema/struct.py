@@ -179,7 +179,10 @@ def type_of(hint: Any, declared: _Member | None = None) -> Type:
         if not isinstance(bits, Bits):
             raise SchemaError(f"{hint} is no type of a schema")
         low, high = (declared.low, declared.high) if declared else (None, None)
-        return Integer(bits.name, bits.low if low is None else low, bits.high if high is None else high)
+        if low is None and high is None:
+            return Integer(*bits)
+        low, high = bits.low if low is None else low, bits.high if high is None else high
+        return Integer(f"{bits.name} from {low} to {high}", low, high)
     if origin is Literal:
         return Choice(typing.get_args(hint), declared.also if declared else {})
     if origin is list:

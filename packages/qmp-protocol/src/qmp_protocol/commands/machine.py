@@ -1,0 +1,138 @@
+"""CPUs, memory, balloon, migration (reference sections 5, 11, 12 and 14)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from qmp_protocol.schema import Command, Empty, Machines, Struct, member, u32, u64
+
+
+class CpuProperties(Struct):
+    """Where a CPU sits in the topology. x86 has `die_id`, arm has `cluster_id`."""
+
+    core_id: u32 = member("core-id")
+    die_id: u32 | None = member(default=None)
+    cluster_id: u32 | None = member(default=None)
+    socket_id: u32 = member("socket-id")
+    thread_id: u32 = member("thread-id")
+
+
+class CpuInfo(Struct):
+    """One CPU."""
+
+    CPU: u32 = member(doc="its index")
+    arch: Literal["x86", "arm"]
+    current: bool = member(default=True, doc="always true")
+    halted: bool = member(default=False, doc="always false")
+    props: CpuProperties
+    qom_path: str = member(doc="`/machine/unattached/device[index]`")
+    thread_id: u32 = member(doc="the host's thread id")
+
+
+class QueryCpus(Command[list[CpuInfo]], name="query-cpus"):
+    """List the CPUs with their host threads."""
+
+
+class HotpluggableCpu(Struct):
+    """One place for a CPU."""
+
+    props: CpuProperties
+    qom_path: str | None = member("qom-path", default=None, doc="absent when no CPU is in the place")
+    type: str = member(doc="`host-x86-cpu` or `host-aarch64-cpu`")
+    vcpus_count: u32 = member("vcpus-count", default=1)
+
+
+class QueryHotpluggableCpus(Command[list[HotpluggableCpu]], name="query-hotpluggable-cpus"):
+    """List the places for CPUs, from index 0 to maxcpus - 1."""
+
+
+class IothreadInfo(Struct):
+    """One I/O thread."""
+
+    id: str
+    thread_id: u32 = member("thread-id", doc="the host's thread id")
+    poll_max_ns: u64 = member("poll-max-ns", default=0)
+    poll_grow: u64 = member("poll-grow", default=0)
+    poll_shrink: u64 = member("poll-shrink", default=0)
+
+
+class QueryIothreads(Command[list[IothreadInfo]], name="query-iothreads", strict=False):
+    """List the I/O threads in the order in which they started."""
+
+
+class Balloon(Command[Empty], name="balloon", strict=False):
+    """Set how much memory the guest should have. The event BALLOON_CHANGED comes before the reply, with what it has now.
+
+    Errors: DeviceNotActive when there is no balloon or the guest has no driver for it.
+    """
+
+    value: u64 = member(doc="bytes; rounded down to 4 KiB, at most the guest's memory")
+
+
+class BalloonInfo(Struct):
+    """How much memory the guest has."""
+
+    actual: u64 = member(doc="bytes")
+
+
+class QueryBalloon(Command[BalloonInfo], name="query-balloon", strict=False):
+    """Say how much memory the guest has.
+
+    Errors: DeviceNotActive when there is no balloon.
+    """
+
+
+class QueryMem(Command[Empty], name="query-mem"):
+    """Print the memory map to the monitor's own standard output, for debugging."""
+
+
+class QueryMemGpa(Command[str], name="query-mem-gpa", machines=Machines.STANDARD, refusal="query_mem_gpa is not supported yet"):
+    """Read four bytes of guest memory, as a little-endian number in upper-case hexadecimal.
+
+    Errors: GenericError when the address is no number or no memory.
+    """
+
+    gpa: str = member(default="", doc="guest physical address, hexadecimal without 0x")
+
+
+class QueryVcpuReg(Command[str], name="query-vcpu-reg", machines=Machines.VIRT, refusal="query_vcpu_reg is not supported yet"):
+    """Read a CPU register by its KVM number. A running machine is paused meanwhile, with the events STOP and RESUME.
+
+    Errors: GenericError when there is no such CPU or register.
+    """
+
+    addr: str = member(doc="the register's KVM_GET_ONE_REG id, hexadecimal without 0x")
+    vcpu: u32 = member(doc="the CPU's index")
+
+
+class Migrate(Command[Empty], name="migrate", strict=False):
+    """Save the machine to a directory (`file:DIR`; the reply comes when it is done), or move it to another process
+    (`unix:PATH`, `tcp:ADDRESS:PORT`; the reply comes when it is connected).
+
+    microvm knows only `file:`.
+
+    Errors: GenericError when the URI is none of these, or saving or connecting fails.
+    """
+
+    uri: str
+
+
+class MigrationInfo(Struct):
+    """How far a migration is."""
+
+    status: Literal["none", "setup", "active", "completed", "failed", "canceled"]
+
+
+class QueryMigrate(Command[MigrationInfo], name="query-migrate", strict=False):
+    """Say how far the migration is. After start-up: `setup`; after `-incoming`: `completed`."""
+
+
+class MigrateCancel(Command[Empty], name="migrate_cancel", strict=False):
+    """Stop a migration under way; the machine runs on here.
+
+    Errors: GenericError when the migration is over.
+    """
+
+
+class QueryMigrateCapabilities(Command[list[Any]], name="query-migrate-capabilities", strict=False):
+    """List migration capabilities. Always empty."""
