@@ -137,7 +137,7 @@ def test_what_is_watched_can_change(direct: DirectLoop, pipe: Pipe) -> None:
     direct.poll()
     assert masks == []
     direct.modify_fd(pipe.writer, WRITE)
-    direct._turn()
+    direct._turn(0)
     assert masks == [WRITE]
     with pytest.raises(ValueError, match="is not watched"):
         direct.modify_fd(pipe.reader, READ)

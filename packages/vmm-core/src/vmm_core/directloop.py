@@ -34,19 +34,21 @@ class DirectLoop(EpollLoop):
     def poll(self) -> int:
         """Run everything that is ready, and what becomes ready by that, until there is nothing more; return after how many turns.
 
-        Timers of the host's time count as due, however long their delay. Raises RuntimeError when there is no end to it.
+        Timers of the host's time that are armed now count as due, however long their delay. Raises RuntimeError when there is
+        no end to it.
         """
+        armed = self._host_timers.sequence
         for turn in range(ROUNDS):
-            if not self._turn():
+            if not self._turn(armed):
                 return turn
         raise RuntimeError(f"loop {self.name}: still busy after {ROUNDS} turns")
 
-    def _turn(self) -> bool:
+    def _turn(self, armed: int) -> bool:
         self._fresh.clear()
         events = self._epoll.poll(0, BATCH)
         self._dispatch(events)
-        ran = self._run_timers(self._timers)
-        ran |= self._run_timers(self._host_timers)
+        ran = self._run_timers(self._timers, self._timers.sequence)
+        ran |= self._run_timers(self._host_timers, armed)
         return self._run_soon() or ran or bool(events)
 
     def remove_fd(self, fd: int) -> None:
@@ -67,7 +69,7 @@ class DirectLoop(EpollLoop):
 
     def run_due(self) -> None:
         """Run due timers of the machine's clock (`clock.TimerSource`)."""
-        self._run_timers(self._timers)
+        self._run_timers(self._timers, self._timers.sequence)
 
     def clock_changed(self) -> None:
         """Nothing to do: poll() looks at the clock."""

@@ -104,9 +104,9 @@ class EpollLoop:
                 where += f" (failed {count} times in a row, no longer watched)"
         self._failed(where, error)
 
-    def _run_timers(self, queue: TimerQueue) -> bool:
-        """Run what is due, except what is armed meanwhile. Returns whether anything ran."""
-        newest, ran = queue.sequence, False
+    def _run_timers(self, queue: TimerQueue, newest: int) -> bool:
+        """Run what is due, except what was armed after timer number `newest`. Returns whether anything ran."""
+        ran = False
         while not self._interrupted and (callback := queue.take_due(newest)) is not None:
             ran = True
             self._guarded(callback, "timer")

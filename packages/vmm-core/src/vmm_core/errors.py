@@ -29,3 +29,7 @@ class StateError(VmmError):
 
 class LifecycleError(VmmError):
     """A virtual machine was asked for a transition that its present state does not allow."""
+
+
+class ChardevError(VmmError):
+    """A character device that cannot be opened; the message names the path or address and the system's reason."""

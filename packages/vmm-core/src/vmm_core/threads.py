@@ -196,7 +196,7 @@ class IoThread(EpollLoop):
 
     def run_due(self) -> None:
         """Run due timers of the machine's clock on the loop's thread, and wait for them. Nothing runs while quiesced."""
-        self.run(lambda: None if self._parked else self._run_timers(self._timers))
+        self.run(lambda: None if self._parked else self._run_timers(self._timers, self._timers.sequence))
 
     def clock_changed(self) -> None:
         """Look at the clock again."""
@@ -238,9 +238,9 @@ class IoThread(EpollLoop):
                 if events:
                     self._dispatch(events)
                 if self._timers:
-                    self._run_timers(self._timers)
+                    self._run_timers(self._timers, self._timers.sequence)
                 if self._host_timers:
-                    self._run_timers(self._host_timers)
+                    self._run_timers(self._host_timers, self._host_timers.sequence)
                 if self._soon:
                     self._run_soon()
         finally:

@@ -1,0 +1,436 @@
+"""16550A UART, as every PC has one at port 0x3F8. Source: National Semiconductor PC16550D data sheet, section 8.
+
+The line is infinitely fast: what the guest writes has left at once, unless the host does not take it, and what the host sends
+arrives as fast as the guest reads. So the four character times of the receive timeout are none at all, and the divisor
+is only remembered.
+
+Reset values are those of StratoVirt (reference machine-x86_64, section 10.1), whose guests see a line that is up.
+
+Not here: where the bytes go (`vmm_core.devices.chardev`), and what else happens at port 0x3FF (`debugport`).
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from threading import Lock
+from typing import NamedTuple
+
+from vmm_core.devices.chardev import CharBackend, Report
+from vmm_core.errors import StateError
+from vmm_core.interrupt import InterruptLine
+from vmm_core.loop import Loop
+from vmm_core.state import expect, expect_range, versioned
+
+# Registers (table II); the divisor latch hides the first two while LCR.DLAB is set.
+DATA, IER, FCR_IIR, LCR, MCR, LSR, MSR, SCR = range(8)
+
+IER_RDA, IER_THRE, IER_RLS, IER_MSI = 1, 2, 4, 8
+IIR_NONE, IIR_MSI, IIR_THRE, IIR_RDA, IIR_RLS, IIR_TIMEOUT = 0x01, 0x00, 0x02, 0x04, 0x06, 0x0C
+IIR_FIFOS = 0xC0
+FCR_ENABLE, FCR_CLEAR_RX = 0x01, 0x02
+LCR_BREAK, LCR_DLAB = 0x40, 0x80
+MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 0x01, 0x02, 0x04, 0x08, 0x10
+LSR_DR, LSR_OE, LSR_BI, LSR_THRE, LSR_TEMT, LSR_FIFO_ERROR = 0x01, 0x02, 0x10, 0x20, 0x40, 0x80
+LSR_ERRORS = 0x1E  # OE, PE, FE, BI: what raises a line status interrupt, cleared by reading LSR
+MSR_DCTS, MSR_DDSR, MSR_TERI, MSR_DDCD = 0x01, 0x02, 0x04, 0x08
+MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
+LINE_UP = MSR_DCD | MSR_DSR | MSR_CTS
+
+FIFO = 16
+TRIGGERS = (1, 4, 8, 14)  # FCR bits 7:6
+
+INPUT = 1024  # bytes taken from the host ahead of the guest
+
+# Output that the host has not taken. Above FULL the transmitter says that it is busy, and a guest that looks waits. A guest may
+# write on regardless (Linux's console does, after 10 ms a byte), and a hypervisor may deliver writes late: nothing is lost
+# up to LIMIT, which bounds what a guest can make the host keep.
+FULL = 16 << 10
+LIMIT = 1 << 20
+
+# Linux writes the console byte by byte. Bytes of one millisecond go to the host together: no one sees the delay, and the
+# loop's thread wakes once instead of a hundred times.
+GATHER = 1_000_000  # nanoseconds of the host's time
+
+
+@versioned(1)
+class SerialState(NamedTuple):
+    """Everything that the guest can see or has written, and bytes that have not reached the other side."""
+
+    ier: int
+    fcr: int
+    lcr: int
+    mcr: int
+    lsr_errors: int
+    msr_lines: int
+    msr_changes: int
+    scr: int
+    divisor: int
+    transmitter_empty: bool  # the THRE interrupt is pending
+    looped: bytes
+    input: bytes
+    output: bytes
+
+
+class Serial:
+    """The UART: a device on the port bus for the guest, a `CharFrontend` for the host.
+
+    One lock guards the registers; back ends are called on the loop only, without it.
+    """
+
+    def __init__(self, line: InterruptLine, loop: Loop, report: Report) -> None:
+        """Make a UART with nothing at its other end; connect() changes that. `report` takes lines for the log."""
+        self._line = line
+        self._loop = loop
+        self._report = report
+        self._backend: CharBackend | None = None
+        self._scratch_hook: Callable[[int], None] | None = None
+        self._lock = Lock()
+        self._input = bytearray()  # from the host, not yet read by the guest
+        self._looped = bytearray()  # what loopback mode put into the receive FIFO
+        self._output = bytearray()  # from the guest, not yet with the back end
+        self._gathering = False  # a flush is on its way
+        self._lost = 0
+        self._asserted = False  # the interrupt output
+        self._power_on()
+
+    def _power_on(self) -> None:
+        self._ier = 0
+        self._fcr = 0
+        self._lcr = 0x03
+        self._mcr = MCR_OUT2
+        self._lsr_errors = 0
+        self._msr_lines = LINE_UP
+        self._msr_changes = 0
+        self._scr = 0
+        self._divisor = 0x0C
+        self._transmitter_empty = False
+        self._looped.clear()
+        self._asserted = False
+
+    def connect(self, backend: CharBackend) -> None:
+        """Give the port another side, for good. The serial port owns `backend` from here on."""
+        self._backend = backend
+        backend.start(self._loop, self)
+
+    def on_scratch(self, hook: Callable[[int], None]) -> None:
+        """Call `hook` with every value written to the scratch register, port 0x3FF (`vmm_core.devices.debugport`)."""
+        self._scratch_hook = hook
+
+    def reset(self) -> None:
+        """Power-on state. Bytes on the wire, in either direction, are not the UART's and stay."""
+        with self._lock:
+            self._power_on()
+
+    # The guest's side
+
+    def read(self, offset: int, size: int) -> int:
+        """Read a register; a wider access reads the registers from there on, as the ISA bus splits it."""
+        if size == 1:
+            return self._read(offset)
+        return sum(self._read(offset + i) << 8 * i for i in range(min(size, 8 - offset)))
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Write a register; a wider access writes the registers from there on, as the ISA bus splits it."""
+        if size == 1:
+            self._write(offset, value & 0xFF)
+            return
+        for i in range(min(size, 8 - offset)):
+            self._write(offset + i, value >> 8 * i & 0xFF)
+
+    def _read(self, offset: int) -> int:
+        with self._lock:
+            if offset == LSR:
+                return self._read_lsr()
+            if offset == DATA:
+                return self._divisor & 0xFF if self._lcr & LCR_DLAB else self._read_data()
+            if offset == FCR_IIR:
+                source = self._interrupt()
+                if source == IIR_THRE:
+                    self._transmitter_empty = False
+                    self._update()
+                return source | (IIR_FIFOS if self._fcr & FCR_ENABLE else 0)
+            if offset == IER:
+                return self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
+            if offset == LCR:
+                return self._lcr
+            if offset == MCR:
+                return self._mcr
+            if offset == MSR:
+                value = self._lines() | self._msr_changes
+                self._msr_changes = 0
+                self._update()
+                return value
+            return self._scr
+
+    def _write(self, offset: int, value: int) -> None:
+        if offset == SCR and self._scratch_hook is not None:
+            self._scratch_hook(value)
+        with self._lock:
+            if offset == DATA:
+                if self._lcr & LCR_DLAB:
+                    self._divisor = self._divisor & 0xFF00 | value
+                else:
+                    self._transmit(value)
+            elif offset == IER:
+                self._write_ier(value)
+            elif offset == FCR_IIR:
+                self._write_fcr(value)
+            elif offset == LCR:
+                self._write_lcr(value)
+            elif offset == MCR:
+                self._write_mcr(value)
+            elif offset == SCR:
+                self._scr = value
+            # LSR and MSR are for factory tests only (8.4, 8.8): writes do nothing.
+
+    def _read_lsr(self) -> int:
+        value = self._lsr_errors
+        if value:
+            if self._fcr & FCR_ENABLE and value & ~LSR_OE:
+                value |= LSR_FIFO_ERROR
+            self._lsr_errors = 0
+            self._update()
+        if self._available():
+            value |= LSR_DR
+        if len(self._output) < FULL:
+            value |= LSR_THRE | LSR_TEMT
+        return value
+
+    def _read_data(self) -> int:
+        if self._looped:
+            byte = self._looped.pop(0)
+        elif self._input and not self._mcr & MCR_LOOP:
+            full = len(self._input) == INPUT
+            byte = self._input.pop(0)
+            if full and self._backend is not None:
+                self._backend.input_wanted()
+        else:
+            return 0
+        self._update()
+        return byte
+
+    def _transmit(self, byte: int) -> None:
+        self._transmitter_empty = False
+        if self._mcr & MCR_LOOP:
+            self._loop_back(byte)
+        elif self._backend is not None:
+            if len(self._output) < LIMIT:
+                self._output.append(byte)
+            else:
+                self._lost += 1
+            if not self._gathering:
+                self._gathering = True
+                self._loop.call_later(GATHER, self.flush, host=True)
+        if len(self._output) < FULL:
+            # The byte has left: the line falls with the write and rises again, which is a new edge.
+            self._asserted = self._asserted and self._interrupt() != IIR_NONE
+            self._transmitter_empty = True
+        self._update()
+
+    def _loop_back(self, byte: int, error: int = 0) -> None:
+        if len(self._looped) < (FIFO if self._fcr & FCR_ENABLE else 1):
+            self._looped.append(byte)
+        else:
+            error |= LSR_OE  # with FIFOs, the byte in the shift register is the one that is lost (8.6.2)
+            if not self._fcr & FCR_ENABLE:
+                self._looped[0] = byte
+        self._lsr_errors |= error
+
+    def _write_ier(self, value: int) -> None:
+        if self._lcr & LCR_DLAB:
+            self._divisor = self._divisor & 0xFF | value << 8
+            return
+        value &= 0x0F
+        if value & ~self._ier & IER_THRE and len(self._output) < FULL:
+            self._transmitter_empty = True  # enabling it while the transmitter is empty raises it at once (Linux relies on it)
+        self._ier = value
+        self._asserted = False  # whoever enables interrupts wants to hear of what is pending already
+        self._update()
+
+    def _write_fcr(self, value: int) -> None:
+        if (value ^ self._fcr) & FCR_ENABLE or value & FCR_CLEAR_RX:
+            # Only what loopback put there: bytes from the host that the guest has not seen yet arrive after this reset, so
+            # that nothing typed ahead is lost when a kernel or a boot loader sets the port up.
+            self._looped.clear()
+            self._lsr_errors &= LSR_OE
+        # Without the enable bit the others are not written (8.3).
+        self._fcr = value & 0xC1 if value & FCR_ENABLE else 0
+        self._update()
+
+    def _write_lcr(self, value: int) -> None:
+        if value & ~self._lcr & LCR_BREAK and self._mcr & MCR_LOOP:
+            self._loop_back(0, LSR_BI)
+        self._lcr = value
+        self._update()
+
+    def _write_mcr(self, value: int) -> None:
+        before = self._lines()
+        self._mcr = value & 0x1F
+        after = self._lines()
+        changed = before ^ after
+        if changed & MSR_CTS:
+            self._msr_changes |= MSR_DCTS
+        if changed & MSR_DSR:
+            self._msr_changes |= MSR_DDSR
+        if before & ~after & MSR_RI:
+            self._msr_changes |= MSR_TERI  # the trailing edge only
+        if changed & MSR_DCD:
+            self._msr_changes |= MSR_DDCD
+        self._update()
+
+    def _lines(self) -> int:
+        """Modem inputs: the wire's, or in loopback mode the port's own outputs (8.5)."""
+        mcr = self._mcr
+        if not mcr & MCR_LOOP:
+            return self._msr_lines
+        return (
+            (MSR_DSR if mcr & MCR_DTR else 0)
+            | (MSR_CTS if mcr & MCR_RTS else 0)
+            | (MSR_RI if mcr & MCR_OUT1 else 0)
+            | (MSR_DCD if mcr & MCR_OUT2 else 0)
+        )
+
+    def _available(self) -> int:
+        """Bytes in the receiver. In loopback mode the wire is cut off and waits."""
+        return len(self._looped) + (0 if self._mcr & MCR_LOOP else len(self._input))
+
+    def _interrupt(self) -> int:
+        """The pending enabled interrupt of the highest priority (table IV)."""
+        ier = self._ier
+        if not ier:
+            return IIR_NONE
+        if ier & IER_RLS and self._lsr_errors:
+            return IIR_RLS
+        if ier & IER_RDA and (available := self._available()):
+            if not self._fcr & FCR_ENABLE or available >= TRIGGERS[self._fcr >> 6]:
+                return IIR_RDA
+            return IIR_TIMEOUT
+        if ier & IER_THRE and self._transmitter_empty:
+            return IIR_THRE
+        if ier & IER_MSI and self._msr_changes:
+            return IIR_MSI
+        return IIR_NONE
+
+    def _update(self) -> None:
+        """Follow the interrupt output; its rising edge is what the controller sees."""
+        pending = self._interrupt() != IIR_NONE
+        if pending and not self._asserted:
+            self._line.trigger()
+        self._asserted = pending
+
+    # The host's side (`chardev.CharFrontend`), on the loop
+
+    def input_room(self) -> int:
+        """How many bytes there is room for."""
+        return INPUT - len(self._input)
+
+    def receive(self, data: bytes) -> None:
+        """Take input from the host."""
+        with self._lock:
+            self._input += data
+            self._update()
+
+    def peer_changed(self, connected: bool) -> None:
+        """Nothing: the line is up whether or not somebody listens, as with a cable to nowhere."""
+
+    def output_ready(self) -> None:
+        """The host takes bytes again."""
+        self.flush()
+
+    def pause(self) -> None:
+        """Let the host see what the guest has written so far (`machine.core.Pausable`)."""
+        self._loop.run(self.flush)
+
+    def resume(self) -> None:
+        """Nothing: only the guest and the host move bytes."""
+
+    def flush(self) -> None:
+        """Give the host what it takes now. On the loop."""
+        backend = self._backend
+        if backend is None:
+            return
+        with self._lock:
+            self._gathering = True  # output_ready() comes, or nothing is left: nobody else need call
+            data = bytes(self._output)
+            lost, self._lost = self._lost, 0
+        taken = backend.write(data) if data else 0
+        with self._lock:
+            was_full = len(self._output) >= FULL
+            del self._output[:taken]
+            left = len(self._output)
+            self._gathering = taken < len(data)
+            if left and not self._gathering:  # written by the guest meanwhile
+                self._gathering = True
+                self._loop.call_later(GATHER, self.flush, host=True)
+            if was_full and left < FULL:
+                self._transmitter_empty = True
+                self._update()
+        if lost:
+            self._report(f"serial: {lost} bytes of output lost: the guest wrote on while nobody read {LIMIT} bytes")
+
+    def close(self, patience_ms: int = 1000) -> None:
+        """Write the last output, waiting up to `patience_ms` for a reader that is slow, and close the back end. Twice is fine."""
+        backend = self._backend
+        if backend is None:
+            return
+        for _ in range(patience_ms // 10):
+            self._loop.run(self.flush)
+            if not self._output:
+                break
+            select.select([], [], [], 0.01)
+        if self._output:
+            self._report(f"serial: {len(self._output)} bytes of output lost: nobody read them")
+        self._backend = None
+        backend.close()
+
+    # State
+
+    def save(self) -> SerialState:
+        """Take the state."""
+        with self._lock:
+            return SerialState(
+                self._ier,
+                self._fcr,
+                self._lcr,
+                self._mcr,
+                self._lsr_errors,
+                self._msr_lines,
+                self._msr_changes,
+                self._scr,
+                self._divisor,
+                self._transmitter_empty,
+                bytes(self._looped),
+                bytes(self._input),
+                bytes(self._output),
+            )
+
+    def restore(self, state: object) -> None:
+        """Put a state back. Raises StateError."""
+        new = expect(state, SerialState, "serial")
+        for field, mask in (
+            ("ier", 0x0F),
+            ("fcr", 0xC1),
+            ("lcr", 0xFF),
+            ("mcr", 0x1F),
+            ("lsr_errors", LSR_ERRORS),
+            ("msr_lines", 0xF0),
+            ("msr_changes", 0x0F),
+            ("scr", 0xFF),
+            ("divisor", 0xFFFF),
+        ):
+            if getattr(new, field) & ~mask:
+                raise StateError(f"serial.{field}: {getattr(new, field):#x} has bits outside {mask:#x}")
+        expect_range(len(new.looped), 0, FIFO, "serial.looped: length")
+        expect_range(len(new.input), 0, INPUT, "serial.input: length")
+        expect_range(len(new.output), 0, LIMIT, "serial.output: length")
+        with self._lock:
+            self._ier, self._fcr, self._lcr, self._mcr = new.ier, new.fcr, new.lcr, new.mcr
+            self._lsr_errors, self._msr_lines, self._msr_changes = new.lsr_errors, new.msr_lines, new.msr_changes
+            self._scr, self._divisor, self._transmitter_empty = new.scr, new.divisor, new.transmitter_empty
+            self._looped, self._input, self._output = bytearray(new.looped), bytearray(new.input), bytearray(new.output)
+            # The edge was sent before the save, and the interrupt controller's own state has it.
+            self._asserted = self._interrupt() != IIR_NONE
+            if self._output and self._backend is not None and not self._gathering:
+                self._gathering = True
+                self._loop.call_later(GATHER, self.flush, host=True)

@@ -1,0 +1,476 @@
+"""Back ends of character devices: every kind of descriptor a person may hand us, peers that come and go, and none lost."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+import termios
+import threading
+import tty
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from vmm_core.clock import MonotonicClock, VirtualClock
+from vmm_core.devices.chardev import CharBackend, FileBackend, PtyBackend, StdioBackend
+from vmm_core.devices.chardev_socket import SocketBackend, listen_tcp, listen_unix
+from vmm_core.devices.serial import DATA, LSR, Serial
+from vmm_core.directloop import DirectLoop
+from vmm_core.errors import ChardevError
+from vmm_core.hypervisor.testmode import RecordedLine
+from vmm_core.threads import IoThread
+
+GENEROUS = 60  # seconds
+
+B = TypeVar("B", bound=CharBackend)
+
+
+class Frontend:
+    """A device that keeps what it gets and has as much room as a test says."""
+
+    def __init__(self) -> None:
+        self.room = 1 << 20
+        self.got = bytearray()
+        self.peers: list[bool] = []
+        self.ready = 0
+
+    def input_room(self) -> int:
+        return self.room
+
+    def receive(self, data: bytes) -> None:
+        assert 0 < len(data) <= self.room
+        self.room -= len(data)
+        self.got += data
+
+    def output_ready(self) -> None:
+        self.ready += 1
+
+    def peer_changed(self, connected: bool) -> None:
+        self.peers.append(connected)
+
+
+class Desk:
+    """A loop, a front end, and the reports; closes what the tests give it."""
+
+    def __init__(self) -> None:
+        self.loop = DirectLoop("test", VirtualClock())
+        self.front = Frontend()
+        self.reports: list[str] = []
+        self.undo: list[Callable[[], object]] = []
+
+    def start(self, backend: B) -> B:
+        backend.start(self.loop, self.front)
+        self.undo.append(backend.close)
+        self.loop.poll()
+        return backend
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Run the loop until `condition` holds: terminals pass bytes on in the kernel's own time."""
+        for _ in range(GENEROUS * 10):
+            self.loop.poll()
+            if condition():
+                return
+            select.select([self.loop._epoll.fileno()], [], [], 0.1)
+        raise AssertionError("it did not come about")
+
+    def pipe(self) -> tuple[int, int]:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        self.undo += [lambda: os.close(reader), lambda: os.close(writer)]
+        return reader, writer
+
+    def close(self) -> None:
+        for step in reversed(self.undo):
+            step()
+        self.loop.close()
+
+
+def open_descriptors() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    before = open_descriptors()
+    desk = Desk()
+    yield desk
+    desk.close()
+    assert open_descriptors() == before
+
+
+# Standard input and output
+
+
+def test_pipes_on_standard_input_and_output(desk: Desk) -> None:
+    (keyboard, typed), (shown, screen) = desk.pipe(), desk.pipe()
+    stdio = desk.start(StdioBackend(desk.reports.append, keyboard, screen))
+    os.write(typed, b"ls\n")
+    desk.loop.poll()
+    assert desk.front.got == b"ls\n"
+    assert stdio.write(b"bin etc\r\n") == 9
+    assert os.read(shown, 100) == b"bin etc\r\n"
+    assert os.get_blocking(screen)  # the descriptor that the shell shares stays as it was
+    assert desk.front.peers == [True]
+
+
+def test_a_file_on_standard_input_is_read_as_fast_as_there_is_room(desk: Desk, tmp_path: Path) -> None:
+    script = bytes(range(256)) * 100
+    (tmp_path / "script").write_bytes(script)
+    _, screen = desk.pipe()
+    file = os.open(tmp_path / "script", os.O_RDONLY | os.O_CLOEXEC)
+    desk.undo.append(lambda: os.close(file))
+    desk.front.room = 10
+    stdio = desk.start(StdioBackend(desk.reports.append, file, screen))
+    assert desk.front.got == script[:10]
+    while len(desk.front.got) < len(script):
+        desk.front.room = 7001
+        stdio.input_wanted()
+        desk.loop.poll()
+    assert desk.front.got == script
+    assert stdio.write(b"still here") == 10
+    assert desk.reports == []
+
+
+def test_dev_null_on_standard_input_is_no_input_and_no_error(desk: Desk) -> None:
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    desk.undo.append(lambda: os.close(null))
+    stdio = desk.start(StdioBackend(desk.reports.append, null, null))
+    assert stdio.write(b"swallowed") == 9
+    assert (bytes(desk.front.got), desk.reports) == (b"", [])
+
+
+def test_the_end_of_input_is_not_the_end_of_output(desk: Desk) -> None:
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    shown, screen = desk.pipe()
+    desk.undo.append(lambda: os.close(reader))
+    stdio = desk.start(StdioBackend(desk.reports.append, reader, screen))
+    os.write(writer, b"bye")
+    os.close(writer)
+    desk.loop.poll()
+    desk.loop.poll()
+    assert desk.front.got == b"bye"
+    stdio.write(b"hello")
+    assert os.read(shown, 100) == b"hello"
+
+
+def test_without_room_input_stays_in_the_pipe(desk: Desk) -> None:
+    (keyboard, typed), (_, screen) = desk.pipe(), desk.pipe()
+    stdio = desk.start(StdioBackend(desk.reports.append, keyboard, screen))
+    desk.front.room = 3
+    os.write(typed, b"abcdef")
+    desk.loop.poll()
+    assert desk.front.got == b"abc"
+    desk.front.room = 100
+    stdio.input_wanted()
+    desk.loop.poll()
+    assert desk.front.got == b"abcdef"
+
+
+def test_a_full_pipe_takes_a_part_and_says_when_there_is_room(desk: Desk) -> None:
+    (keyboard, _), (shown, screen) = desk.pipe(), desk.pipe()
+    stdio = desk.start(StdioBackend(desk.reports.append, keyboard, screen))
+    data = b"x" * 1_000_000
+    taken = stdio.write(data)
+    assert 0 < taken < len(data)
+    assert stdio.write(b"more") == 0
+    desk.loop.poll()
+    assert desk.front.ready == 0
+    received = 0
+    while received < taken:
+        received += len(os.read(shown, 65536))
+    desk.loop.poll()
+    assert desk.front.ready == 1
+
+
+def test_a_reader_of_standard_output_that_went_away_is_reported_once(desk: Desk) -> None:
+    keyboard, _ = desk.pipe()
+    shown, screen = os.pipe2(os.O_CLOEXEC)
+    desk.undo.append(lambda: os.close(screen))
+    stdio = desk.start(StdioBackend(desk.reports.append, keyboard, screen))
+    os.close(shown)
+    assert [stdio.write(b"lost") for _ in range(3)] == [4, 4, 4]
+    desk.loop.poll()
+    assert desk.reports == ["stdio: output ended: Broken pipe"]
+
+
+def test_a_socket_as_standard_input_and_output_gets_its_mode_back(desk: Desk) -> None:
+    ours, theirs = socket.socketpair()
+    stdio = StdioBackend(desk.reports.append, ours.fileno(), ours.fileno())
+    stdio.start(desk.loop, desk.front)
+    theirs.send(b"in")
+    desk.loop.poll()
+    assert stdio.write(b"out") == 3
+    assert (bytes(desk.front.got), theirs.recv(10)) == (b"in", b"out")
+    stdio.close()
+    stdio.close()
+    assert os.get_blocking(ours.fileno())
+    ours.close()
+    theirs.close()
+
+
+def test_a_closed_standard_input_is_an_error_and_leaves_nothing_open(desk: Desk) -> None:
+    reader, _ = desk.pipe()
+    gone = 1 << 20  # more than a process may have
+    with pytest.raises(ChardevError, match=r"^standard input: Bad file descriptor$"):
+        StdioBackend(desk.reports.append, gone, reader)
+    ours, theirs = socket.socketpair()
+    with pytest.raises(ChardevError, match=r"^standard output: Bad file descriptor$"):
+        StdioBackend(desk.reports.append, ours.fileno(), gone)
+    assert os.get_blocking(ours.fileno())
+    ours.close()
+    theirs.close()
+
+
+def test_a_terminal_is_raw_while_the_guest_has_it_and_as_before_afterwards(desk: Desk) -> None:
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    stdio = StdioBackend(desk.reports.append, slave, slave)
+    assert termios.tcgetattr(slave) == before  # not before the start, which may fail
+    stdio.start(desk.loop, desk.front)
+    raw = termios.tcgetattr(slave)
+    assert raw[tty.LFLAG] & (termios.ISIG | termios.ICANON | termios.ECHO) == 0  # Ctrl-C is the guest's
+    assert raw[tty.OFLAG] == before[tty.OFLAG]
+    os.write(master, b"\x03x\r")
+    desk.until(lambda: desk.front.got == b"\x03x\r")
+    stdio.close()
+    assert termios.tcgetattr(slave) == before
+    os.close(slave)
+    os.close(master)
+
+
+def test_a_terminal_that_goes_away_ends_input_and_output_and_nothing_else(desk: Desk) -> None:
+    master, slave = os.openpty()
+    stdio = StdioBackend(desk.reports.append, slave, slave)
+    stdio.start(desk.loop, desk.front)
+    os.close(master)
+    desk.loop.poll()
+    assert stdio.write(b"lost") == 4
+    stdio.close()
+    os.close(slave)
+
+
+# Files
+
+
+def test_a_file_is_written_from_its_beginning_and_not_cut(desk: Desk, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"0123456789")
+    file = desk.start(FileBackend(str(path), desk.reports.append))
+    assert file.write(b"abc") == 3
+    assert path.read_bytes() == b"abc3456789"
+
+
+def test_a_new_file_is_the_users_alone(desk: Desk, tmp_path: Path) -> None:
+    desk.start(FileBackend(str(tmp_path / "log"), desk.reports.append))
+    assert stat.S_IMODE((tmp_path / "log").stat().st_mode) & 0o077 == 0
+
+
+def test_a_file_that_cannot_be_opened_is_named(desk: Desk, tmp_path: Path) -> None:
+    with pytest.raises(ChardevError, match=r"^cannot open .*/no/log: No such file or directory$"):
+        FileBackend(str(tmp_path / "no" / "log"), desk.reports.append)
+
+
+def test_a_full_disk_is_reported_once_and_tried_again(desk: Desk) -> None:
+    file = desk.start(FileBackend("/dev/full", desk.reports.append))
+    assert [file.write(b"lost"), file.write(b"lost")] == [4, 4]
+    assert desk.reports == ["/dev/full: output lost: No space left on device"]
+
+
+# Pseudo-terminals
+
+
+def attach(pty: PtyBackend) -> int:
+    return os.open(pty.path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+
+
+def test_a_pty_can_be_attached_to_left_and_attached_to_again(desk: Desk) -> None:
+    pty = desk.start(PtyBackend(desk.reports.append))
+    assert desk.reports == [f"Pty path is: {pty.path}"]
+    assert pty.write(b"nobody sees this") == 16
+    for visit in (b"first", b"second"):
+        terminal = attach(pty)
+        desk.until(lambda: desk.front.peers == [True])
+        desk.front.peers.clear()
+        assert pty.write(b"\r\nlogin: ") == 9
+        assert os.read(terminal, 100) == b"\r\nlogin: "  # raw: nothing added
+        os.write(terminal, visit + b"\r")
+        desk.until(lambda: desk.front.got.endswith(visit + b"\r"))  # noqa: B023 - called before the next visit
+        os.close(terminal)
+        desk.until(lambda: desk.front.peers == [False])
+        desk.front.peers.clear()
+
+
+def test_a_reader_of_a_pty_that_stalls_holds_output_and_one_that_leaves_lets_it_go(desk: Desk) -> None:
+    pty = desk.start(PtyBackend(desk.reports.append))
+    terminal = attach(pty)
+    desk.loop.poll()
+    data = b"x" * 1_000_000
+    assert pty.write(data) < len(data)
+    assert desk.front.ready == 0
+    os.close(terminal)
+    desk.until(lambda: desk.front.ready > 0)
+    assert pty.write(data) == len(data)
+
+
+# Sockets
+
+
+@pytest.fixture
+def server(desk: Desk, tmp_path: Path) -> SocketBackend:
+    return desk.start(listen_unix(str(tmp_path / "console"), desk.reports.append))
+
+
+def connect(desk: Desk, server: SocketBackend) -> socket.socket:
+    address = server.address
+    peer = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    desk.undo.append(peer.close)
+    peer.connect(address)  # type: ignore[arg-type]
+    peer.setblocking(False)
+    desk.loop.poll()
+    return peer
+
+
+def test_a_peer_talks_and_leaves_and_the_next_one_talks(desk: Desk, server: SocketBackend) -> None:
+    assert server.write(b"nobody sees this") == 16
+    for word in (b"one", b"two"):
+        peer = connect(desk, server)
+        peer.send(word)
+        desk.loop.poll()
+        assert desk.front.got.endswith(word)
+        assert server.write(b"answer") == 6
+        assert peer.recv(100) == b"answer"
+        peer.close()
+        desk.loop.poll()
+    assert desk.front.peers == [True, False, True, False]
+
+
+def test_a_second_peer_waits_for_the_first_to_leave(desk: Desk, server: SocketBackend) -> None:
+    first, second = connect(desk, server), connect(desk, server)
+    second.send(b"me too")
+    desk.loop.poll()
+    assert desk.front.got == b""
+    first.close()
+    desk.loop.poll()
+    assert desk.front.got == b"me too"
+
+
+def test_a_peer_that_resets_the_connection_is_a_peer_that_left(desk: Desk) -> None:
+    server = desk.start(listen_tcp("127.0.0.1", 0, desk.reports.append))
+    peer = connect(desk, server)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    peer.close()
+    desk.loop.poll()
+    assert desk.front.peers == [True, False]
+    connect(desk, server).send(b"again")
+    desk.loop.poll()
+    assert desk.front.got == b"again"
+
+
+def test_a_peer_that_leaves_while_the_guest_does_not_read_is_noticed_when_it_does(desk: Desk, server: SocketBackend) -> None:
+    desk.front.room = 2
+    peer = connect(desk, server)
+    peer.send(b"abcd")
+    peer.close()
+    desk.loop.poll()  # and does not spin on the hang-up
+    assert (bytes(desk.front.got), desk.front.peers) == (b"ab", [True])
+    desk.front.room = 10
+    server.input_wanted()
+    desk.loop.poll()
+    assert (bytes(desk.front.got), desk.front.peers) == (b"abcd", [True, False])
+
+
+def test_a_stalled_peer_holds_output_until_it_reads(desk: Desk, server: SocketBackend) -> None:
+    peer = connect(desk, server)
+    data = b"x" * 10_000_000
+    taken = server.write(data)
+    assert taken < len(data)
+    left = taken
+    while left:
+        left -= len(peer.recv(1 << 20))
+    desk.loop.poll()
+    assert desk.front.ready == 1
+
+
+def test_a_unix_socket_is_the_users_alone_and_removed_at_the_end(desk: Desk, tmp_path: Path) -> None:
+    path = tmp_path / "console"
+    server = listen_unix(str(path), desk.reports.append)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    server.close()
+    server.close()
+    assert not path.exists()
+
+
+def test_a_dead_socket_is_replaced_and_any_other_file_is_not(desk: Desk, tmp_path: Path) -> None:
+    path = tmp_path / "console"
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(path))
+    dead.close()
+    desk.start(listen_unix(str(path), desk.reports.append))
+    (tmp_path / "precious").write_text("data")
+    with pytest.raises(ChardevError, match="is there already and is not a socket"):
+        listen_unix(str(tmp_path / "precious"), desk.reports.append)
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_a_path_that_somebody_else_took_over_is_left_alone(desk: Desk, tmp_path: Path) -> None:
+    path = tmp_path / "console"
+    server = listen_unix(str(path), desk.reports.append)
+    path.unlink()
+    path.write_text("someone else's")
+    server.close()
+    assert path.exists()
+
+
+def test_what_cannot_be_listened_on_is_named(desk: Desk, tmp_path: Path) -> None:
+    with pytest.raises(ChardevError, match=r"^cannot listen on .*: AF_UNIX path too long$"):
+        listen_unix(str(tmp_path / ("x" * 120)), desk.reports.append)
+    with pytest.raises(ChardevError, match=r"^cannot listen on 192.0.2.1:1: Cannot assign requested address$"):
+        listen_tcp("192.0.2.1", 1, desk.reports.append)
+    with pytest.raises(ChardevError, match=r"^cannot listen on 127.0.0.1:99999: "):
+        listen_tcp("127.0.0.1", 99999, desk.reports.append)
+
+
+# A serial port on a thread, from end to end
+
+
+def test_many_bytes_go_through_a_serial_port_both_ways_and_whole() -> None:
+    failed: list[Exception] = []
+    thread = IoThread("console", MonotonicClock(), lambda where, error: failed.append(error))
+    thread.start()
+    (keyboard, typed), (shown, screen) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    uart = Serial(RecordedLine(4), thread, lambda line: None)
+    uart.connect(StdioBackend(lambda line: None, keyboard, screen))
+    data = os.urandom(100_000)
+    received = bytearray()
+
+    def type_it() -> None:
+        with os.fdopen(typed, "wb") as file:
+            file.write(data)
+
+    def watch() -> None:
+        with os.fdopen(shown, "rb") as file:
+            while len(received) < len(data):
+                received.extend(file.read1())
+
+    people = [threading.Thread(target=type_it), threading.Thread(target=watch)]
+    for person in people:
+        person.start()
+    echoed = 0
+    while echoed < len(data):  # a guest that echoes what it reads, byte by byte
+        status = uart.read(LSR, 1)
+        if status & 0x21 == 0x21:
+            uart.write(DATA, 1, uart.read(DATA, 1))
+            echoed += 1
+        else:
+            os.sched_yield()
+    for person in people:
+        person.join()
+    assert received == data
+    uart.close()
+    thread.stop()
+    os.close(keyboard)
+    os.close(screen)
+    assert failed == []
