@@ -303,3 +303,22 @@ def test_a_socket_is_no_drive(tmp_path: Path, kernel_file: str, capfd: pytest.Ca
         with pytest.raises(SystemExit):
             parse_or_exit(["-kernel", kernel_file, "-drive", f"id=a,file={tmp_path / 's'}"])
     assert capfd.readouterr().err.endswith("not a regular file or a block device\n")
+
+
+def test_a_configuration_is_frozen_and_says_what_it_lacks() -> None:
+    config = kernel()
+    with pytest.raises(AttributeError, match="Config is frozen"):
+        config.kernel = "other"  # type: ignore[misc]
+    with pytest.raises(AttributeError, match="Config is frozen"):
+        del config.kernel
+    with pytest.raises(TypeError, match="Drive needs a value for 'file'"):
+        Drive(id="a")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="Drive has no field 'colour'"):
+        Drive(id="a", file="f", colour="red")  # type: ignore[call-arg]
+
+
+def test_a_configuration_can_be_changed_into_another() -> None:
+    one = Drive(id="a", file="f")
+    assert one.replace(file="g") == Drive(id="a", file="g") != one
+    assert len({one, one.replace(), Drive(id="a", file="g")}) == 2
+    assert repr(IoThread(id="x")) == "IoThread(id='x')"
