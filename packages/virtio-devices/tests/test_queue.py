@@ -94,6 +94,19 @@ def test_requests_that_are_not_taken_stay_in_the_ring(memory: GuestMemory) -> No
     assert not queue.pending
 
 
+def test_a_request_that_is_put_back_is_yielded_again(memory: GuestMemory) -> None:
+    ring = Ring(memory)
+    ring.start_at(0xFFFF)
+    queue = enable(ring)
+    queue.set_indices(0xFFFF, 0xFFFF)
+    ring.offer(*(ring.chain((BUF, n, False)) for n in (1, 2)))
+    for _head, _, _ in queue.chains():
+        queue.put_back()
+        break
+    assert queue.in_flight == 0
+    assert [r for _, r, _ in shape(queue)] == [[1], [2]]
+
+
 def test_nothing_given_back_is_visible_before_publish(memory: GuestMemory) -> None:
     ring = Ring(memory)
     queue = enable(ring)

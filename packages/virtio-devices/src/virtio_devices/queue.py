@@ -198,6 +198,10 @@ class SplitQueue:
             return QueueError("an indirect descriptor with a next one")
         return QueueError(f"an indirect table of {length} bytes")
 
+    def put_back(self) -> None:
+        """Leave the request that chains() yielded last in the ring, to be yielded again. Ends that iteration."""
+        self._seen = (self._seen - 1) & 0xFFFF
+
     def add_used(self, head: int, written: int) -> None:
         """Give a request back after writing `written` bytes. The driver sees it after publish()."""
         used_idx = self._used_idx
