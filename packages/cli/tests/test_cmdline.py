@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from pystratovirt.cmdline.backends import Drive, FileChardev, IoThread, PtyChard
 from pystratovirt.cmdline.devices import Virtconsole, VirtioBlk, VirtioRng, VirtioSerial
 from pystratovirt.cmdline.options import LATER, OPTIONS
 from pystratovirt.cmdline.values import GiB, MiB
+from pystratovirt.main import main
 
 KERNEL = ["-kernel", "vmlinuz"]
 SPINE = [
@@ -237,11 +240,16 @@ def test_a_wrong_command_line_is_answered_with_one_line_and_status_1(
     if "-kernel" not in argv and argv != ["-machine", "microvm"]:
         argv += ["-kernel", kernel_file]
     with pytest.raises(SystemExit) as caught:
-        parse_or_exit(argv)
+        main(argv)
     out, err = capfd.readouterr()
     assert err == f"{answer}\n"
     assert out == ""
     assert caught.value.code == 1
+
+
+def test_the_command_itself_answers_so() -> None:
+    command = subprocess.run([sys.executable, "-m", "pystratovirt", "-smp", "300"], capture_output=True, text=True, check=False)
+    assert (command.returncode, command.stdout, command.stderr) == (1, "", "stratovirt: -smp 300: at most 254 vCPUs\n")
 
 
 def test_there_are_enough_wrong_command_lines() -> None:

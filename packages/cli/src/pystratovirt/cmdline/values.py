@@ -127,7 +127,7 @@ class Bool(Kind[bool]):
 SWITCH = Bool(("on", "true", "yes"), ("off", "false", "no"))
 UNMAP = Bool(("unmap", "on", "true", "yes"), ("ignore", "off", "false", "no"))
 ON_OFF = Bool(("on",), ("off",))
-FLAG = Bool(("on",), ("off",), alone=True)
+FLAG = Bool(("on", "true", "yes"), ("off", "false", "no"), alone=True)
 
 
 class Text(Kind[str]):
