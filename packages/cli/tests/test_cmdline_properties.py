@@ -52,7 +52,7 @@ def answer(argv: list[str]) -> Config | CommandLineError | Information:
 
 
 @given(st.lists(options | anything | parameter_string, max_size=12))
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @example(["-append", ""])
 @example(["-m", "٣"])
 @example(["-smp", "9" * 5000])
@@ -69,6 +69,7 @@ def test_any_arguments_give_a_configuration_or_one_printable_line(argv: list[str
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
 @given(text=parameter_string)
+@settings(deadline=None)
 def test_any_parameter_string_is_read_or_refused(schema: type[Parameters], text: str) -> None:
     try:
         read = schema.parse("-option", f"{schema.selector},{text}" if schema.selector else text)
@@ -100,6 +101,7 @@ def configurations(draw: st.DrawFn) -> list[str]:
 
 
 @given(configurations())
+@settings(deadline=None)
 def test_a_configuration_survives_being_written_and_read(argv: list[str]) -> None:
     first = answer(argv)
     if isinstance(first, CommandLineError):  # the daemon that wanted standard input
@@ -110,6 +112,7 @@ def test_a_configuration_survives_being_written_and_read(argv: list[str]) -> Non
 
 
 @given(cpus=st.integers(1, 254), counts=st.tuples(*[st.none() | st.integers(1, 8)] * 5), maximum=st.none() | st.integers(0, 254))
+@settings(deadline=None)
 def test_a_topology_that_is_accepted_has_room_for_every_vcpu(
     cpus: int, counts: tuple[int | None, ...], maximum: int | None
 ) -> None:
@@ -124,6 +127,7 @@ def test_a_topology_that_is_accepted_has_room_for_every_vcpu(
 
 
 @given(st.integers(0, 1 << 70), st.sampled_from(["", "k", "K", "m", "M", "g", "G"]))
+@settings(deadline=None)
 def test_a_size_is_its_number_times_its_unit_or_out_of_bounds(number: int, unit: str) -> None:
     size = number * {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "": 1 << 20}[unit.lower()]
     try:

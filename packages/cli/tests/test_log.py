@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pystratovirt import log
@@ -92,6 +92,7 @@ def test_what_a_client_says_stays_one_line(journal: Log, path: Path) -> None:
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_any_message_is_one_line(text: str) -> None:
     reader, writer = os.pipe()
     journal = Log(INFO, f"/proc/self/fd/{writer}")
