@@ -73,6 +73,7 @@ class Client:
                     with self._reading:
                         await self._read()
                     self._finishing = True
+                    self._release()
                     self._wake.set()
                     tasks.cancel_scope.deadline = anyio.current_time() + self._server.drain_time
         finally:
