@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     boots.add_argument("--timeout", type=float, metavar="S", help="end everything after S seconds, with status 124")
     boots.add_argument("--out", type=Path, metavar="DIR", help="a folder that the command writes to as $LAB_OUT")
     boots.add_argument("--dmesg", type=Path, metavar="FILE", help="where to put the lab host's kernel log afterwards")
+    boots.add_argument(
+        "--forward",
+        action="append",
+        default=[],
+        metavar="PATH:LABPATH",
+        help="a unix socket PATH here that leads to LABPATH in the lab, for one client at a time; repeatable",
+    )
     boots.add_argument("--qemu", action="append", default=[], metavar="ARG", help="a further argument for QEMU; repeatable")
     boots.add_argument("--verbose", action="store_true", help="the lab host's console on standard error")
 
@@ -93,8 +100,19 @@ def _options(options: argparse.Namespace, tty: bool) -> host.Options:
         tty=tty,
         stdin=not tty and _has_input(),
         qemu=options.qemu,
+        forward=_forwards(options.forward),
         verbose=options.verbose,
     )
+
+
+def _forwards(given: Sequence[str]) -> dict[Path, str]:
+    forwards = {}
+    for item in given:
+        path, separator, target = item.partition(":")
+        if not path or not separator or not target or " " in target or "," in path:
+            raise host.LabError(f"--forward {item}: must be PATH:LABPATH, without commas and blanks")
+        forwards[Path(path).absolute()] = target
+    return forwards
 
 
 def _has_input() -> bool:

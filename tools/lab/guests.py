@@ -117,6 +117,7 @@ def _make_ext4(image: Path, tree: Path, size: int) -> None:
     done = subprocess.run(
         [
             tool("mke2fs"), "-q", "-F", "-t", "ext4", "-d", str(tree), "-L", "guest-root", "-U", _UUID, "-m", "0",
+            "-i", "32768", "-J", "size=4",  # small tables: a copy is made for every test
             "-E", f"root_owner=0:0,hash_seed={_UUID},lazy_itable_init=0,lazy_journal_init=0", str(image), f"{size}M",
         ],
         capture_output=True, text=True, check=False, env=environment,

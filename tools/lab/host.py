@@ -17,6 +17,7 @@ import shlex
 import shutil
 import socket
 import stat
+import sys
 import termios
 import time
 import tty
@@ -35,6 +36,7 @@ MODULES = ("virtio_pci", "virtiofs", "overlay", "virtio_console"), ("kvm", "kvm_
 # Each of those after `quiet` saves a tenth of a second or more of the boot; a stable TSC also serves the guests in the lab.
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet mitigations=off cryptomgr.notests tsc=reliable random.trust_cpu=on"
 PORTS = ("stdout", "stderr", "stdin", "control", "dmesg")  # virtio-serial ports 1 to 5; inside.sh has the other ends
+_FORWARD_PORT = 10  # and up: one for each forwarded socket
 _CONSOLE_KEPT = 64 * 1024  # bytes of the lab host's own console, for the message when it dies
 _CHUNK = 64 * 1024
 
@@ -57,6 +59,7 @@ class Options:
     stdin: bool = False  # our standard input goes to the command
     qemu: Sequence[str] = ()  # further arguments for QEMU
     environment: Mapping[str, str] = field(default_factory=dict)  # added to ours
+    forward: Mapping[Path, str] = field(default_factory=dict)  # sockets made here, and where in the lab they lead
     verbose: bool = False  # the lab host's console goes to standard error
 
 
@@ -125,6 +128,9 @@ def _job_archive(command: Sequence[str], kernel: debian.Kernel, options: Options
         "LAB_MODULES": str(kernel.modules),
         "LAB_SHARE": str(options.out.resolve()) if options.out else "",
         "LAB_STDIN": "1" if options.stdin else "",
+        "LAB_FORWARD": " ".join(options.forward.values()),
+        "LAB_PYTHON": sys.executable,
+        "LAB_RELAY": str(Path(__file__).with_name("relay.py").resolve()),
         "LAB_TTY": f"{size.lines} {size.columns}" if size else "",
     }
     archive = Archive()
@@ -184,6 +190,11 @@ class _Host:
         if options.tty:
             chardev("tty", self._port("tty"))
             arguments += ["-device", f"virtconsole,nr={len(PORTS) + 1},chardev=tty"]
+        for number, path in enumerate(options.forward):
+            path.unlink(missing_ok=True)  # left by a run that was killed
+            self._stack.callback(path.unlink, missing_ok=True)
+            arguments += ["-chardev", f"socket,id=forward{number},path={path},server=on,wait=off"]
+            arguments += ["-device", f"virtserialport,nr={_FORWARD_PORT + number},chardev=forward{number}"]
         shares = {"root": Path("/")}
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)

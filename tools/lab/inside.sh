@@ -15,6 +15,12 @@ stream() { # PIPE PORT: copy a pipe to a port, then mark the end
 
 stream out.pipe 1
 stream err.pipe 2
+port=10
+for target in $LAB_FORWARD; do # sockets that are forwarded: ports 10 and up
+    "$LAB_PYTHON" -S "$LAB_RELAY" "/dev/vport0p$port" "$target" &
+    relays="$relays $!"
+    port=$((port + 1))
+done
 # In the foreground: a shell's background children ignore SIGINT, and so would the job.
 (
     echo 0 >/sys/fs/cgroup/job/cgroup.procs
@@ -31,6 +37,7 @@ stream err.pipe 2
 status=$?
 # What the job left running ends with it, like the processes of a container; else an open pipe would hold the lab.
 echo 1 >/sys/fs/cgroup/job/cgroup.kill
+[ -z "$relays" ] || kill $relays
 wait
 { $b dmesg; printf '\001%s' "$LAB_TOKEN"; } >/dev/vport0p5
 $b sync

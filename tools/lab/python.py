@@ -13,12 +13,12 @@ from .debian import SetupError
 from .progress import Step
 
 
-def environment(name: str, requirements: Sequence[str]) -> Path:
+def environment(name: str, requirements: Sequence[str], *inputs: Path) -> Path:
     """The Python of a virtual environment with these requirements, made on first use; as pip takes them, paths included.
 
-    Its name holds the Python version and the requirements, so a change makes a new one.
+    Its name holds the Python version, the requirements and the contents of the `inputs`, so a change makes a new one.
     """
-    key = cache.digest(sys.version, sys.base_prefix, *requirements)
+    key = cache.digest(sys.version, sys.base_prefix, *requirements, *inputs)
 
     def fill(folder: Path) -> None:
         with Step(f"Making a Python environment for {name}"):
