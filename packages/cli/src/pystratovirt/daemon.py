@@ -12,10 +12,12 @@ import signal
 import stat
 import sys
 
+from pystratovirt.errors import StartError
+
 READY = b"\0"
 
 
-class DaemonError(Exception):
+class DaemonError(StartError):
     """The process cannot go to the background, or the process id cannot be written; one line that says why."""
 
 

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pystratovirt import log
-from pystratovirt.cmdline import fail, parse_or_exit
+from pystratovirt.cmdline import CommandLineError, fail, parse_or_exit
 
 if TYPE_CHECKING:
     import socket
@@ -33,17 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         log.setup(config.log_file, wanted=config.log)
     except OSError as error:
-        fail(f"-D {config.log_file}: {error.strerror}")
+        fail(CommandLineError("-D", config.log_file or "", error.strerror or str(error)))
     sys.setswitchinterval(SWITCH_INTERVAL)
+    from pystratovirt.errors import StartError
+
     with contextlib.ExitStack() as stack:
         try:
             return _run(config, stack)
-        except Exception as error:
-            from pystratovirt.daemon import DaemonError
-            from pystratovirt.vm import VmError
-
-            if not isinstance(error, (VmError, DaemonError)):
-                raise
+        except StartError as error:
             if config.log_file:
                 log.error(str(error))
             fail(error)

@@ -70,11 +70,17 @@ class Runtime:
         self._qmp.emit(Shutdown(guest=guest, reason=reason))
         self._qmp.close()
 
-    def reset(self, report: str) -> None:
-        """Reset the machine and tell every client; a machine that cannot begin again ends."""
+    def reset(self, *, guest: bool, reason: str) -> None:
+        """Reset the machine and tell every client; a machine that cannot begin again ends.
+
+        Without ACPI a reset is the end, as on StratoVirt's microvm: its clients wait for the process.
+        """
         if self._ended:
             return
-        log.info(f"the virtual machine is reset: {report}")
+        if not self.machine.acpi:
+            self.end(guest=guest, reason="guest-shutdown" if guest else reason)
+            return
+        log.info(f"the virtual machine is reset: {reason}")
         try:
             self.machine.reset()
         except VmmError as error:
@@ -105,7 +111,7 @@ class Runtime:
         elif self.machine.status is VmStatus.SHUTDOWN:
             return
         elif event.kind is EventKind.RESET:
-            self.reset(event.report)
+            self.reset(guest=True, reason=event.report)
         elif event.kind is EventKind.POWER_OFF:
             log.info(event.report)
             self.end(guest=True, reason="guest-shutdown")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 from pystratovirt import log
 from pystratovirt.cmdline.backends import FileChardev, PtyChardev, SocketChardev, StdioChardev
 from pystratovirt.cmdline.devices import Virtconsole, VirtioBlk, VirtioRng, VirtioSerial
+from pystratovirt.errors import StartError
 from virtio_devices.mmio import MmioTransport
 from vmm_core.clock import MonotonicClock, VirtualClock
 from vmm_core.errors import VmmError
@@ -40,7 +41,7 @@ OTHER_SLOTS = range(6, Layout.LEGACY_SLOTS)
 PREALLOC_THREADS = 16
 
 
-class VmError(Exception):
+class VmError(StartError):
     """A virtual machine that cannot be built as asked; one line that names the option and the reason."""
 
 
@@ -97,8 +98,8 @@ class VirtualMachine:
     def _build(self) -> None:
         config = self.config
         self.main_loop = self._io_thread(IO_THREAD)
-        for thread in config.iothreads.values():
-            self.io_threads[thread.id] = self._io_thread(thread.id)
+        for name in config.iothreads:
+            self.io_threads[name] = self._io_thread(name)
         for drive in config.drives.values():
             self._open_drive(drive)
         with _blame(""):
@@ -201,11 +202,11 @@ class VirtualMachine:
         return backend
 
     def _add_serial(self, chardev: Chardev) -> None:
-        from vmm_core.devices.debugport import BootTimePort
+        from vmm_core.devices.debugport import boot_time_hook
         from vmm_core.devices.serial import Serial
 
         serial = Serial(self.machine.interrupt_line(Layout.COM1_GSI), self.main_loop, log.warn)
-        serial.on_scratch(BootTimePort(log.info).write)
+        serial.on_scratch(boot_time_hook(log.info))
         self.machine.add_serial(serial)
         with _blame("-serial"):
             serial.connect(self._chardev(chardev, "-serial"))
@@ -267,23 +268,21 @@ class VirtualMachine:
         )
 
     def _rng(self, device: VirtioRng, name: str) -> VirtioDevice:
-        from virtio_devices.rng import RngDevice
+        from virtio_devices.rng import RngDevice, open_source
 
-        source = self.config.rngs[device.rng]
-        with _blame(f"-object rng-random,id={source.id}"):
-            return RngDevice(
-                name, [self.main_loop], self.clock, path=source.filename, max_bytes=device.max_bytes, period_ms=device.period
-            )
+        with _blame(f"-object rng-random,id={device.rng}"):
+            source = open_source(self.config.rngs[device.rng].filename)
+        return RngDevice(name, self.main_loop, self.clock, source, rate=device.rate or 0, report=log.warn)
 
     def _console(self, name: str) -> VirtioDevice:
         from virtio_devices.console import ConsoleDevice
 
-        console = ConsoleDevice(name, [self.main_loop])
+        console = ConsoleDevice(name, self.main_loop)
         for device in self.config.devices:
             if isinstance(device, Virtconsole):
                 option = f"-device virtconsole,id={device.id}"
                 with _blame(option):
-                    console.connect_backend(self._chardev(self.config.chardevs[device.chardev], option))
+                    console.port.connect(self._chardev(self.config.chardevs[device.chardev], option))
         return console
 
 

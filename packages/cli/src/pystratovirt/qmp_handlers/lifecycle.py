@@ -5,6 +5,7 @@ Not here: what happens when the guest itself asks for these (`pystratovirt.runti
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qmp_protocol.commands.lifecycle import Cont, QueryStatus, Quit, StatusInfo, Stop, SystemPowerdown, SystemReset
@@ -14,7 +15,7 @@ from vmm_core.errors import VmmError
 from vmm_core.machine.core import VmStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
     from pystratovirt.runtime import Runtime
     from qmp_server.dispatch import Call
@@ -38,15 +39,19 @@ def register(server: QmpServer, runtime: Runtime) -> None:
 
     @server.handler(Stop)
     def stop(_: Stop, call: Call) -> None:
-        with_errors_named(lambda: machine.pause() and call.emit(Stopped()))
+        with errors_as_replies():
+            if machine.pause():
+                call.emit(Stopped())
 
     @server.handler(Cont)
     def cont(_: Cont, call: Call) -> None:
-        with_errors_named(lambda: machine.resume() and call.emit(Resume()))
+        with errors_as_replies():
+            if machine.resume():
+                call.emit(Resume())
 
     @server.handler(SystemReset)
     def system_reset(_: SystemReset, call: Call) -> None:
-        call.after_reply(lambda: runtime.reset(RESET_REASON))
+        call.after_reply(lambda: runtime.reset(guest=False, reason=RESET_REASON))
 
     @server.handler(SystemPowerdown)
     def system_powerdown(_: SystemPowerdown, call: Call) -> None:
@@ -60,9 +65,10 @@ def register(server: QmpServer, runtime: Runtime) -> None:
         call.after_reply(lambda: runtime.end(guest=False, reason=QUIT_REASON))
 
 
-def with_errors_named(action: Callable[[], object]) -> None:
-    """Run `action`; a machine that refuses becomes an error reply."""
+@contextmanager
+def errors_as_replies() -> Iterator[None]:
+    """A machine that refuses, or a disk that fails, is an error reply."""
     try:
-        action()
-    except VmmError as error:
+        yield
+    except (VmmError, OSError) as error:
         raise QmpError(GENERIC_ERROR, str(error)) from None

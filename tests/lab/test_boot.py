@@ -1,0 +1,262 @@
+"""A stock Debian kernel on the microvm: boots, does I/O, powers off, reboots, with every form of guest memory."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lab import guests
+from lab.vmm import Qmp, QmpError, Vmm
+
+PROMPT = r"guest:\S*# "
+MiB = 1 << 20
+
+Start = Callable[..., Vmm]
+Connect = Callable[[], Qmp]
+
+
+@pytest.fixture
+def arguments(cloud_kernel: guests.Kernel, initrd: Path, rootfs: Path, folder: Path) -> list[object]:
+    """StratoVirt's command line for a microVM with a root disk, but for -smp and -m. -qmp is folder/qmp.sock."""
+    return [
+        *("-machine", "microvm", "-kernel", cloud_kernel.image, "-initrd", initrd),
+        *("-append", "console=ttyS0 quiet root=/dev/vda rw panic=-1"),
+        *("-drive", f"file={rootfs},id=rootfs,readonly=off,direct=off"),
+        *("-device", "virtio-blk-device,drive=rootfs,id=rootfs"),
+        *("-qmp", f"unix:{folder}/qmp.sock,server,nowait", "-serial", "stdio"),
+    ]
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4])
+def test_a_stock_kernel_boots_to_a_shell_on_every_cpu_and_powers_off(
+    start: Start, qmp: Connect, arguments: list[object], cpus: int
+) -> None:
+    vmm = start(*arguments, "-smp", cpus, "-m", 512)
+    vmm.expect(PROMPT)
+    assert int(vmm.run("nproc")) == cpus
+    client = qmp()
+    assert client.execute("query-status") == {"running": True, "singlestep": False, "status": "running"}
+    vmm.send("poweroff")
+    assert client.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}
+    assert vmm.wait() == 0
+
+
+def test_the_disk_gives_back_what_it_was_given_inside_and_outside(start: Start, arguments: list[object], folder: Path) -> None:
+    inside, outside = folder / "inside", folder / "outside"
+    payload = hashlib.shake_256(b"payload").digest(64 * MiB)
+    inside.write_bytes(payload)
+    outside.write_bytes(bytes(64 * MiB))
+    vmm = start(
+        *arguments, "-smp", 2, "-m", 512,
+        "-drive", f"file={inside},id=in,readonly=on,direct=off", "-device", "virtio-blk-device,drive=in,id=in,serial=source",
+        "-drive", f"file={outside},id=out,direct=off", "-device", "virtio-blk-device,drive=out,id=out",
+    )  # fmt: skip
+    vmm.expect(PROMPT)
+    assert vmm.run("cat /sys/block/vdb/serial").strip() == "source"
+    assert vmm.run("cat /sys/block/vdb/ro").strip() == "1"
+    assert vmm.run("sha256sum < /dev/vdb").split()[0] == hashlib.sha256(payload).hexdigest()
+    vmm.run("dd if=/dev/vdb of=/dev/vdc bs=1M conv=fsync")
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
+    assert hashlib.sha256(outside.read_bytes()).hexdigest() == hashlib.sha256(payload).hexdigest()
+
+
+def test_reboot_resets_the_guest_and_it_boots_again(start: Start, qmp: Connect, arguments: list[object]) -> None:
+    vmm = start(*arguments, "-smp", 2, "-m", 512)
+    vmm.expect(PROMPT)
+    client = qmp()
+    for _ in range(3):
+        vmm.run("date > /root/stamp; sync")
+        vmm.send("reboot")
+        client.event("RESET")
+        vmm.expect(PROMPT)
+        assert vmm.run("cat /root/stamp")
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
+
+
+def test_qmp_resets_a_running_guest(start: Start, qmp: Connect, arguments: list[object]) -> None:
+    vmm = start(*arguments, "-smp", 2, "-m", 512)
+    vmm.expect(PROMPT)
+    client = qmp()
+    client.execute("system_reset")
+    client.event("RESET")
+    vmm.expect(PROMPT)
+    client.execute("quit")
+    assert client.event("SHUTDOWN")["data"] == {"guest": False, "reason": "host-qmp-quit"}
+    assert vmm.wait() == 0
+
+
+def test_the_power_button_powers_the_guest_off(start: Start, qmp: Connect, arguments: list[object]) -> None:
+    vmm = start(*arguments, "-m", 512)
+    vmm.expect(PROMPT)
+    client = qmp()
+    client.execute("system_powerdown")
+    client.event("POWERDOWN")
+    assert client.event("SHUTDOWN")["data"]["guest"]
+    assert vmm.wait() == 0
+
+
+def test_a_guest_that_waits_starts_on_cont(start: Start, qmp: Connect, arguments: list[object]) -> None:
+    vmm = start(*arguments, "-m", 512, "-S")
+    client = qmp()
+    assert client.execute("query-status")["status"] == "paused"
+    assert vmm.output() == ""
+    client.execute("cont")
+    client.event("RESUME")
+    vmm.expect(PROMPT)
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
+
+
+def test_a_guest_loses_nothing_and_its_clock_never_goes_back_over_fifty_pauses(
+    start: Start, qmp: Connect, arguments: list[object]
+) -> None:
+    vmm = start(*arguments, "-smp", 2, "-m", 512)
+    vmm.expect(PROMPT)
+    # A writer that checks every block it wrote, and a watcher that says so when time goes back.
+    vmm.run(
+        "mkdir /root/w; (i=0; while [ ! -e /root/stop ]; do dd if=/dev/urandom of=/root/w/f bs=64k count=16 2>/dev/null;"
+        " s=$(sha256sum < /root/w/f); sync; echo 3 > /proc/sys/vm/drop_caches;"
+        ' [ "$s" = "$(sha256sum < /root/w/f)" ] || echo LOST > /root/bad; i=$((i+1)); echo $i > /root/rounds; done) &'
+    )
+    vmm.run(
+        "(last=0; while [ ! -e /root/stop ]; do now=$(cut -d' ' -f1 /proc/uptime | tr -d .);"
+        ' [ "$now" -ge "$last" ] || echo BACK $last $now > /root/bad; last=$now; done) &'
+    )
+    client = qmp()
+    for _ in range(50):
+        client.execute("stop")
+        assert client.event("STOP")["data"] == {}
+        assert not client.execute("query-status")["running"]
+        client.execute("cont")
+        client.event("RESUME")
+    vmm.run("touch /root/stop; wait; sync")
+    assert int(vmm.run("cat /root/rounds")) > 0
+    assert vmm.run("cat /root/bad 2>/dev/null || true") == ""
+    assert vmm.run("dmesg | grep -iE 'soft lockup|hung task|I/O error|Clocksource.*unstable' || true") == ""
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
+
+
+def test_stop_twice_and_cont_twice_succeed_without_a_second_event(start: Start, qmp: Connect, arguments: list[object]) -> None:
+    vmm = start(*arguments, "-m", 512)
+    vmm.expect(PROMPT)
+    client = qmp()
+    for command in ("stop", "stop", "cont", "cont"):
+        assert client.execute(command) == {}
+    client.execute("query-status")
+    assert [event["event"] for event in client.events] == ["STOP", "RESUME"]
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
+
+
+def test_an_unknown_command_is_answered_by_its_class(start: Start, qmp: Connect, arguments: list[object]) -> None:
+    vmm = start(*arguments, "-m", 512, "-S")
+    client = qmp()
+    with pytest.raises(QmpError) as caught:
+        client.execute("make-coffee")
+    assert caught.value.kind == "CommandNotFound"
+    client.execute("quit")
+    assert vmm.wait() == 0
+
+
+def test_cpus_come_up_from_the_mp_table_when_the_guest_ignores_acpi(
+    start: Start, qmp: Connect, generic_kernel: guests.Kernel, folder: Path
+) -> None:
+    initrd = guests.initrd(generic_kernel, modules=(), script="echo cpus=$(nproc)=; exec sh")
+    for machine, words in (("microvm", "acpi=off"), ("microvm,acpi=off", "")):
+        vmm = start(
+            *("-machine", machine, "-smp", 4, "-m", 512, "-kernel", generic_kernel.image, "-initrd", initrd),
+            *("-append", f"console=ttyS0 quiet panic=-1 {words}", "-serial", "stdio"),
+            *("-qmp", f"unix:{folder}/qmp.sock,server,nowait"),
+        )  # fmt: skip
+        assert vmm.expect(r"cpus=(\d+)=")[1] == "4"
+        qmp().execute("quit")
+        assert vmm.wait() == 0
+
+
+def test_a_triple_fault_without_acpi_ends_the_machine(
+    start: Start, qmp: Connect, generic_kernel: guests.Kernel, folder: Path
+) -> None:
+    initrd = guests.initrd(generic_kernel, modules=(), script="echo ready; read x; echo b > /proc/sysrq-trigger")
+    vmm = start(
+        *("-machine", "microvm,acpi=off", "-m", 256, "-kernel", generic_kernel.image, "-initrd", initrd),
+        *("-append", "console=ttyS0 quiet reboot=t", "-serial", "stdio"),
+        *("-qmp", f"unix:{folder}/qmp.sock,server,nowait"),
+    )  # fmt: skip
+    vmm.expect("ready")
+    client = qmp()
+    vmm.send("")
+    assert client.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}
+    assert vmm.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (1024, []),
+        (4096, []),
+        (512, ["-mem-path", "FOLDER"]),
+        (512, ["-mem-path", "FOLDER/ram"]),
+        (512, ["-machine", "microvm,mem-share=on"]),
+        (512, ["-mem-prealloc"]),
+        (512, ["-machine", "microvm,mem-share=on", "-mem-prealloc"]),
+    ],
+)
+def test_the_guest_has_the_memory_that_was_asked_for(
+    start: Start, arguments: list[object], folder: Path, size: int, options: list[str]
+) -> None:
+    options = [option.replace("FOLDER", str(folder)) for option in options]
+    if "-machine" in options:
+        arguments = arguments[2:]
+    vmm = start(*arguments, "-m", size, *options)
+    vmm.expect(PROMPT)
+    ram = [
+        tuple(int(end, 16) for end in line.split(" :")[0].split("-"))
+        for line in vmm.run("grep 'System RAM' /proc/iomem").splitlines()
+    ]
+    # The guest loses the few pages below 1 MiB that the firmware area and page 0 take.
+    assert size * MiB - sum(last + 1 - first for first, last in ram) < MiB
+    assert all(last < 0xC000_0000 or first >= 0x1_0000_0000 for first, last in ram)
+    kib = int(re.search(r"MemTotal:\s+(\d+) kB", vmm.run("cat /proc/meminfo"))[1])  # type: ignore[index]
+    # Both ends of memory hold what is written: a file bigger than three quarters of it, read back.
+    vmm.run(f"mount -t tmpfs -o size=90% t /mnt; dd if=/dev/zero bs=1M count={kib * 3 // 4 // 1024} of=/mnt/f 2>/dev/null", 300)
+    vmm.run(f"cmp -n {kib // 1024 * 768 * 1024} /mnt/f /dev/zero", 300)
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
+
+
+def test_kill_9_leaves_nothing_that_stops_the_next_start(start: Start, arguments: list[object]) -> None:
+    for _ in range(2):
+        vmm = start(*arguments, "-m", 512)
+        vmm.expect(PROMPT)
+        vmm.kill()
+    vmm = start(*arguments, "-m", 512)
+    vmm.expect(PROMPT)
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
+
+
+def test_an_image_that_is_in_use_is_refused_by_name(start: Start, arguments: list[object], rootfs: Path) -> None:
+    first = start(*arguments, "-m", 256, "-S")
+    with Qmp(rootfs.parent / "qmp.sock") as client:  # greeted: the machine is built, and its image locked
+        second = start(*[str(word).replace("qmp.sock", "second.sock") for word in arguments], "-m", 256)
+        assert second.wait() == 1
+        assert str(rootfs) in second.errors()
+        assert len(second.errors().splitlines()) == 1
+        client.execute("quit")
+    assert first.wait() == 0
+
+
+def test_a_signal_ends_the_machine_and_tells_the_client(start: Start, qmp: Connect, arguments: list[object]) -> None:
+    vmm = start(*arguments, "-m", 512)
+    vmm.expect(PROMPT)
+    client = qmp()
+    vmm.signal(15)
+    assert client.event("SHUTDOWN")["data"] == {"guest": False, "reason": "Guest shutdown by signal 15"}
+    assert vmm.wait() == 0
