@@ -149,6 +149,8 @@ class Qcow2Image(Writer):
             self._cut(size)
         elif size == self.size:
             return
+        if self.header.version < 3 and self.header.nb_snapshots:
+            raise ImageFormatError("Can't resize a version 2 image with snapshots")
         with self.exclusive():
             needed = -(-size >> self._l2_shift) if size else 0
             if needed * 8 > MAX_L1_BYTES:

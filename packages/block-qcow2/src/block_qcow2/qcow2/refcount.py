@@ -11,11 +11,15 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageCorruptError, ImageFormatError
 from ..hostfile import HostFile, read_padded
 from . import tables
 from .format import MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_OFFSET_MASK, Header
+
+if TYPE_CHECKING:
+    from .counts import Counts
 
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}  # by refcount_order; smaller counts are unpacked to bytes
 _CACHED_BLOCKS = 512  # of 64 KiB, that is what counts 1 TiB
@@ -94,10 +98,7 @@ class Refcounts:
                     block = self._block(undo >> bits)
                     assert block is not None
                     block[undo & mask] -= delta
-                raise ImageCorruptError(
-                    f"refcount of the cluster at {c << self.header.cluster_bits:#x} would become {value}, "
-                    f"expected 0 to {self.maximum}"
-                )
+                raise self._out_of_range(c, value)
             block[c & mask] = value
             self._dirty.add(c >> bits)
             if not value:
@@ -105,6 +106,70 @@ class Refcounts:
         if freed and freed[0] < self.hint:
             self.hint = freed[0]
         return freed
+
+    def add_many(self, references: Any, delta: int) -> None:
+        """Add `delta` times `references[c]` to the count of every cluster c. Nothing changes if one would leave its range."""
+        bits = self.block_bits
+        plan: list[tuple[int, array[int]]] = []
+        for index in range(-(-len(references) >> bits)):
+            part = references[index << bits : (index + 1) << bits]
+            if not any(part) if isinstance(part, array) else not part.any():
+                continue
+            block = self._block(index)
+            if block is None:
+                raise ImageCorruptError(f"refcount table entry {index}: no block counts clusters that are in use")
+            plan.append((index, self._added(block, part, delta, index << bits)))
+        for index, new in plan:
+            self._blocks[index] = new
+            self._dirty.add(index)
+            if delta < 0:
+                self.hint = min(self.hint, index << bits)
+
+    def _added(self, block: array[int], part: Any, delta: int, first: int) -> array[int]:
+        if isinstance(part, array):
+            new = array(block.typecode, block)
+            for i, n in enumerate(part):
+                if n:
+                    value = block[i] + delta * n
+                    if not 0 <= value <= self.maximum:
+                        raise self._out_of_range(first + i, value)
+                    new[i] = value
+            return new
+        import numpy as np
+
+        values = np.frombuffer(block, dtype=f"u{block.itemsize}")[: len(part)]
+        room = values if delta < 0 else np.subtract(np.uint64(self.maximum), values, dtype=np.uint64)
+        over = np.nonzero(part > room)[0]
+        if len(over):
+            i = int(over[0])
+            raise self._out_of_range(first + i, block[i] + delta * int(part[i]))
+        new = array(block.typecode, block)
+        target = np.frombuffer(new, dtype=f"u{block.itemsize}")[: len(part)]
+        if delta > 0:
+            target += part.astype(target.dtype)
+        else:
+            target -= part.astype(target.dtype)
+        return new
+
+    def fill(self, counts: Counts) -> None:
+        """Give every count to `counts.set_disk`. Nothing is dirty."""
+        for index, entry in enumerate(self.table):
+            if entry & REFCOUNT_OFFSET_MASK:
+                counts.set_disk(index << self.block_bits, self.raw_block(index))
+
+    def raw_block(self, index: int) -> bytes | bytearray:
+        """A block as it stands on the disk."""
+        block = self._blocks.get(index)
+        if block is not None:
+            return pack(block, self.order)
+        data = bytearray(self.header.cluster_size)
+        with memoryview(data) as view:
+            read_padded(self.file, self.block_offset(index), [view])
+        return data
+
+    def _out_of_range(self, cluster: int, value: int) -> ImageCorruptError:
+        where = cluster << self.header.cluster_bits
+        return ImageCorruptError(f"refcount of the cluster at {where:#x} would become {value}, expected 0 to {self.maximum}")
 
     # --- allocation ---
 
@@ -258,6 +323,13 @@ class Refcounts:
         for c in range(start, self.end):
             self.on_block(c)
         return old
+
+    def replace(self, table: array[int], end: int) -> None:
+        """Other structures, written by somebody else, count from now on."""
+        self.table, self.end, self.hint = table, end, 0
+        self._blocks.clear()
+        self._dirty.clear()
+        self._dirty_table.clear()
 
     # --- writing back ---
 
