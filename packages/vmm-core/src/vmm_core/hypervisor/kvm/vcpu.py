@@ -37,6 +37,8 @@ _OUR_OWN_FAULT = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, s
 
 _STOP_LIMIT = 10.0  # seconds; a vCPU leaves the guest in microseconds, its last exit may wait for a slow device
 
+_MOST_PIECES = 4096  # a page of string I/O, byte by byte
+
 _VALUE = {1: Struct("<B"), 2: Struct("<H"), 4: Struct("<I"), 8: Struct("<Q")}
 _MASK = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
 
@@ -250,6 +252,7 @@ class KvmVcpu:
             import traceback
 
             meaning, words = ExitReason.CRASH, f"error in a device:\n{traceback.format_exc()}"
+            self._finish_access()
         self._dead = True
         self._listener.vcpu_exited(self.index, meaning, f"{words}\n{self._registers()}")
 
@@ -309,6 +312,20 @@ class KvmVcpu:
                         pack_mmio(run, kvm.EXIT_MMIO_VALUE, mmio_read(address, length))
                 elif reason != kvm.EXIT_INTR:
                     return int(reason)
+
+    def _finish_access(self) -> None:
+        """Have KVM complete the access of the last exit without entering the guest.
+
+        Otherwise it would do so after a reset, and skip an instruction of the next kernel.
+        """
+        self._run[kvm.RUN_IMMEDIATE_EXIT] = 1
+        try:
+            for _ in range(_MOST_PIECES):  # one access may have several exits
+                ioctl(self._fd, kvm.RUN.number, 0)
+        except OSError:
+            _take_kicks()  # EINTR: nothing is left to complete
+        finally:
+            self._run[kvm.RUN_IMMEDIATE_EXIT] = 0
 
     def _explain(self, reason: int) -> tuple[ExitReason, str]:
         from vmm_core.hypervisor.kvm.exits import explain
