@@ -110,11 +110,26 @@ def run(command: Sequence[str], options: Options) -> int:
     if options.arch != "x86_64":
         raise LabError(f"--arch {options.arch}: not supported yet; there is: x86_64")
     kernel, initrd = assets()
+    if os.geteuid() != 0:
+        _become_root()
     token = secrets.token_hex(16)
     with orderly_end(), ExitStack() as stack:
         host = _Host(stack, options, token)
         host.start(kernel, initrd, _job_archive(command, kernel, options, token))
         return host.serve()
+
+
+def _become_root() -> None:
+    """Start this process anew as root through sudo; raises LabError when there is no sudo.
+
+    The daemon that shares this machine's files has to be root's: it changes its root folder, and the overlay on top asks it
+    to open files without touching their access times, which only a file's owner and root may.
+    """
+    sudo = shutil.which("sudo")
+    if sudo is None:
+        raise LabError("root is needed to share this machine's files with the lab: run this as root")
+    kept = [f"{name}={os.environ[name]}" for name in ("HOME", "PATH", "XDG_CACHE_HOME") if name in os.environ]
+    os.execv(sudo, [sudo, "--preserve-env", *kept, *sys.orig_argv])
 
 
 def _job_archive(command: Sequence[str], kernel: debian.Kernel, options: Options, token: str) -> bytes:
