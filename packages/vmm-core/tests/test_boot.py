@@ -211,6 +211,13 @@ def test_segments_agree_with_the_descriptors_in_memory(kernel: Path) -> None:
         assert segment.limit == ((value >> 32 & 0xF_0000 | value & 0xFFFF) << 12 | 0xFFF)
 
 
+def test_a_kernel_that_jumps_to_the_bios_for_a_reset_gets_one(kernel: Path) -> None:
+    memory = ram()
+    boot(kernel, plain(), memory)
+    code = memory.read(0xF_FFF0, 8)
+    assert code == b"\xfa\xb0\xfe\xe6\x64\xf4\xeb\xfd"  # cli; mov al, 0xFE; out 0x64, al; hlt; jmp to the hlt
+
+
 def test_loading_again_gives_the_same(kernel: Path) -> None:
     memory = ram()
     first = boot(kernel, plain(), memory, command_line="quiet")
@@ -218,7 +225,15 @@ def test_loading_again_gives_the_same(kernel: Path) -> None:
     memory.write(0, b"\xcc" * MIB)
     assert boot(kernel, plain(), memory, command_line="quiet") == first
     changed = memory.read(0, MIB)
-    for place in (Microvm.GDT, Microvm.IDT, Microvm.ZERO_PAGE, Microvm.PML4, Microvm.PDPT, Microvm.PAGE_DIRECTORIES):
+    for place in (
+        Microvm.GDT,
+        Microvm.IDT,
+        Microvm.ZERO_PAGE,
+        Microvm.PML4,
+        Microvm.PDPT,
+        Microvm.PAGE_DIRECTORIES,
+        Microvm.RESET_VECTOR,
+    ):
         assert changed[place.base : place.end] == boot_area[place.base : place.end]
 
 
@@ -245,7 +260,14 @@ def test_the_memory_map_lists_ram_and_nothing_but_ram_as_ram(size: int) -> None:
 @given(st.integers(2 * MIB, 512 * GIB))
 def test_the_memory_map_keeps_guests_away_from_tables_and_hypervisor_pages(size: int) -> None:
     reserved = [Range(entry.base, entry.size) for entry in memory_map(Microvm.ram(size)) if entry.type == RESERVED]
-    for place in (Microvm.MP_POINTER, Microvm.MP_TABLE, Microvm.ACPI_TABLES, Microvm.KVM_IDENTITY_MAP, Microvm.KVM_TSS):
+    for place in (
+        Microvm.MP_POINTER,
+        Microvm.MP_TABLE,
+        Microvm.ACPI_TABLES,
+        Microvm.RESET_VECTOR,
+        Microvm.KVM_IDENTITY_MAP,
+        Microvm.KVM_TSS,
+    ):
         assert any(entry.base <= place.base and place.end <= entry.end for entry in reserved)
 
 

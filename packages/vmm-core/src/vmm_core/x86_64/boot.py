@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 from vmm_core.errors import BootError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.x86_64 import bzimage, elf
-from vmm_core.x86_64.boot_state import long_mode, protected_mode
+from vmm_core.x86_64.boot_state import long_mode, protected_mode, write_reset_vector
 from vmm_core.x86_64.image import ImageFile
 from vmm_core.x86_64.layout import Microvm, Range
 from vmm_core.x86_64.memory_map import MapEntry, memory_map
@@ -80,6 +80,7 @@ def load_kernel(
     if initrd_path is not None:
         with ImageFile(initrd_path) as file:
             initrd = _load_initrd(memory, file, placed)
+    write_reset_vector(memory)
     if placed.protocol == "PVH":
         memory.write(Microvm.PVH_START.base, start_info(entries, initrd=initrd, rsdp=rsdp))
         vcpu_boot = protected_mode(memory, placed.entry)

@@ -1,4 +1,4 @@
-"""The two processor states in which kernels are entered, and the tables in guest memory that they need.
+"""The two processor states in which kernels are entered, the tables in guest memory that they need, and a way out.
 
 Sources: Linux kernel, Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"; Xen, docs/misc/pvh.pandoc; AMD APM volume 2,
 sections 4.8 (descriptors) and 5.3 (long-mode paging).
@@ -26,6 +26,9 @@ _CR0_PE, _CR0_PG = 1 << 0, 1 << 31
 _CR4_PAE: Final = 1 << 5
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 _RFLAGS: Final = 1 << 1  # reads as one
+
+# cli; mov al, 0xFE; out 0x64, al (pulse the reset line of the keyboard controller); hlt; jmp to the hlt
+_RESET_CODE: Final = bytes.fromhex("fa b0fe e664 f4 ebfd")
 
 _PRESENT_WRITABLE: Final = 0x3
 _PAGE_2M: Final = 0x80
@@ -75,6 +78,15 @@ def protected_mode(memory: GuestMemory, entry: int) -> VcpuBoot:
         cr4=0,
         efer=0,
     )
+
+
+def write_reset_vector(memory: GuestMemory) -> None:
+    """Put code that resets the machine where a PC's BIOS starts.
+
+    Linux jumps there, in real mode, as its last resort; and as its first one on a hardware-reduced ACPI machine without EFI,
+    where it does not even try the reset register (arch/x86/kernel/reboot.c, reboot_init).
+    """
+    memory.write(Microvm.RESET_VECTOR.base, _RESET_CODE.ljust(Microvm.RESET_VECTOR.size, b"\0"))
 
 
 def _write_descriptors(memory: GuestMemory, code: int) -> None:

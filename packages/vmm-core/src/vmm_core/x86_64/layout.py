@@ -70,8 +70,9 @@ class Microvm:
     MP_POINTER: Final = Range(0x9_FC00, 0x10)
     # ACPI 6.5, section 5.2.5.1: guests look for the root pointer from 0xE0000 on, every 16 bytes. All tables follow it.
     ACPI_TABLES: Final = Range(0xE_0000, 0x1_0000)
-    MP_TABLE: Final = Range(0xF_0000, 0x1_0000)
-    FIRMWARE_AREA: Final = Range(0xE_0000, 0x2_0000)  # where a PC has its BIOS: reserved in the memory map, for the two above
+    MP_TABLE: Final = Range(0xF_0000, 0xF000)
+    RESET_VECTOR: Final = Range(0xF_FFF0, 0x10)  # where a PC's BIOS starts, and where kernels jump to for a reset
+    FIRMWARE_AREA: Final = Range(0xE_0000, 0x2_0000)  # where a PC has its BIOS: reserved in the memory map, for the three above
     KERNEL_BASE: Final = 0x10_0000  # the lowest address for a kernel or a RAM disk: 1 MiB
     PLAIN_KERNEL: Final = 0x100_0000  # where Linux is linked to run, 16 MiB: for images that do not say so
     INITRD_TOP: Final = 0x37FF_FFFF  # a RAM disk ends here or, if that is lower, where low RAM ends; all kernels take that
