@@ -651,7 +651,7 @@ def test_a_restored_device_serves_what_was_waiting(make: Make, loop: DirectLoop)
     ),
     st.booleans(),
 )
-@settings(max_examples=1500)
+@settings(max_examples=600)
 def test_no_request_escapes_hangs_or_leaves_its_disk(
     requests: list[tuple[int, int, list[bytes], list[int]]], inline: bool
 ) -> None:

@@ -663,7 +663,7 @@ WRITES = st.tuples(st.one_of(st.sampled_from(REGISTERS), st.integers(0, 0x1FF)),
 
 
 @given(st.lists(WRITES, max_size=60), st.booleans())
-@settings(max_examples=1000)
+@settings(max_examples=500)
 def test_no_sequence_of_register_writes_escapes_and_reset_always_works(writes: list[tuple[int, int, int]], live: bool) -> None:
     memory, loop = GuestMemory([(0, 1 << 20)]), new_loop()
     driver = Driver(Echo(loop), memory, loop)

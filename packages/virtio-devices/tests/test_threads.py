@@ -177,8 +177,8 @@ def test_after_a_reset_under_load_guest_memory_is_not_written(
         driver.status = 0
         assert driver.status == 0
         memory.write(DATA, b"\xa5" * 0x2_0000)
-        driver.transport.pause()  # nothing can be under way that this would let finish
-        driver.transport.resume()
+        for channel in disk.channels:
+            channel.drain()
         assert memory.read(DATA, 0x2_0000) == b"\xa5" * 0x2_0000
 
 
