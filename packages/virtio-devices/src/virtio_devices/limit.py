@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 
-from vmm_core.clock import Clock
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm_core.clock import Clock
 
 _SECOND = 1_000_000_000  # ns
 

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from virtio_devices.device import DeviceError, VirtioDevice
 from virtio_devices.limit import LeakyBucket
 from virtio_devices.queue import QueueError, SplitQueue
-from vmm_core.clock import Clock
 from vmm_core.loop import Loop, Timer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm_core.clock import Clock
 
 QUEUE_SIZE = 256
 RATE_MIN, RATE_MAX = 64, 1_000_000_000  # bytes a second (reference virtio, section 10)

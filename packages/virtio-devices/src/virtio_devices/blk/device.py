@@ -12,12 +12,15 @@ import errno
 from collections.abc import Iterable, Iterator, Sequence
 from struct import Struct
 
-from virtio_devices.blk.backend import Channel, Disk
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, DeviceError, VirtioDevice
 from virtio_devices.limit import LeakyBucket
 from virtio_devices.queue import Chain, QueueError, SplitQueue
-from vmm_core.clock import Clock
 from vmm_core.loop import READ, Loop, Timer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtio_devices.blk.backend import Channel, Disk
+    from vmm_core.clock import Clock
 
 SERIAL_MAX = 20  # 5.2.6: the device ID string
 QUEUES_MAX = 32
