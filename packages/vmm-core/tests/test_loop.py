@@ -236,6 +236,18 @@ def test_a_callback_that_always_fails_loses_its_watch_and_does_not_spin(pipe: Pi
     loop.close()
 
 
+def test_a_failing_failure_report_does_not_end_the_loop(clock: MonotonicClock) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("bug")
+
+    thread = IoThread("iothread0", clock, fails)
+    thread.start()
+    thread.call_soon(fails)
+    thread.call_soon(lambda: None)
+    assert thread.run(lambda: "alive") == "alive"
+    thread.stop()
+
+
 def test_failing_timers_and_soon_callbacks_are_reported(thread: IoThread, failures: Failures) -> None:
     def fails() -> None:
         raise ValueError("bug")

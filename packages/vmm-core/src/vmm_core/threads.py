@@ -75,7 +75,8 @@ class IoThread(EpollLoop):
 
         `name` is the thread's; `failed` is told on the loop's thread of an exception that left a callback.
         """
-        super().__init__(name, clock, failed)
+        super().__init__(name, clock, self._tell)
+        self._tell_owner = failed
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._event, READ)
         self._handlers[self._event] = self._woken_up
@@ -203,6 +204,10 @@ class IoThread(EpollLoop):
         self._wake()
 
     # The thread
+
+    def _tell(self, where: str, error: Exception) -> None:
+        with suppress(Exception):  # of a failing report there is nobody left to tell, and the loop has other work
+            self._tell_owner(where, error)
 
     def _wake(self) -> None:
         with self._gate:
