@@ -1,0 +1,143 @@
+"""From `key=value` words to a command's arguments, typed by the schema.
+
+`id=net-0 num-queues=4 multifunction=on file.filename=/x 'cache={"direct":false}'`: dots go into objects, and a value that begins
+with `{` or `[` where an object or a list belongs is JSON. What a value means is decided by the type, not by how it looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from pystratovirt.qmpshell.model import Model
+
+TRUE = ("on", "true", "yes")
+FALSE = ("off", "false", "no")
+
+
+class ArgumentError(Exception):
+    """Words that are no arguments of the command; one line that names the word and what is allowed."""
+
+
+def parse(model: Model, command: str, words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments for a command. Raises ArgumentError.
+
+    A missing member is left to the server to refuse: it knows better what it needs.
+    """
+    arguments: dict[str, Any] = {}
+    kind = model.arguments(command)
+    known = model.kind(command) == "command"
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ArgumentError(f"{word}: not key=value")
+        if known:
+            _put(model, arguments, kind, key, text, key)
+        else:
+            _insert(arguments, key, _guess(text), key)
+    return arguments
+
+
+def _put(model: Model, into: dict[str, Any], kind: str, key: str, text: str, whole: str) -> None:
+    members = {member.name: member for member in model.members(kind)}
+    if key in members:
+        if key in into:
+            raise ArgumentError(f"{whole}: given twice")
+        into[key] = convert(model, members[key].type, text, whole)
+        return
+    # A name may have dots in it itself, so the longest name that fits comes first.
+    for name in sorted(members, key=len, reverse=True):
+        if key.startswith(f"{name}."):
+            inner = model.object_behind(members[name].type)
+            if inner:
+                deeper = into.setdefault(name, {})
+                if not isinstance(deeper, dict):
+                    raise ArgumentError(f"{whole}: {name} has been given another value")
+                _put(model, deeper, inner, key[len(name) + 1 :], text, whole)
+                return
+    there_are = ", ".join(members) if members else "none"
+    raise ArgumentError(f"{whole}: no such argument; there are: {there_are}")
+
+
+def convert(model: Model, kind: str, text: str, name: str) -> Any:
+    """Return the JSON value that `text` means as a value of type `kind`. Raises ArgumentError."""
+    meta = model.kind(kind)
+    if meta == "enum":
+        return text  # what is allowed is the server's to say: it may know further spellings
+    if meta == "builtin":
+        return _scalar(model.json_type(kind), text, name)
+    if meta == "array":
+        if text.startswith("["):
+            return _json(text, name)
+        element = model.element(kind)
+        return [convert(model, element, item, name) for item in text.split(",")] if text else []
+    if meta == "alternate":
+        return _alternate(model, kind, text, name)
+    if meta == "object":
+        value = _json(text, name)
+        if not isinstance(value, dict):
+            raise ArgumentError(f"{name}={text}: an object is wanted: {name}.MEMBER=VALUE, or JSON")
+        return value
+    return _guess(text)
+
+
+def _alternate(model: Model, kind: str, text: str, name: str) -> Any:
+    problem = ArgumentError(f"{name}={text}: fits nothing that {name} can be")
+    for each in model.alternatives(kind):
+        try:
+            return convert(model, each, text, name)
+        except ArgumentError as error:
+            problem = error
+    raise problem
+
+
+def _scalar(json_type: str, text: str, name: str) -> Any:
+    if json_type == "string":
+        return text
+    if json_type == "boolean":
+        if text in TRUE:
+            return True
+        if text in FALSE:
+            return False
+        raise ArgumentError(f"{name}={text}: on or off is wanted")
+    if json_type == "int":
+        try:
+            return int(text, 0)
+        except ValueError:
+            raise ArgumentError(f"{name}={text}: a whole number is wanted (decimal, or with 0x)") from None
+    if json_type == "number":
+        try:
+            return float(text)
+        except ValueError:
+            raise ArgumentError(f"{name}={text}: a number is wanted") from None
+    if json_type == "null":
+        if text == "null":
+            return None
+        raise ArgumentError(f"{name}={text}: null is wanted")
+    return _guess(text)
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise ArgumentError(f"{name}={text}: not JSON: {error}") from None
+
+
+def _guess(text: str) -> Any:
+    """A value of unknown type: JSON when it is, else a string."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text
+
+
+def _insert(into: dict[str, Any], key: str, value: Any, whole: str) -> None:
+    *path, last = key.split(".")
+    for name in path:
+        into = into.setdefault(name, {})
+        if not isinstance(into, dict):
+            raise ArgumentError(f"{whole}: {name} has been given another value")
+    into[last] = value

@@ -1,0 +1,61 @@
+"""What `qmp schema` prints: a list of everything, or one command or event with its members in words."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from pystratovirt.qmpshell.model import Model
+
+
+def overview(model: Model) -> str:
+    """Return the names of all commands and events."""
+    lines = ["Commands:"]
+    for name in model.names("command"):
+        summary = _documentation(name).split("\n")[0]
+        lines.append(f"  {name:<40} {summary}".rstrip())
+    lines += ["", "Events:"]
+    for name in model.names("event"):
+        summary = _documentation(name).split("\n")[0]
+        lines.append(f"  {name:<40} {summary}".rstrip())
+    return "\n".join(lines)
+
+
+def details(model: Model, name: str) -> str:
+    """Return what is known of one command or event. Raises KeyError when there is none of that name."""
+    kind = model.kind(name)
+    if kind not in ("command", "event"):
+        raise KeyError(name)
+    lines = [f"{name} ({kind})"]
+    documentation = _documentation(name)
+    if documentation:
+        lines += ["", documentation]
+    members = list(_members(model, model.arguments(name)))
+    if members:
+        lines += ["", "Arguments:" if kind == "command" else "Data:", *members]
+    result = model.result(name)
+    if result and model.members(result):
+        lines += ["", "Returns an object:", *_members(model, result)]
+    elif result and model.kind(result) != "object":
+        lines += ["", f"Returns: {model.describe(result)}"]
+        if model.kind(result) == "array":
+            lines += _members(model, model.element(result))
+    return "\n".join(lines)
+
+
+def _members(model: Model, kind: str, prefix: str = "", seen: tuple[str, ...] = ()) -> Iterator[str]:
+    for member in model.members(kind):
+        name = f"{prefix}{member.name}"
+        if model.kind(member.type) == "object" and model.members(member.type) and member.type not in seen:
+            yield from _members(model, member.type, f"{name}.", (*seen, member.type))
+        else:
+            need = "" if not member.optional else "  (optional)"
+            yield f"  {name:<28} {model.describe(member.type)}{need}"
+
+
+def _documentation(name: str) -> str:
+    """The documentation of StratoVirt's command or event of that name: what others call the same means the same."""
+    from qmp_protocol.commands import STRATOVIRT
+
+    declared = STRATOVIRT.commands.get(name) or STRATOVIRT.events.get(name)
+    return (inspect.getdoc(declared) or "") if declared else ""

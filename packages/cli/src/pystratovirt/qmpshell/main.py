@@ -1,0 +1,257 @@
+"""The command `qmp`: from its words to a reply on standard output and an exit status.
+
+Exit status: 0 done, 1 the server answered with an error, 2 wrong usage, 3 no connection, 4 nothing came in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pystratovirt.qmpshell import arguments, render
+from pystratovirt.qmpshell.client import QmpClient, QmpConnectionError, QmpTimeout
+from pystratovirt.qmpshell.model import Model
+from qmp_protocol.errors import QmpError
+from qmp_protocol.messages import ABSENT
+
+if TYPE_CHECKING:
+    from qmp_protocol.messages import Event
+
+DONE, REFUSED, USAGE, NO_CONNECTION, TIMED_OUT = range(5)
+
+_EPILOG = """\
+what to do:
+  (nothing)                      an interactive shell; without a terminal, one command a line from standard input
+  COMMAND [KEY=VALUE...]         run a command and print its result as JSON; dots go into objects (file.filename=/x)
+  wait EVENT... [KEY=VALUE...]   wait for one of these events with these data, and print it
+  schema [NAME]                  say what the server can do; without -s, what StratoVirt can
+  hmp WORD...                    run a line of the human monitor and print its text
+  completion bash|zsh|fish       print a script that completes on Tab
+
+exit status: 0 done, 1 the server answered with an error, 2 wrong usage, 3 no connection, 4 nothing came in time
+"""
+
+
+class Usage(Exception):
+    """Wrong words; one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["__complete"]:
+        return _complete(words[2:] if words[1:2] == ["--"] else words[1:])
+    options = _parser().parse_intermixed_args(words)
+    try:
+        return _run(options)
+    except Usage as error:
+        return _complain(error, USAGE)
+    except arguments.ArgumentError as error:
+        return _complain(error, USAGE)
+    except QmpError as error:
+        return _complain(error, REFUSED)
+    except QmpTimeout as error:
+        return _complain(error, TIMED_OUT)
+    except QmpConnectionError as error:
+        return _complain(error, NO_CONNECTION)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails again when it flushes
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qmp",
+        usage="qmp [-s ADDRESS] [options] [COMMAND [KEY=VALUE...]]",
+        description="Talk QMP to a virtual machine monitor: this one, StratoVirt or QEMU.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-s",
+        "--socket",
+        metavar="ADDRESS",
+        default=os.environ.get("QMP_SOCKET"),
+        help="PATH, unix:PATH, HOST:PORT or tcp:HOST:PORT (default: $QMP_SOCKET)",
+    )
+    parser.add_argument(
+        "-t", "--timeout", type=_seconds, metavar="SECONDS", help="how long to wait (default: 10; wait: for ever)"
+    )
+    parser.add_argument("-w", "--wait", metavar="EVENT", help="after the command, wait for this event and print it too")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    parser.add_argument("--compact", action="store_true", help="one line of JSON, also on a terminal")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text}: seconds are wanted, 0 or more")
+    return seconds
+
+
+class _Output:
+    """Standard output as this command uses it: indented and coloured for people, one line a value for programs."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        people = sys.stdout.isatty()
+        self._pretty = people and not options.compact
+        self.colour = options.color == "always" or (options.color == "auto" and people and not os.environ.get("NO_COLOR"))
+
+    def value(self, value: Any) -> None:
+        print(render.to_text(value, pretty=self._pretty, colour=self.colour), flush=True)
+
+    def event(self, event: Event) -> None:
+        seconds, microseconds = event.timestamp
+        stamp = {"seconds": seconds, "microseconds": microseconds}
+        self.value({"event": event.name, "data": event.data, "timestamp": stamp})
+
+
+def _run(options: argparse.Namespace) -> int:
+    words: list[str] = options.words
+    output = _Output(options)
+    first = words[0] if words else ""
+    if first == "completion":
+        return _print_script(words[1:])
+    if first == "schema":
+        return _print_schema(options, words[1:])
+    if not options.socket:
+        raise Usage("no server: -s ADDRESS or $QMP_SOCKET is needed")
+    if not words and sys.stdin.isatty() and sys.stdout.isatty():
+        from pystratovirt.qmpshell.shell import run_shell  # loads the terminal library
+
+        return run_shell(options.socket, options.timeout or 10.0)
+    with QmpClient(options.socket, timeout=10.0 if options.timeout is None else options.timeout) as client:
+        if first == "wait":
+            output.event(_wait(client, words[1:], options.timeout))
+        elif not words:
+            return _script(client, output)
+        else:
+            _one(client, words, output)
+            if options.wait:
+                output.event(_wait(client, [options.wait], options.timeout))
+    return DONE
+
+
+def _one(client: QmpClient, words: Sequence[str], output: _Output, model: Callable[[], Model] | None = None) -> None:
+    """Run one command and print its result."""
+    if words[0] == "hmp":
+        text = client.execute("human-monitor-command", {"command-line": " ".join(words[1:])})
+        print(render.plain(text).rstrip("\n") if isinstance(text, str) else "", flush=True)
+        return
+    values = arguments.parse(model() if model else Model.of(client), words[0], words[1:]) if len(words) > 1 else ABSENT
+    output.value(client.execute(words[0], values))
+
+
+def _script(client: QmpClient, output: _Output) -> int:
+    """Run the commands on standard input, one a line, until one fails."""
+    import functools
+    import shlex
+
+    model = functools.cache(lambda: Model.of(client))
+    for number, line in enumerate(sys.stdin, 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise Usage(f"line {number}: {error}") from None
+        if words:
+            _one(client, words, output, model)
+    return DONE
+
+
+def _wait(client: QmpClient, words: Sequence[str], timeout: float | None) -> Event:
+    names = {word for word in words if "=" not in word}
+    wanted = dict(word.split("=", 1) for word in words if "=" in word)
+    if not names:
+        raise Usage("wait: which event?")
+    import time
+
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        event = client.wait_event(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if event.name in names and all(_means(event.data.get(key), text) for key, text in wanted.items()):
+            return event
+
+
+def _means(value: Any, text: str) -> bool:
+    if isinstance(value, bool):
+        return text in (arguments.TRUE if value else arguments.FALSE)
+    return value is not None and str(value) == text
+
+
+def _print_schema(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from pystratovirt.qmpshell.describe import details, overview
+
+    if len(words) > 1:
+        raise Usage("schema: one name at most")
+    if options.socket:
+        with QmpClient(options.socket) as client:
+            model = Model.of(client)
+    else:
+        model = Model.stratovirt()
+    try:
+        print(details(model, words[0]) if words else overview(model))
+    except KeyError:
+        raise Usage(f"schema: no command or event {words[0]}") from None
+    return DONE
+
+
+def _print_script(words: Sequence[str]) -> int:
+    from pystratovirt.qmpshell.scripts import SCRIPTS
+
+    if len(words) != 1 or words[0] not in SCRIPTS:
+        raise Usage(f"completion: for which shell? {', '.join(SCRIPTS)}")
+    print(SCRIPTS[words[0]], end="")
+    return DONE
+
+
+_VERBS = ("wait", "schema", "hmp", "completion")
+_VALUE_OPTIONS = ("-s", "--socket", "-t", "--timeout", "-w", "--wait", "--color")
+
+
+def _complete(words: Sequence[str]) -> int:
+    """Print what can stand where the last of `words` has been begun."""
+    from pystratovirt.qmpshell.completion import words_after
+
+    *before, word = words or [""]
+    plain: list[str] = []
+    skip = False
+    for each in before:
+        if skip or each in _VALUE_OPTIONS:
+            skip = not skip
+        elif not each.startswith("-"):
+            plain.append(each)
+    if skip:
+        return DONE  # the value of an option: the system's shell completes file names
+    model = Model.stratovirt()
+    if plain and plain[0] == "wait":
+        found = model.names("event")
+    elif plain and plain[0] == "schema":
+        found = model.names("command") + model.names("event")
+    elif plain and plain[0] == "completion":
+        found = ["bash", "zsh", "fish"]
+    else:
+        found = words_after(model, plain, word) + ([] if plain else list(_VERBS))
+    for each in found:
+        if each.startswith(word):
+            print(each)
+    return DONE
+
+
+def _complain(error: Exception, status: int) -> int:
+    print(f"qmp: {error}", file=sys.stderr)
+    return status
+
+
+def run() -> NoReturn:
+    """The console script."""
+    sys.exit(main())
