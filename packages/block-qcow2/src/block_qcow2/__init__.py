@@ -11,10 +11,13 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .disk import Disk
+    from .images import ImageFile, create_image, open_image
 
 __version__ = "0.1.0"
-__all__ = ["open_disk"]
+__all__ = ["ImageFile", "create_image", "open_disk", "open_image"]
 
 
 def open_disk(
@@ -26,27 +29,66 @@ def open_disk(
     aio: str = "off",
     discard: bool = False,
     detect_zeroes: str = "off",
+    allow: bool | Callable[[str], bool] = False,
+    l2_cache_bytes: int = 0,
 ) -> Disk:
     """Open an image for guest I/O. Takes no lock: see `Disk.lock`.
 
-    `format`: "raw". `aio`: "off" (in the caller where it does not block, else threads), "threads", "native" (libaio) or
-    "io_uring". `discard`: pass discards to the host. `detect_zeroes`: "on" turns written zeroes into zeroed ranges, "unmap"
-    into holes (if `discard`).
+    `format`: "raw", "qcow2", or None to look (a guest can make a raw disk look like anything: say what it is). `aio`: "off" (in
+    the caller where it does not block, else threads), "threads", "native" (libaio) or "io_uring". `discard`: pass discards to
+    the host. `detect_zeroes`: "on" turns written zeroes into zeroed ranges, "unmap" into holes (if `discard`). `allow`:
+    whether files that a qcow2 image names may be opened; a function is asked about each path. `l2_cache_bytes`: of a qcow2
+    image, 0 for 32 MiB. A qcow2 image that was not closed properly is repaired first, if it is opened for writing.
 
-    Raises OpenError (the file, or an option), EngineError (the host lacks the engine).
+    Raises OpenError (the file, or an option), EngineError (the host lacks the engine), ImageFormatError.
     """
-    from .errors import OpenError
     from .hostfile import HostFile
-    from .raw import RawDisk
+    from .raw import RawDisk, check_options
 
+    check_options(os.fspath(path), aio, detect_zeroes)
+    disk: Disk
     if format != "raw":
-        raise OpenError(f"{os.fspath(path)}: format {format!r} is not supported yet; only raw is")
-    file = HostFile(path, read_only=read_only, direct=direct)
-    try:
-        disk = RawDisk(file, aio=aio, discard=discard, detect_zeroes=detect_zeroes)
-        if aio in ("native", "io_uring"):
+        from .images import RawImage, open_image
+
+        image = open_image(
+            path,
+            format=format,
+            read_only=read_only,
+            allow=allow,
+            direct=direct,
+            lock=False,
+            discard=discard,
+            l2_cache_bytes=l2_cache_bytes,
+        )
+        try:
+            if isinstance(image, RawImage):
+                disk = RawDisk(image.file, aio=aio, discard=discard, detect_zeroes=detect_zeroes)
+            else:
+                from .qcow2.disk import Qcow2Disk
+
+                disk = Qcow2Disk(image, aio=aio, discard=discard, detect_zeroes=detect_zeroes)
+        except BaseException:
+            image.close()
+            raise
+    else:
+        file = HostFile(path, read_only=read_only, direct=direct)
+        try:
+            disk = RawDisk(file, aio=aio, discard=discard, detect_zeroes=detect_zeroes)
+        except BaseException:
+            file.close()
+            raise
+    if aio in ("native", "io_uring"):
+        try:
             disk.channel().close()  # a host without the engine is found out now and not when a guest starts
-    except BaseException:
-        file.close()
-        raise
+        except BaseException:
+            disk.close()
+            raise
     return disk
+
+
+def __getattr__(name: str) -> object:
+    if name in ("open_image", "create_image", "ImageFile"):
+        from . import images
+
+        return getattr(images, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

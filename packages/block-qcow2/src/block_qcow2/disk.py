@@ -22,7 +22,11 @@ class Channel(Protocol):
     """Belongs to one thread. Every request returns its result when it finished inline, or None when it will come later."""
 
     completion_fd: int  # an event descriptor, readable while completions() has something
-    in_flight: int  # requests not finished inline and not yet handed out by completions()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests not finished inline and not yet handed out by completions()."""
+        ...
 
     def readv(self, offset: int, buffers: Sequence[memoryview], token: Token) -> int | None: ...
 
@@ -61,9 +65,13 @@ class Disk(Protocol):
     """One open image."""
 
     path: str
-    size: int  # bytes
     read_only: bool
     request_alignment: int  # bytes; requests that are a multiple of it go without a copy
+
+    @property
+    def size(self) -> int:
+        """Bytes, as the guest sees them. May grow."""
+        ...
 
     def channel(self) -> Channel: ...
 

@@ -17,15 +17,27 @@ _DETECT_ZEROES = ("off", "on", "unmap")
 ENGINES = ("off", "native", "io_uring", "threads")
 
 
+def check_options(path: str, aio: str, detect_zeroes: str) -> None:
+    """Refuse what no disk has."""
+    if aio not in ENGINES:
+        raise OpenError(f"{path}: aio={aio}: there is no such engine; there are: {', '.join(ENGINES)}")
+    if detect_zeroes not in _DETECT_ZEROES:
+        raise OpenError(f"{path}: detect_zeroes={detect_zeroes}: must be one of {', '.join(_DETECT_ZEROES)}")
+
+
 class RawDisk:
     """`disk.Disk` over one raw file or block device."""
 
-    def __init__(self, file: HostFile, *, aio: str = "off", discard: bool = False, detect_zeroes: str = "off") -> None:
-        if aio not in ENGINES:
-            raise OpenError(f"aio={aio}: there is no such engine; there are: {', '.join(ENGINES)}")
-        if detect_zeroes not in _DETECT_ZEROES:
-            raise OpenError(f"detect_zeroes={detect_zeroes}: must be one of {', '.join(_DETECT_ZEROES)}")
-        if file.size % file.alignment:
+    def __init__(
+        self,
+        file: HostFile,
+        *,
+        aio: str = "off",
+        discard: bool = False,
+        detect_zeroes: str = "off",
+        any_size: bool = False,
+    ) -> None:
+        if file.size % file.alignment and not any_size:
             raise OpenError(f"{file.path}: the size of the raw file, {file.size}, is not aligned to {file.alignment}")
         self.file = file
         self.path = file.path
@@ -79,9 +91,13 @@ class RawDisk:
             channel.drain()
 
     def close(self) -> None:
+        self.close_channels()
+        self.file.close()
+
+    def close_channels(self) -> None:
+        """End the channels and the threads; the file stays open."""
         with self._lock:
             channels = list(self._channels)
         for channel in channels:
             channel.close()
         self._pool.close()
-        self.file.close()

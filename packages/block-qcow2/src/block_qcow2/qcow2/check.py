@@ -77,6 +77,15 @@ def check(image: Qcow2Image, *, repair: str = "none", report: Report = lambda li
         return result
 
 
+def repair_if_dirty(image: Qcow2Image) -> None:
+    """What writing to an image that was not closed properly begins with. ImageFormatError if that does not help."""
+    if image.read_only or not image.needs_repair:
+        return
+    result = check(image, repair="all")
+    if result.corruptions or result.check_errors:
+        raise ImageFormatError(f"{image.path}: the image was not closed properly and cannot be repaired")
+
+
 class _Checker:
     def __init__(self, image: Qcow2Image, repair: str, report: Report) -> None:
         self.image = image

@@ -6,6 +6,7 @@ import os
 from array import array
 from typing import NamedTuple
 
+from .. import locks
 from ..errors import ImageFormatError
 from ..hostfile import HostFile
 from . import tables
@@ -143,3 +144,58 @@ def write_empty(file: HostFile, size: int, o: Options) -> None:
     file.pwrite(0, h.pack())
     file.flush()
     file.refresh_size()
+
+
+def make_data_file(path: str, size: int) -> None:
+    """The external data file of a new image: `size` bytes of nothing. A file that is there is emptied, unless it is in use."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+    file = HostFile(path)
+    try:
+        locks.lock(file.fd, path, write=True)
+        if not file.is_block:
+            file.truncate(0)
+            file.truncate(size)
+    finally:
+        file.close()
+
+
+def preallocate(path: str, o: Options) -> None:
+    """Give every cluster of the new image at `path` its place ("metadata"), its space ("falloc"), or zeroes ("full")."""
+    from ..images import open_image
+    from .format import COPIED
+
+    # The creator holds the lock.
+    with open_image(path, format="qcow2", read_only=False, lock=False, allow=True) as image:
+        bits = image.cluster_bits
+        at = 0
+        while at < image.size:
+            stop = min((at >> image._l2_shift) + 1 << image._l2_shift, image.size)
+            with image.operation(), image._lock:
+                table = image._writable_table(at >> image._l2_shift)
+                words = 2 if image.header.extended_l2 else 1
+                index, total = 0, -(-(stop - at) >> bits)
+                while index < total:
+                    if image.external:
+                        first, count = (at >> bits) + index, total - index
+                    else:
+                        first, count, _ = image._allocate(total - index)
+                    for i in range(count):
+                        table.entries[words * (index + i)] = (first + i) << bits | COPIED
+                        if words == 2 and not o.backing_file:
+                            table.entries[2 * (index + i) + 1] = 0xFFFFFFFF
+                    index += count
+                image.l2.touch(table, 0, words * total)
+            image.commit_if_crowded()
+            at = stop
+        image.flush()
+        end = image.size if image.external else image.refcounts.end << bits
+        if image.data_file.size < end:
+            image.data_file.truncate(end)
+        if o.preallocation == "falloc":
+            os.posix_fallocate(image.data_file.fd, 0, end)
+        elif o.preallocation == "full" and o.backing_file is None:
+            at = 0
+            zeroes = bytes(1 << 20)
+            while at < image.size:
+                image.write(at, zeroes[: image.size - at])
+                at += len(zeroes)

@@ -23,13 +23,17 @@ from .format import (
     EXT_BITMAPS,
     EXT_DATA_FILE,
     INCOMPAT_CORRUPT,
+    INCOMPAT_DATA_FILE,
     INCOMPAT_DIRTY,
+    INCOMPAT_EXTENDED_L2,
     MAX_L1_BYTES,
     MAX_VIRTUAL_SIZE,
     Header,
 )
 from .reader import COMPRESSED_DATA, NORMAL, UNALLOCATED, ZERO_PLAIN, Source
 from .writer import Writer
+
+_LAYOUT = INCOMPAT_DATA_FILE | INCOMPAT_EXTENDED_L2
 
 
 class Extent(NamedTuple):
@@ -63,6 +67,7 @@ class Qcow2Image(Writer):
         self.path = file.path
         self.backing = backing
         self._closed = False
+        self._mind_marks()
         if not read_only:
             known = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW
             if header.autoclear & ~known:
@@ -110,6 +115,33 @@ class Qcow2Image(Writer):
             if self.external:
                 self.data_file.flush()
             self.file.flush()
+
+    def reload(self) -> None:
+        """Read everything again: somebody else had the image meanwhile. Raises ImageFormatError, OSError."""
+        with self.exclusive():
+            self.file.refresh_size()
+            header = read_header(self.file)
+            same = (header.cluster_bits, header.incompatible & _LAYOUT, header.backing_file, header.extension(EXT_DATA_FILE))
+            old = self.header
+            if same != (old.cluster_bits, old.incompatible & _LAYOUT, old.backing_file, old.extension(EXT_DATA_FILE)):
+                raise ImageFormatError(f"{self.path}: the image was replaced by another one")
+            self.header = header
+            self._compressed_at = 0
+            self._broken = None
+            self._load_tables(self._l2_cache_bytes)
+            self._mind_marks()
+
+    def _mind_marks(self) -> None:
+        if not self.read_only:
+            if self.header.incompatible & INCOMPAT_CORRUPT:
+                self._broken = "the image is marked corrupt"
+            elif self.header.incompatible & INCOMPAT_DIRTY:
+                self._broken = "the image was not closed properly and is not repaired yet"
+
+    @property
+    def needs_repair(self) -> bool:
+        """The image was not closed properly while its counts were changing."""
+        return bool(self.header.incompatible & INCOMPAT_DIRTY)
 
     def close(self) -> None:
         """Flush and close the image and what it named. Harmless twice. The files are closed even if flushing fails."""
@@ -240,7 +272,8 @@ def open_qcow2(
     """Open the image in `file`, which belongs to it from then on.
 
     What the image names is opened by `open_backing` (name, format) and `open_data_file` (name), which raise if the name is not
-    to be opened; without them such an image is refused. `for_repair`: a dirty or corrupt image may be written.
+    to be opened; without them such an image is refused. `for_repair`: an image that is marked corrupt may be opened for
+    writing; writes are refused until it is repaired, as they are in a dirty one.
     Raises ImageFormatError, UnsupportedFeatureError, OpenError.
     """
     header = read_header(file)
@@ -251,8 +284,6 @@ def open_qcow2(
     if not read_only:
         if header.incompatible & INCOMPAT_CORRUPT and not for_repair:
             raise ImageFormatError(f"{path}: the image is marked corrupt: it can be read, or repaired by check")
-        if header.incompatible & INCOMPAT_DIRTY and not for_repair:
-            raise ImageFormatError(f"{path}: the image was not closed properly: it can be read, or repaired by check")
         if header.autoclear & AUTOCLEAR_BITMAPS and header.extension(EXT_BITMAPS):
             raise UnsupportedFeatureError(f"{path}: the image has persistent dirty bitmaps, which are not kept on writes yet")
     backing: Source | None = None

@@ -49,7 +49,6 @@ class Metadata:
         self.discard_freed = discard
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
-        self.size = header.size
         self.external = data_file is not None
         self.data_file = data_file or file
         self._l2_shift = header.cluster_bits + header.l2_bits
@@ -63,16 +62,23 @@ class Metadata:
         self._exclusive = False
         self._loading: dict[int, threading.Event] = {}
         self._broken: str | None = None
+        self._load_tables(l2_cache_bytes or _L2_CACHE_BYTES)
+
+    def _load_tables(self, l2_cache_bytes: int) -> None:
+        """Read what is always in memory. Nothing is dirty, and nothing is running."""
+        file, header = self.file, self.header
+        self.size = header.size
         self.l1 = tables.load(file, header.l1_table_offset, header.l1_size) if header.l1_size else array("Q")
         self._l1_dirty: set[int] = set()
-        self.l2 = L2Cache((l2_cache_bytes or _L2_CACHE_BYTES) // header.cluster_size)
+        self._l2_cache_bytes = l2_cache_bytes
+        self.l2 = L2Cache(l2_cache_bytes // header.cluster_size)
         self.unpacked: OrderedDict[int, bytes] = OrderedDict()  # compressed clusters by L2 entry
         self._pending: list[tuple[int, int, int]] = []  # (operation number, first cluster, count): to be freed when it may be
         table = tables.load(file, header.refcount_table_offset, (header.refcount_table_clusters << self.cluster_bits) // 8)
         self.refcounts = Refcounts(file, header, table, self._check_free)
         self.reserved: set[int] = set()  # clusters of metadata, which no guest write may touch
         self.refcounts.on_block = self.reserved.add
-        if not read_only:
+        if not self.read_only:
             self._find_reserved()
 
     # --- requests ---

@@ -77,6 +77,49 @@ class Writer(Reader):
         with memoryview(data) as view:
             self.write_from(offset, [view])
 
+    def lookup_now(self, offset: int, length: int, *, write: bool) -> tuple[int, int | None] | None:
+        """Without blocking: (running operation, host offset, or None for zeroes) if one host range has all of a guest range.
+
+        None where that is not so or not known. The operation is running then: end() it when the I/O is done.
+        """
+        mask = self.cluster_size - 1
+        if write and self._broken:
+            return None
+        with self._lock:
+            if self._exclusive:
+                return None
+            l1_index = offset >> self._l2_shift
+            end = offset + length
+            if l1_index >= len(self.l1) or (end - 1) >> self._l2_shift != l1_index or not length:
+                return None
+            l1_entry = self.l1[l1_index]
+            table = self.l2.get(l1_entry & OFFSET_MASK)
+            if table is None or self.header.extended_l2 or (write and not l1_entry & COPIED):
+                return None
+            entries = table.entries
+            index = offset >> self.cluster_bits & (1 << self.header.l2_bits) - 1
+            first = entries[index]
+            clusters = (end - 1 >> self.cluster_bits) - (offset >> self.cluster_bits)
+            if first & (ZERO | COMPRESSED) or not first & OFFSET_MASK:
+                zero = first & ZERO and not first & COMPRESSED and not write and not clusters
+                host = None
+                if not zero:
+                    return None
+            else:
+                if first & mask or (write and not first & COPIED):
+                    return None
+                for i in range(1, clusters + 1):
+                    if entries[index + i] != first + (i << self.cluster_bits):
+                        return None
+                host = (first & OFFSET_MASK) + (offset & mask)
+                if write and not self.external:
+                    start = host >> self.cluster_bits
+                    if start + clusters >= self.refcounts.end or not self.reserved.isdisjoint(range(start, start + clusters + 1)):
+                        return None  # the long way reports it
+            self._next_operation += 1
+            self._operations[self._next_operation] = None
+            return self._next_operation, host
+
     def _in_place(self, offset: int, length: int) -> list[tuple[int, int]] | None:
         """(host offset, length) of each part if all of the range can be overwritten where it is, else None."""
         found: list[tuple[int, int]] = []

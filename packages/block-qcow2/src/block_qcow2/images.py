@@ -1,0 +1,382 @@
+"""Opening and creating images as a library: raw and qcow2, with the rules for what an image may name.
+
+An image that somebody else made may name any file of this host as its backing or data file. So nothing that an image names is
+opened unless the caller allows it: `allow=True`, or a function that is asked about each path. Formats are never guessed when
+they are given, and a given backing format is believed.
+
+Not here: guest I/O with channels (`open_disk`), the command line.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from . import locks
+from .errors import ImageFormatError, ImageReadOnlyError, OpenError, UnsupportedFeatureError
+from .hostfile import HostFile, read_padded
+from .qcow2.format import MAGIC
+
+if TYPE_CHECKING:
+    from .qcow2.create import Options
+    from .qcow2.image import Extent
+
+Allow = bool | Callable[[str], bool]
+FORMATS = ("raw", "qcow2")
+MAX_CHAIN = 64  # images; more are a mistake, and each costs descriptors
+
+
+class Image(Protocol):
+    """What every open image does. Offsets and lengths in bytes; ValueError outside the image."""
+
+    format: str
+    path: str
+    size: int
+    read_only: bool
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
+    def read(self, offset: int, length: int) -> bytes: ...
+    def write_from(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None: ...
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None: ...
+    def discard(self, offset: int, length: int) -> None: ...
+    def flush(self) -> None: ...
+    def block_status(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]: ...
+    def resize(self, size: int, *, shrink: bool = False) -> None: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class RawImage:
+    """A raw image: byte n of the disk is byte n of the file."""
+
+    format = "raw"
+
+    def __init__(self, file: HostFile) -> None:
+        self.file = file
+        self.path = file.path
+        self.size = file.size
+        self.read_only = file.read_only
+        self.backing = None
+
+    def _check(self, offset: int, length: int, *, write: bool = False) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(f"bytes {offset} to {offset + length} of an image of {self.size}")
+        if write and self.read_only:
+            raise ImageReadOnlyError(f"{self.path}: the image is open for reading")
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self._check(offset, sum(map(len, buffers)))
+        self.file.readv(offset, buffers)
+
+    def read(self, offset: int, length: int) -> bytes:
+        self._check(offset, length)
+        return bytes(self.file.pread(offset, length))
+
+    def write_from(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self._check(offset, sum(map(len, buffers)), write=True)
+        self.file.writev(offset, buffers)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        with memoryview(data) as view:
+            self.write_from(offset, [view])
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        self._check(offset, length, write=True)
+        self.file.write_zeroes(offset, length, unmap=unmap)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._check(offset, length, write=True)
+        self.file.discard(offset, length)
+
+    def flush(self) -> None:
+        if not self.read_only:
+            self.file.flush()
+
+    def block_status(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Data and holes as the file system tells them."""
+        from .qcow2.image import Extent
+
+        end = self.size if length is None else min(offset + length, self.size)
+        while offset < end:
+            try:
+                data = min(os.lseek(self.file.fd, offset, os.SEEK_DATA), end)
+            except OSError:
+                data = end  # nothing but a hole up to the end
+            if data > offset:
+                yield Extent(offset, data - offset, True, True, False, offset)
+            if data < end:
+                try:
+                    hole = min(os.lseek(self.file.fd, data, os.SEEK_HOLE), end)
+                except OSError:
+                    hole = end
+                yield Extent(data, hole - data, True, False, False, data)
+                data = hole
+            offset = data
+
+    def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Set the size, in bytes. Making it smaller loses data and wants `shrink`. Regular files only."""
+        self._check(0, 0, write=True)
+        if self.file.is_block:
+            raise OpenError(f"{self.path}: a block device cannot be resized")
+        if size < self.size and not shrink:
+            raise ValueError("making an image smaller loses data: it has to be asked for")
+        self.file.truncate(size)
+        self.size = size
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def probe(file: HostFile) -> str:
+    """ "qcow2" if the file begins like one, else "raw"."""
+    start = bytearray(4)
+    with memoryview(start) as view:
+        read_padded(file, 0, [view])
+    return "qcow2" if int.from_bytes(start, "big") == MAGIC else "raw"
+
+
+def open_image(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    read_only: bool = True,
+    allow: Allow = False,
+    direct: bool = False,
+    lock: bool = True,
+    force_share: bool = False,
+    discard: bool = True,
+    for_repair: bool = False,
+    named: bool = True,
+    l2_cache_bytes: int = 0,
+) -> Any:
+    """Open an image; use it as a context manager, or close() it.
+
+    `format`: "raw", "qcow2", or None to look at its first bytes. `allow`: whether what the image names may be opened: False,
+    True, or a function of the absolute path. `lock`: take QEMU-compatible locks; `force_share` reads what somebody else may be
+    writing. `named=False`: open a qcow2 image without what it names (for looking at its metadata only).
+
+    Raises OpenError, ImageInUseError, ImageFormatError, UnsupportedFeatureError; ImageFormatError also for a loop in the chain.
+    """
+    return _open(
+        os.fspath(path), format, read_only, allow, direct, lock, force_share, discard, for_repair, named, l2_cache_bytes, ()
+    )
+
+
+def _open(
+    path: str,
+    fmt: str | None,
+    read_only: bool,
+    allow: Allow,
+    direct: bool,
+    lock: bool,
+    force_share: bool,
+    discard: bool,
+    for_repair: bool,
+    named: bool,
+    l2_cache_bytes: int,
+    above: tuple[tuple[int, int], ...],
+) -> Any:
+    if fmt is not None and fmt not in FORMATS:
+        raise OpenError(f"{path}: format {fmt!r} is not supported; there are: {', '.join(FORMATS)}")
+    file = HostFile(path, read_only=read_only, direct=direct)
+    try:
+        status = os.fstat(file.fd)
+        me = (status.st_dev, status.st_ino)
+        if me in above:
+            raise ImageFormatError(f"{path}: the chain of backing files comes back to this image")
+        if len(above) >= MAX_CHAIN:
+            raise ImageFormatError(f"{path}: a chain of more than {MAX_CHAIN} backing files")
+        if lock:
+            locks.lock(file.fd, path, write=not read_only, share=force_share)
+        if (fmt or probe(file)) == "raw":
+            return RawImage(file)
+        from .qcow2.image import open_qcow2
+
+        def resolve(name: str) -> str:
+            return resolve_name(path, name, allow)
+
+        def open_backing(name: str, backing_format: str | None) -> Any:
+            return _open(
+                resolve(name), backing_format, True, allow, direct, lock, force_share, False, False, True, 0, (*above, me)
+            )
+
+        def open_data_file(name: str) -> HostFile:
+            data = HostFile(resolve(name), read_only=read_only, direct=direct)
+            if lock:
+                try:
+                    locks.lock(data.fd, data.path, write=not read_only, share=force_share)
+                except BaseException:
+                    data.close()
+                    raise
+            return data
+
+        image = open_qcow2(
+            file,
+            read_only=read_only,
+            open_backing=(open_backing if allow else None) if named else _nothing,
+            open_data_file=(open_data_file if allow else None) if named else lambda name: file,
+            l2_cache_bytes=l2_cache_bytes,
+            discard=discard,
+            for_repair=for_repair,
+        )
+    except BaseException:
+        file.close()
+        raise
+    if lock and not for_repair and not read_only and image.needs_repair:
+        from .qcow2.check import repair_if_dirty
+
+        try:
+            repair_if_dirty(image)
+        except BaseException:
+            image.close()
+            raise
+    return image
+
+
+class _Nothing:
+    """Stands for a backing image that must not be looked at."""
+
+    size = 0
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        raise UnsupportedFeatureError("the backing image was not opened")
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def _nothing(name: str, fmt: str | None) -> Any:
+    return _Nothing()
+
+
+def resolve_name(image: str, name: str, allow: Allow) -> str:
+    """The path that `image` means by `name`, if it may be opened. Relative names start at the image's folder."""
+    if name.startswith("json:"):
+        raise UnsupportedFeatureError(f"{image}: the image names {name!r}: json: names are not supported")
+    head = name.split("/", 1)[0]
+    if ":" in head:
+        if not name.startswith("file:"):
+            raise UnsupportedFeatureError(f"{image}: the image names {name!r}: only files are supported")
+        name = name[5:]
+    if "\0" in name or not name:
+        raise ImageFormatError(f"{image}: the image names {name!r}, which is no path")
+    path = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(image)), name))  # noqa: PTH118,PTH120,PTH100
+    if not allow or (callable(allow) and not allow(path)):
+        raise UnsupportedFeatureError(f"{image}: the image names {path!r}: opening it has to be allowed")
+    return path
+
+
+def create_image(
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    format: str = "qcow2",
+    options: Options | None = None,
+) -> None:
+    """Create an empty image of `size` bytes, replacing what is at `path` unless somebody uses it.
+
+    `options` are of qcow2 images. Options are checked before anything is touched; a creation that fails leaves no image.
+    Raises OpenError, ImageInUseError, ImageFormatError, OSError.
+    """
+    from .qcow2 import create
+
+    path = os.fspath(path)
+    if format not in FORMATS:
+        raise OpenError(f"{path}: format {format!r} is not supported; there are: {', '.join(FORMATS)}")
+    if format == "raw" and options not in (None, create.Options()):
+        raise OpenError(f"{path}: raw images have no such options")
+    o = options or create.Options()
+    if format == "qcow2":
+        create.check_options(size, o)
+    try:
+        made = not os.path.lexists(path)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+    except OSError as e:
+        raise OpenError(f"{path}: {e.strerror}") from e
+    file = HostFile(path)
+    try:
+        locks.lock(file.fd, path, write=True)
+        if not file.is_block:
+            file.truncate(0)
+        if format == "raw":
+            if not file.is_block:
+                file.truncate(size)
+            elif size > file.size:
+                raise OpenError(f"{path}: the device has {file.size} bytes, {size} were asked for")
+        else:
+            create.write_empty(file, size, o)
+            if o.data_file:
+                create.make_data_file(resolve_name(path, o.data_file, True), size)
+            if o.preallocation != "off":
+                create.preallocate(path, o)
+    except BaseException:
+        if made:
+            os.unlink(path)  # noqa: PTH108
+        raise
+    finally:
+        file.close()
+
+
+class ImageFile(io.RawIOBase):
+    """An open image as a binary file: anything in Python that reads files reads images. Closes the image with itself."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return not self._image.read_only
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._image.size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        with memoryview(buffer).cast("B") as view:
+            n = min(len(view), max(self._image.size - self._at, 0))
+            self._image.read_into(self._at, [view[:n]])
+        self._at += n
+        return n
+
+    def write(self, data: Any) -> int:
+        with memoryview(data).cast("B") as view:
+            n = min(len(view), max(self._image.size - self._at, 0))
+            if n < len(view) and not n:
+                raise OSError("the image ends here")
+            self._image.write_from(self._at, [view[:n]])
+        self._at += n
+        return n
+
+    def flush(self) -> None:
+        if not self.closed and not self._image.read_only:
+            self._image.flush()
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                super().close()
+            finally:
+                self._image.close()

@@ -1,0 +1,268 @@
+"""A qcow2 image as a disk with channels (`block_qcow2.disk`): the image engine between a guest and a host file.
+
+A request whose clusters are known, adjacent and ours alone goes straight to the file's channel; everything else, allocation,
+missing tables, compressed clusters, runs on the thread pool through the image's blocking interface.
+
+Not here: the engine (`image`), how a file does asynchronous I/O (`engines`).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import locks
+from ..disk import Channel
+from ..errors import BlockError, ImageReadOnlyError, OpenError
+from ..raw import RawDisk
+from ..zeroes import all_zero
+from .check import repair_if_dirty
+from .image import Qcow2Image
+from .reader import fill_zero
+from .snapshots import Snapshot, Snapshots
+
+_UNLIMITED = 1 << 62
+
+
+class _DataDisk(RawDisk):
+    """The file that guest data are in, whatever its length: the image knows what is inside."""
+
+    def __init__(self, image: Qcow2Image, aio: str) -> None:
+        super().__init__(image.data_file, aio=aio, any_size=True)
+        self.size = _UNLIMITED
+        self.read_only = image.read_only
+
+
+class Qcow2Disk:
+    """`disk.Disk` over a qcow2 image, which it owns. Snapshot and size operations wait for the requests that are running.
+
+    They must not be called by a thread that still has completions to collect from one of the channels.
+    """
+
+    def __init__(self, image: Qcow2Image, *, aio: str, discard: bool, detect_zeroes: str) -> None:
+        self.image = image
+        self.path = image.path
+        self.read_only = image.read_only
+        self.request_alignment = image.data_file.alignment
+        self.discard = discard
+        self.detect_zeroes = detect_zeroes
+        if image.size % self.request_alignment:
+            raise OpenError(
+                f"{image.path}: the size of the qcow2 image, {image.size}, is not aligned to {self.request_alignment}"
+            )
+        self._data = _DataDisk(image, aio)
+        self._locked: list[Any] = []
+
+    @property
+    def size(self) -> int:
+        return self.image.size
+
+    def channel(self) -> Channel:
+        return Qcow2Channel(self, self._data.channel())
+
+    def lock(self) -> None:
+        """Lock the image, its data file for what it is opened for, and its backing files for reading; then read the metadata
+        again, as somebody may have changed them, and repair an image that was not closed properly.
+
+        Raises ImageInUseError, ImageFormatError, OSError; and then holds no lock.
+        """
+        if self._locked:
+            return
+        files: list[tuple[Any, bool]] = [(self.image.file, not self.read_only)]
+        if self.image.external:
+            files.append((self.image.data_file, not self.read_only))
+        below: Any = self.image.backing
+        while below is not None:
+            files.append((below.file, False))
+            below = below.backing
+        try:
+            for file, write in files:
+                locks.lock(file.fd, file.path, write=write)
+                self._locked.append(file)
+            self.image.reload()
+            repair_if_dirty(self.image)
+        except BaseException:
+            self._drop_locks()
+            raise
+
+    def unlock(self) -> None:
+        """Write back everything, then let go. Raises OSError, and then keeps the locks."""
+        if self._locked:
+            self.image.flush()
+            self._drop_locks()
+
+    def _drop_locks(self) -> None:
+        while self._locked:
+            locks.unlock(self._locked.pop().fd)
+
+    def flush(self) -> None:
+        self.image.flush()
+
+    def drain(self) -> None:
+        self._data.drain()
+
+    def close(self) -> None:
+        try:
+            self._data.close_channels()
+        finally:
+            self.image.close()
+
+    # --- while the guest runs ---
+
+    def snapshots(self) -> list[Snapshot]:
+        return list(self._snapshots().list)
+
+    def snapshot_create(self, name: str, *, vm_clock_nsec: int = 0) -> Snapshot:
+        """Keep the present content. Raises SnapshotError, ImageReadOnlyError, OSError."""
+        return self._snapshots().create(name, vm_clock_nsec=vm_clock_nsec)
+
+    def snapshot_delete(self, name: str) -> Snapshot:
+        """Forget the first snapshot of that name and return what it was. Raises as snapshot_create."""
+        table = self._snapshots()
+        snapshot = table.find(name)
+        table.delete(snapshot)
+        return snapshot
+
+    def resize(self, size: int) -> None:
+        """Make the disk larger; the device tells the guest."""
+        self.image.resize(size)
+
+    def _snapshots(self) -> Snapshots:
+        return Snapshots(self.image)
+
+
+class _Direct:
+    """A request that went straight to the file: when it is done the image may forget that it ran."""
+
+    __slots__ = ("buffers", "offset", "operation", "token", "write")
+
+    def __init__(self, operation: int, token: Any, write: bool, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.operation = operation
+        self.token = token
+        self.write = write
+        self.offset = offset
+        self.buffers = buffers
+
+
+class Qcow2Channel:
+    """`disk.Channel` over the channel of the file."""
+
+    def __init__(self, disk: Qcow2Disk, inner: Any) -> None:
+        self._disk = disk
+        self._image = disk.image
+        self._inner = inner
+        self._detect_zeroes = disk.detect_zeroes != "off"
+        self.completion_fd: int = inner.completion_fd
+
+    @property
+    def in_flight(self) -> int:
+        return self._inner.in_flight  # type: ignore[no-any-return]
+
+    def readv(self, offset: int, buffers: Sequence[memoryview], token: Any) -> int | None:
+        image = self._image
+        length = sum(map(len, buffers))
+        if offset < 0 or offset + length > image.size:
+            return -errno.EINVAL
+        found = image.lookup_now(offset, length, write=False)
+        if found is None:
+            return self._run(token, lambda: image.read_into(offset, buffers))
+        operation, host = found
+        if host is None:
+            fill_zero(buffers)
+            image.end(operation)
+            return 0
+        return self._direct(_Direct(operation, token, False, offset, buffers), host)
+
+    def writev(self, offset: int, buffers: Sequence[memoryview], token: Any) -> int | None:
+        image = self._image
+        length = sum(map(len, buffers))
+        if offset < 0 or offset + length > image.size:
+            return -errno.EINVAL
+        if image.read_only:
+            return -errno.EROFS
+        if self._detect_zeroes and all_zero(buffers):
+            unmap = self._disk.detect_zeroes == "unmap" and self._disk.discard
+            return self._run(token, lambda: image.write_zeroes(offset, length, unmap=unmap))
+        found = image.lookup_now(offset, length, write=True)
+        if found is None or found[1] is None:
+            return self._run(token, lambda: image.write_from(offset, buffers))
+        return self._direct(_Direct(found[0], token, True, offset, buffers), found[1])
+
+    def flush(self, token: Any) -> int | None:
+        return self._run(token, self._image.flush)
+
+    def discard(self, offset: int, length: int, token: Any) -> int | None:
+        image = self._image
+        if offset < 0 or length < 0 or offset + length > image.size:
+            return -errno.EINVAL
+        if image.read_only:
+            return -errno.EROFS
+        if not self._disk.discard:
+            return 0
+        return self._run(token, lambda: image.discard(offset, length))
+
+    def write_zeroes(self, offset: int, length: int, token: Any, unmap: bool) -> int | None:
+        image = self._image
+        if offset < 0 or length < 0 or offset + length > image.size:
+            return -errno.EINVAL
+        if image.read_only:
+            return -errno.EROFS
+        return self._run(token, lambda: image.write_zeroes(offset, length, unmap=unmap and self._disk.discard))
+
+    def submit(self) -> None:
+        self._inner.submit()
+
+    def completions(self) -> list[tuple[Any, int]]:
+        done = []
+        for token, result in self._inner.completions():
+            if type(token) is _Direct:
+                self._image.end(token.operation)
+                if result == -errno.EIO and not token.write:
+                    # The file may end inside a cluster, whose rest is zeroes: the blocking way knows.
+                    self._again(token)
+                    continue
+                done.append((token.token, result))
+            else:
+                done.append((token, result))
+        return done
+
+    def drain(self) -> None:
+        self._inner.drain()
+
+    def close(self) -> None:
+        if self.completion_fd < 0:
+            return
+        self._inner.drain()
+        while self._inner.in_flight:
+            self.completions()
+            self._inner.drain()
+        self._inner.close()
+        self.completion_fd = -1
+
+    def _direct(self, request: _Direct, host: int) -> int | None:
+        call = self._inner.writev if request.write else self._inner.readv
+        result: int | None = call(host, request.buffers, request)
+        if result is None:
+            return None
+        self._image.end(request.operation)
+        if result == -errno.EIO and not request.write:
+            return self._again(request)
+        return result
+
+    def _again(self, request: _Direct) -> int | None:
+        return self._run(request.token, lambda: self._image.read_into(request.offset, request.buffers))
+
+    def _run(self, token: Any, work: Callable[[], None]) -> int | None:
+        def mapped() -> None:
+            try:
+                work()
+            except ImageReadOnlyError as e:
+                raise OSError(errno.EROFS, str(e)) from e
+            except BlockError as e:
+                raise OSError(errno.EIO, str(e)) from e
+            except ValueError as e:
+                raise OSError(errno.EINVAL, str(e)) from e
+
+        result: int | None = self._inner._run(token, mapped)
+        return result
