@@ -12,11 +12,11 @@ def overview(model: Model) -> str:
     """Return the names of all commands and events."""
     lines = ["Commands:"]
     for name in model.names("command"):
-        summary = _documentation(name).split("\n")[0]
+        summary = _documentation(model, name).split("\n")[0]
         lines.append(f"  {name:<40} {summary}".rstrip())
     lines += ["", "Events:"]
     for name in model.names("event"):
-        summary = _documentation(name).split("\n")[0]
+        summary = _documentation(model, name).split("\n")[0]
         lines.append(f"  {name:<40} {summary}".rstrip())
     return "\n".join(lines)
 
@@ -27,7 +27,7 @@ def details(model: Model, name: str) -> str:
     if kind not in ("command", "event"):
         raise KeyError(name)
     lines = [f"{name} ({kind})"]
-    documentation = _documentation(name)
+    documentation = _documentation(model, name)
     if documentation:
         lines += ["", documentation]
     members = list(_members(model, model.arguments(name)))
@@ -53,8 +53,9 @@ def _members(model: Model, kind: str, prefix: str = "", seen: tuple[str, ...] = 
             yield f"  {name:<28} {model.describe(member.type)}{need}"
 
 
-def _documentation(name: str) -> str:
-    """The documentation of StratoVirt's command or event of that name: what others call the same means the same."""
+def _documentation(model: Model, name: str) -> str:
+    if not model.documented:
+        return ""
     from qmp_protocol.commands import STRATOVIRT
 
     declared = STRATOVIRT.commands.get(name) or STRATOVIRT.events.get(name)

@@ -23,8 +23,12 @@ class Member(NamedTuple):
 class Model:
     """Commands, events and types by name."""
 
-    def __init__(self, entries: list[Any]) -> None:
-        """`entries` is the result of `query-qmp-schema`. What is not understood in it is left out."""
+    def __init__(self, entries: list[Any], *, documented: bool = False) -> None:
+        """`entries` is the result of `query-qmp-schema`. What is not understood in it is left out.
+
+        `documented`: the documentation of StratoVirt's schema is that of this one too.
+        """
+        self.documented = documented
         self._entries: dict[str, Mapping[str, Any]] = {}
         for entry in entries:
             if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
@@ -36,7 +40,7 @@ class Model:
         from qmp_protocol.commands import STRATOVIRT
         from qmp_protocol.schema.introspect import introspect
 
-        return cls(introspect(STRATOVIRT))
+        return cls(introspect(STRATOVIRT), documented=True)
 
     @classmethod
     def of(cls, client: QmpClient) -> Model:
