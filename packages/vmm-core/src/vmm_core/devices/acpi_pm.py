@@ -9,11 +9,13 @@ reset or power off leads to.
 from __future__ import annotations
 
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from vmm_core.bus import BusDevice
-from vmm_core.interrupt import InterruptLine
 from vmm_core.state import expect, expect_range, versioned
+
+if TYPE_CHECKING:
+    from vmm_core.bus import BusDevice
+    from vmm_core.interrupt import InterruptLine
 
 POWER_BUTTON = 1 << 0  # events; StratoVirt's numbers (reference machine-x86_64, section 16.5)
 

@@ -9,8 +9,12 @@ Not here: a keyboard. Without state: nothing that a guest writes is remembered.
 
 from __future__ import annotations
 
-from vmm_core.bus import BusDevice
-from vmm_core.devices.acpi_pm import PowerListener
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm_core.bus import BusDevice
+    from vmm_core.devices.acpi_pm import PowerListener
+
 
 _STATUS = 0xFD  # every bit but IBF (bit 1): output buffer full for ever, input buffer empty
 _PULSE_MASK, _PULSE_RESET = 0xF1, 0xF0  # commands 0xF0 to 0xFF pulse the lines whose bit is 0; bit 0 is the reset line

@@ -12,14 +12,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from threading import Lock
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vmm_core.clock import Clock
 from vmm_core.devices.rtc_time import FIRST, LAST, Moment, from_registers, next_match
 from vmm_core.errors import StateError
-from vmm_core.interrupt import InterruptLine
-from vmm_core.loop import Loop, Timer
 from vmm_core.state import expect, expect_range, versioned
+
+if TYPE_CHECKING:
+    from vmm_core.clock import Clock
+    from vmm_core.interrupt import InterruptLine
+    from vmm_core.loop import Loop, Timer
 
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM, WEEKDAY, DAY, MONTH, YEAR, A, B, C, D = range(14)
 CENTURY = 0x32

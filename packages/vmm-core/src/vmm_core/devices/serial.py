@@ -14,13 +14,15 @@ from __future__ import annotations
 import select
 from collections.abc import Callable
 from threading import Lock
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vmm_core.devices.chardev import CharBackend, Report
 from vmm_core.errors import StateError
-from vmm_core.interrupt import InterruptLine
-from vmm_core.loop import Loop
 from vmm_core.state import expect, expect_range, versioned
+
+if TYPE_CHECKING:
+    from vmm_core.devices.chardev import CharBackend, Report
+    from vmm_core.interrupt import InterruptLine
+    from vmm_core.loop import Loop
 
 # Registers (table II); the divisor latch hides the first two while LCR.DLAB is set.
 DATA, IER, FCR_IIR, LCR, MCR, LSR, MSR, SCR = range(8)
