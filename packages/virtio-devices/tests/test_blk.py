@@ -117,8 +117,6 @@ def test_options_show_in_features_and_configuration(make: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"serial": "x" * 21}, "at most 20"),
-        ({"serial": "ä" * 11}, "at most 20"),
         ({"num_queues": 0}, "1 to 32"),
         ({"num_queues": 33}, "1 to 32"),
         ({"queue_size": 2}, "from 4 to 1024"),
@@ -575,6 +573,31 @@ def test_a_disk_can_be_put_in_and_taken_out_under_an_active_driver(make: Make) -
     driver.rings[0].collect()
     assert driver.read_disk(0, 512)[0] == S_IOERR
     assert not driver.device.has_disk
+
+
+def test_a_disk_brings_its_serial_number_and_its_limit(make: Make, loop: DirectLoop) -> None:
+    driver = make(serial="slot", iops=1).start(size=16)
+    driver.device.attach(MemoryDisk(), serial="first", iops=2)
+    for _ in range(5):
+        driver.offer(header(GET_ID), 20, 1)
+    driver.kick()
+    assert len(driver.rings[0].collect()) == 3
+    loop.clock.advance(SECOND)
+    driver.rings[0].collect()
+    driver.device.detach()
+    driver.device.attach(MemoryDisk())
+    assert driver.request(header(GET_ID), 20, 1)[1] == bytes(21)
+    driver.device.detach()
+    with pytest.raises(DeviceError, match="at most 20"):
+        driver.device.attach(MemoryDisk(), serial="ä" * 11)
+    assert not driver.device.has_disk
+
+
+def test_a_serial_number_has_at_most_20_bytes(make: Make) -> None:
+    for serial in ("x" * 21, "ä" * 11):
+        with pytest.raises(DeviceError, match="at most 20"):
+            make(serial=serial)
+    make(MemoryDisk(), serial="x" * 20)
 
 
 def test_a_disk_can_be_put_in_before_there_is_a_driver(make: Make) -> None:

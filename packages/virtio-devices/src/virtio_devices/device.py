@@ -188,7 +188,10 @@ class VirtioDevice:
         """Prepare for work: back ends, watches. On the activating thread; queues and features are set."""
 
     def _process(self, index: int, queue: SplitQueue) -> None:
-        """Serve what is available in a queue. On its loop; a QueueError raised here breaks the device."""
+        """Serve what is available in a queue. On its loop; a QueueError raised here breaks the device.
+
+        A device that offers F_EVENT_IDX ends with `enable_kicks()` and goes on while that says so: without it no kick follows.
+        """
         raise NotImplementedError
 
     def _drain(self, loop: Loop) -> None:

@@ -90,10 +90,8 @@ class BlkDevice(VirtioDevice):
 
         `discard` and `write_zeroes` offer these requests. `iops` limits requests a second over all queues, 0 is no limit.
 
-        Raises ValueError for a serial number over 20 bytes, or a number or size of queues that cannot be.
+        Raises DeviceError for a serial number over 20 bytes, ValueError for a number or size of queues that cannot be.
         """
-        if len(serial.encode()) > SERIAL_MAX:
-            raise ValueError(f"{name}: a serial number has at most {SERIAL_MAX} bytes")
         if not 1 <= num_queues <= QUEUES_MAX:
             raise ValueError(f"{name}: {num_queues} queues; there are 1 to {QUEUES_MAX}")
         if not 2 < queue_size <= 1024 or queue_size & (queue_size - 1):
@@ -117,8 +115,9 @@ class BlkDevice(VirtioDevice):
         )
         super().__init__(name, loops, features=features, queue_sizes=[queue_size] * num_queues, config=config)
         self._disk = disk
-        self._serial = serial.encode().ljust(SERIAL_MAX, b"\0")
+        self._serial = self._padded(serial)
         self._read_only = read_only
+        self._clock = clock
         self._bucket = LeakyBucket(clock, iops) if iops else None
         lanes: dict[Loop, _Lane] = {}
         self._lanes: list[_Lane] = []  # by queue
@@ -135,14 +134,18 @@ class BlkDevice(VirtioDevice):
         """Whether there is a disk."""
         return self._disk is not None
 
-    def attach(self, disk: Disk) -> None:
-        """Put a disk in, and tell the driver. The features stay what they are: writing to a read-only disk just fails.
+    def attach(self, disk: Disk, *, serial: str = "", iops: int = 0) -> None:
+        """Put a disk in, with its serial number and its limit on requests a second (0: none), and tell the driver.
 
-        Raises DeviceError when there is one, or a channel to it cannot be opened.
+        The features stay what they are: writing to a read-only disk just fails.
+
+        Raises DeviceError when there is a disk, the serial number is too long, or a channel to the disk cannot be opened.
         """
         with self._lock:
             if self._disk is not None:
                 raise DeviceError(f"{self.name}: has a disk already")
+            self._serial = self._padded(serial)
+            self._bucket = LeakyBucket(self._clock, iops) if iops else None
             self._disk = disk
             if self.active:
                 try:
@@ -181,6 +184,12 @@ class BlkDevice(VirtioDevice):
         with self._lock:
             super().close()
             self._close_channels()
+
+    def _padded(self, serial: str) -> bytes:
+        encoded = serial.encode()
+        if len(encoded) > SERIAL_MAX:
+            raise DeviceError(f"{self.name}: a serial number has at most {SERIAL_MAX} bytes")
+        return encoded.ljust(SERIAL_MAX, b"\0")
 
     def _start(self) -> None:
         self._open_channels()
