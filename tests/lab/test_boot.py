@@ -73,6 +73,7 @@ def test_reboot_resets_the_guest_and_it_boots_again(start: Start, qmp: Connect, 
         vmm.run("date > /root/stamp; sync")
         vmm.send("reboot")
         client.event("RESET")
+        vmm.expect("initrd: up")
         vmm.expect(PROMPT)
         assert vmm.run("cat /root/stamp")
     vmm.send("poweroff")
@@ -85,6 +86,7 @@ def test_qmp_resets_a_running_guest(start: Start, qmp: Connect, arguments: list[
     client = qmp()
     client.execute("system_reset")
     client.event("RESET")
+    vmm.expect("initrd: up")
     vmm.expect(PROMPT)
     client.execute("quit")
     assert client.event("SHUTDOWN")["data"] == {"guest": False, "reason": "host-qmp-quit"}
