@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -211,6 +212,24 @@ def test_a_socket_as_standard_input_and_output_gets_its_mode_back(desk: Desk) ->
     theirs.close()
 
 
+def test_a_pipe_that_cannot_be_opened_anew_gets_its_mode_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    (keyboard, _), (shown, screen) = desk.pipe(), desk.pipe()
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "no /proc here")
+
+    monkeypatch.setattr(os, "open", refuse)
+    stdio = StdioBackend(desk.reports.append, keyboard, screen)
+    monkeypatch.undo()
+    assert not os.get_blocking(screen)
+    stdio.start(desk.loop, desk.front)
+    assert stdio.write(b"hello") == 5
+    assert os.read(shown, 100) == b"hello"
+    stdio.close()
+    assert os.get_blocking(keyboard)
+    assert os.get_blocking(screen)
+
+
 def test_a_closed_standard_input_is_an_error_and_leaves_nothing_open(desk: Desk) -> None:
     reader, _ = desk.pipe()
     gone = 1 << 20  # more than a process may have
@@ -380,6 +399,51 @@ def test_a_peer_that_leaves_while_the_guest_does_not_read_is_noticed_when_it_doe
     server.input_wanted()
     desk.loop.poll()
     assert (bytes(desk.front.got), desk.front.peers) == (b"abcd", [True, False])
+
+
+def test_what_a_peer_sent_before_it_left_is_read_even_after_output_to_it_failed(desk: Desk, server: SocketBackend) -> None:
+    desk.front.room = 2
+    peer = connect(desk, server)
+    peer.send(b"abcd")
+    peer.close()
+    desk.loop.poll()
+    assert server.write(b"too late") == 8
+    desk.loop.poll()
+    assert desk.front.got == b"ab"
+    desk.front.room = 10
+    server.input_wanted()
+    desk.loop.poll()
+    assert (bytes(desk.front.got), desk.front.peers) == (b"abcd", [True, False])
+    connect(desk, server)
+    assert desk.front.peers == [True, False, True]
+
+
+def test_a_peer_that_left_does_not_keep_the_next_one_out_while_the_guest_does_not_read(desk: Desk, server: SocketBackend) -> None:
+    desk.front.room = 2
+    peer = connect(desk, server)
+    peer.send(b"abcd")
+    peer.close()
+    desk.loop.poll()
+    server.write(b"too late")
+    second = connect(desk, server)
+    assert server.write(b"panic: halted") == 13
+    assert second.recv(100) == b"panic: halted"
+    assert desk.front.peers == [True, False, True]
+
+
+def test_a_process_out_of_descriptors_tries_again_later(
+    desk: Desk, server: SocketBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accept(self: socket.socket) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    peer = connect(desk, server)
+    assert desk.reports == [f"{server.name}: cannot accept: Too many open files"]
+    monkeypatch.undo()
+    peer.send(b"patience")
+    desk.loop.poll()
+    assert desk.front.got == b"patience"
 
 
 def test_a_stalled_peer_holds_output_until_it_reads(desk: Desk, server: SocketBackend) -> None:

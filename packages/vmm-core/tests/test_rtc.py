@@ -149,6 +149,19 @@ def test_the_first_update_comes_half_a_second_after_a_divider_reset(machine: Mac
     assert machine.get(0) == 0x06
 
 
+def test_the_divider_may_also_be_switched_on_before_the_clock_is(machine: Machine) -> None:
+    machine.set(B, SET | H24)
+    machine.set(A, 0x70)
+    machine.passes(300_000_000)
+    machine.set(A, 0x26)
+    machine.passes(100_000_000)
+    machine.set(B, H24)
+    machine.passes(400_000_000 - 1)
+    assert machine.get(0) == 0x58
+    machine.passes(1)
+    assert machine.get(0) == 0x59
+
+
 def test_a_register_written_without_halting_takes_effect_at_once(machine: Machine) -> None:
     machine.set(2, 0x30)
     assert machine.time()[-2:] == (0x30, 0x58)

@@ -443,6 +443,21 @@ def test_output_arrives_whole_and_in_order_however_the_host_takes_it(steps: list
     port.close()
 
 
+def test_what_the_guest_writes_while_the_host_takes_the_rest_follows(port: Port) -> None:
+    taken = port.host.write
+
+    def meanwhile(data: bytes | memoryview) -> int:
+        port.host.write = taken  # type: ignore[method-assign]
+        port.send(b"second")
+        return taken(data)
+
+    port.host.write = meanwhile  # type: ignore[method-assign]
+    port.send(b"first ")
+    port.loop.poll()
+    port.loop.poll()
+    assert port.host.got == b"first second"
+
+
 def test_a_pause_shows_what_was_written_before_it(port: Port) -> None:
     port.send(b"last words")
     port.uart.pause()

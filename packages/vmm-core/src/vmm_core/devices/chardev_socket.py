@@ -1,6 +1,7 @@
 """A character device served on a listening socket, unix or TCP: one peer at a time, any number of times.
 
-While a peer is connected nobody else is accepted; further ones wait in the backlog. Without a peer output is dropped.
+While a peer is connected nobody else is accepted; further ones wait in the backlog. Without a peer output is dropped. What a
+peer sent before it left is still read, unless the guest has not read it by the time the next one comes.
 Source: reference usb-display-misc, section 17. Not here: sockets that this side connects (vhost-user).
 """
 
@@ -32,6 +33,7 @@ class SocketBackend:
         self._frontend: CharFrontend | None = None
         self._peer: socket.socket | None = None
         self._stream: Stream | None = None
+        self._listening = False
         self._closed = False
 
     @property
@@ -57,18 +59,23 @@ class SocketBackend:
         """Hang up, stop listening, remove the path. Twice is fine."""
         if self._closed:
             return
-        self._closed = True
         if self._loop is not None:
             self._loop.run(self._stop)
+        self._closed = True
         self._listener.close()
         if self._path is not None:
             with suppress(OSError):
                 if os.lstat(self._path).st_ino == self._inode:
                     os.unlink(self._path)  # noqa: PTH108 - pathlib costs 5 ms at start
 
-    def _listen(self) -> None:
-        if not self._closed and self._loop is not None:
+    def _listen(self, wanted: bool = True) -> None:
+        if self._loop is None or self._closed or wanted == self._listening:
+            return
+        self._listening = wanted
+        if wanted:
             self._loop.add_fd(self._listener.fileno(), READ, self._accept)
+        else:
+            self._loop.remove_fd(self._listener.fileno())
 
     def _accept(self, mask: int) -> None:
         assert self._loop is not None
@@ -80,36 +87,41 @@ class SocketBackend:
         except OSError as error:
             # Out of descriptors or memory: the connection stays in the backlog and would be reported without end.
             self._report(f"{self.name}: cannot accept: {error.strerror}")
-            self._loop.remove_fd(self._listener.fileno())
+            self._listen(False)
             self._loop.call_later(RETRY, self._listen, host=True)
             return
-        self._loop.remove_fd(self._listener.fileno())
+        self._listen(False)
+        self._hang_up()
         peer.setblocking(False)
         if peer.family != socket.AF_UNIX:
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # key strokes
+            with suppress(OSError):  # for key strokes; a peer that is gone already is found out by reading
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._peer = peer
         self._stream = Stream(self._loop, self._frontend, peer.fileno(), peer.fileno(), self._ended)
         self._frontend.peer_changed(True)
 
     def _ended(self, reading: bool, error: OSError | None) -> None:
-        self._hang_up()
+        if reading:
+            self._hang_up()
         if self._frontend is not None:
-            self._frontend.peer_changed(False)
-            self._frontend.output_ready()  # what waited for the peer that left is dropped with it
+            self._frontend.output_ready()  # what waited for the peer is dropped with it
         self._listen()
 
     def _hang_up(self) -> None:
         stream, self._stream = self._stream, None
+        peer, self._peer = self._peer, None
         if stream is not None:
             stream.close()
-        peer, self._peer = self._peer, None
         if peer is not None:
             peer.close()
+            if self._frontend is not None:
+                self._frontend.peer_changed(False)
 
     def _stop(self) -> None:
+        self._frontend = None
         self._hang_up()
-        if self._loop is not None:
-            self._loop.remove_fd(self._listener.fileno())
+        self._listen(False)
+        self._closed = True
 
 
 def listen_unix(path: str, report: Report) -> SocketBackend:
