@@ -48,7 +48,7 @@ class Counts:
             self.disk = np.zeros(clusters, np.uint32) if np else array("Q" if header.refcount_order == 6 else "I", bytes(0))
             if not np:
                 self.disk.frombytes(bytes(self.disk.itemsize * clusters))
-        self._next = 0  # the host cluster that would continue the last one
+        self._next = 0  # the host cluster that would continue the last one of this table
 
     def set_disk(self, first: int, block: bytes | bytearray) -> None:
         """A refcount block, which counts clusters from `first`."""
@@ -75,6 +75,7 @@ class Counts:
 
     def add_l2(self, raw: bytes | bytearray, *, active: bool) -> TableFindings:
         """Count what an L2 table references. `active`: look at fragmentation and the COPIED flags too."""
+        self._next = 0
         if self._np:
             return self._add_l2_numpy(raw, active)
         return self._add_l2_plain(raw, active)

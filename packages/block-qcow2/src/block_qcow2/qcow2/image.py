@@ -74,6 +74,38 @@ class Qcow2Image(Writer):
                 header.autoclear &= known
                 self.write_header()
 
+    def show_snapshot(self, l1_table_offset: int, l1_size: int, disk_size: int) -> None:
+        """Read the guest data of a snapshot from now on, instead of the present ones. Read-only images only."""
+        if not self.read_only:
+            raise ValueError("an image open for writing shows its present content")
+        with self.exclusive(), self._lock:
+            self.l1 = tables.load(self.file, l1_table_offset, l1_size)
+            self.size = disk_size
+
+    def empty(self) -> None:
+        """Forget all guest data: everything comes from the backing image again."""
+        self.must_be_writable()
+        if self.size:
+            self._clusterwise(0, self.size, self._forget_clusters, True, None)
+        self.commit()
+
+    def set_backing(self, name: str | None, fmt: str | None) -> None:
+        """Write another backing file name and format into the header. Looks at neither file."""
+        self.must_be_writable()
+        with self.exclusive():
+            header = self.header
+            old = header.backing_file, list(header.extensions)
+            header.backing_file = os.fsencode(name) if name else None
+            header.set_extension(EXT_BACKING_FORMAT, fmt.encode() if name and fmt else None)
+            try:
+                data = header.pack()
+            except ImageFormatError:
+                header.backing_file, header.extensions = old
+                raise
+            self.file.flush()
+            self.file.pwrite(0, data)
+            self.file.flush()
+
     @property
     def backing_file(self) -> str | None:
         """The name of the backing file as it stands in the image."""
@@ -175,14 +207,14 @@ class Qcow2Image(Writer):
         self.must_be_writable()
         if not 0 <= size <= MAX_VIRTUAL_SIZE:
             raise ValueError(f"size {size}: expected 0 to 2^63-1")
+        if self.header.version < 3 and self.header.nb_snapshots:
+            raise ImageFormatError("Can't resize a version 2 image with snapshots")
         if size < self.size:
             if not shrink:
                 raise ValueError("making an image smaller loses data: it has to be asked for")
             self._cut(size)
         elif size == self.size:
             return
-        if self.header.version < 3 and self.header.nb_snapshots:
-            raise ImageFormatError("Can't resize a version 2 image with snapshots")
         with self.exclusive():
             needed = -(-size >> self._l2_shift) if size else 0
             if needed * 8 > MAX_L1_BYTES:
@@ -191,11 +223,15 @@ class Qcow2Image(Writer):
                 self._forget_tail()
             if needed > len(self.l1):
                 self._grow_l1(needed)
-            self.header.size = size
+            old, self.header.size = self.size, size
             self.write_header()
             self.size = size
             if self.external and self.header.autoclear & AUTOCLEAR_DATA_FILE_RAW:
                 self.data_file.truncate(size)
+        if self.backing is not None and self.backing.size > old:
+            # A backing image that is longer than this one was must not show through.
+            self.write_zeroes(old, min(size, self.backing.size) - old)
+            self.flush()
 
     def _cut(self, size: int) -> None:
         """Drop what is behind `size`: whole clusters are freed, the rest of the last one is zeroed."""

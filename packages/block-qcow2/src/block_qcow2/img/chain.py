@@ -1,0 +1,106 @@
+"""Commands on an image and what it is based on: commit, rebase."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import BlockError
+from ..images import open_image, resolve_name
+from .args import UsageError, parse
+from .basic import _one_path, check_format
+from .copy import copy
+from .look import Mapped
+from .progress import Progress
+
+_CHUNK = 2 << 20
+
+
+def commit(words: list[str]) -> int:
+    """Write what an image has into its backing image; then empty it, unless -d."""
+    given = parse(words, {"f": "value", "d": "", "p": "", "q": "", "allow-chain": ""})
+    path = _one_path(given.words, "Image commit requires path")
+    fmt = check_format(given.last("f"))
+    with open_image(path, format=fmt, read_only=True, named=False, lock=False) as image:
+        name, backing_format = getattr(image, "backing_file", None), getattr(image, "backing_format", None)
+    if not name:
+        raise BlockError(f"{path}: the image has no backing file")
+    below = resolve_name(path, name, given.flag("allow-chain"))
+    # The overlay reads only what it has itself, so its backing image can be open for writing beside it.
+    with (
+        open_image(path, format=fmt, read_only=False, named=False) as overlay,
+        open_image(below, format=backing_format, read_only=False, allow=True) as base,
+    ):
+        if overlay.size > base.size:
+            base.resize(overlay.size)
+        own = (
+            Mapped(e.offset, e.length, 0, True, e.zero, not e.zero, e.compressed, None, path)
+            for e in overlay.block_status()
+            if e.present
+        )
+        with Progress(overlay.size, shown=given.flag("p"), quiet=given.flag("q")) as progress:
+            copy(overlay, base, 0, progress, zero=False, parts=own)
+        base.flush()
+        if not given.flag("d"):
+            overlay.empty()
+            overlay.flush()
+    if not given.flag("q"):
+        print("Image committed.")
+    return 0
+
+
+def rebase(words: list[str]) -> int:
+    """Give an image another backing file: with its content unchanged, or (-u) only its name."""
+    given = parse(words, {"f": "value", "b": "value", "F": "value", "u": "", "p": "", "q": "", "allow-chain": ""})
+    path = _one_path(given.words, "Image rebase requires path")
+    new, new_format = given.last("b"), check_format(given.last("F"))
+    if new is None:
+        raise UsageError("rebase needs -b BACKING (empty for none)")
+    if new and not new_format:
+        raise UsageError("backing_file needs its format: -F FMT")
+    unsafe = given.flag("u")
+    fmt, allow = check_format(given.last("f")), given.flag("allow-chain")
+    with open_image(path, format=fmt, read_only=False, allow=allow, named=not unsafe) as image:
+        if image.format != "qcow2":
+            raise BlockError(f"{path}: a {image.format} image has no backing file")
+        if not unsafe:
+            _keep_content(image, path, new, new_format, allow, given.flag("p"), given.flag("q"))
+        image.set_backing(new or None, new_format)
+    return 0
+
+
+def _keep_content(image: Any, path: str, new: str, fmt: str | None, allow: bool, shown: bool, quiet: bool) -> None:
+    """Write into the image what would read differently over the new backing image."""
+    # The user names the new backing file; what it names in turn is the image's word.
+    base = open_image(resolve_name(path, new, True), format=fmt, allow=allow) if new else None
+    try:
+        with Progress(image.size, shown=shown, quiet=quiet) as progress:
+            for e in image.block_status():
+                if e.present:
+                    continue
+                at, end = e.offset, e.offset + e.length
+                while at < end:
+                    n = min(_CHUNK, end - at)
+                    if image.backing is not None or base is not None:
+                        _keep_part(image, base, at, n)
+                    at += n
+                    progress.at(at)
+        image.flush()
+    finally:
+        if base is not None:
+            base.close()
+
+
+def _keep_part(image: Any, base: Any, at: int, length: int) -> None:
+    cluster = image.cluster_size
+    before = image.read(at, length)
+    after = b""
+    if base is not None and at < base.size:
+        after = base.read(at, min(length, base.size - at))
+    after += bytes(length - len(after))
+    for start in range(0, length, cluster):
+        part = before[start : start + cluster]
+        if part != after[start : start + cluster]:
+            if part.count(0) == len(part):
+                image.write_zeroes(at + start, len(part))
+            else:
+                image.write(at + start, part)

@@ -1,0 +1,363 @@
+"""Commands that look at images and change nothing: info, map, compare, measure."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from ..errors import BlockError
+from ..images import open_image, resolve_name
+from . import args
+from .args import UsageError, human_size, parse
+from .basic import _one_path, _output, check_format, listing, qcow2_options
+from .progress import Progress
+
+_COMMON = {"f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": "", "q": "", "p": ""}
+
+# --- info ---
+
+
+def info(words: list[str]) -> int:
+    """Look at the metadata of one image; with --backing-chain (and --allow-chain) of those below it too."""
+    given = parse(words, {**_COMMON, "backing-chain": ""})
+    path = _one_path(given.words, "Image info requires path")
+    output = _output(given.last("output"))
+    fmt, share = check_format(given.last("f")), given.flag("U")
+    found: list[dict[str, Any]] = []
+    names: list[Any] = []
+    seen: set[tuple[int, int]] = set()
+    while True:
+        with open_image(path, format=fmt, force_share=share, named=False) as image:
+            status = os.fstat(image.file.fd)
+            if (status.st_dev, status.st_ino) in seen:
+                raise BlockError(f"{path}: the chain of backing files comes back to this image")
+            seen.add((status.st_dev, status.st_ino))
+            found.append(_describe(image, path))
+            names.append(_snapshots(image))
+            backing = getattr(image, "backing_file", None)
+            fmt = getattr(image, "backing_format", None)
+        if not backing or not given.flag("backing-chain"):
+            break
+        path = resolve_name(path, backing, given.flag("allow-chain"))
+    if output == "json":
+        print(json.dumps(found if given.flag("backing-chain") else found[0], indent=4))
+    else:
+        print("\n".join(_human(d, s) for d, s in zip(found, names, strict=True)), end="")
+    return 0
+
+
+def _snapshots(image: Any) -> list[Any]:
+    if image.format != "qcow2":
+        return []
+    from ..qcow2.snapshots import load
+
+    return load(image.file, image.header)[0]
+
+
+def _describe(image: Any, path: str) -> dict[str, Any]:
+    status = os.fstat(image.file.fd)
+    found: dict[str, Any] = {"virtual-size": image.size, "filename": path}
+    if image.format == "qcow2":
+        found["cluster-size"] = image.cluster_size
+    found |= {"format": image.format, "actual-size": status.st_blocks * 512}
+    if image.format != "qcow2":
+        found["dirty-flag"] = False
+        return found
+    h = image.header
+    details: dict[str, Any] = {"compat": "0.10" if h.version == 2 else "1.1"}
+    if h.version >= 3:
+        details["compression-type"] = "zstd" if h.compression_type else "zlib"
+        details["lazy-refcounts"] = bool(h.compatible & 1)
+    details["refcount-bits"] = 1 << h.refcount_order
+    if h.version >= 3:
+        details["corrupt"] = bool(h.incompatible & 2)
+        if image.data_file_name is not None:
+            details["data-file"] = image.data_file_name
+            details["data-file-raw"] = bool(h.autoclear & 2)
+        details["extended-l2"] = h.extended_l2
+    else:
+        details["compression-type"] = "zlib"
+    found["format-specific"] = {"type": "qcow2", "data": details}
+    if image.backing_file is not None:
+        found["backing-filename"] = image.backing_file
+        with suppress(BlockError):  # it may be named in a way that cannot be opened: the name itself stands above
+            found["full-backing-filename"] = resolve_name(path, image.backing_file, True)
+        if image.backing_format:
+            found["backing-filename-format"] = image.backing_format
+    found["dirty-flag"] = bool(h.incompatible & 1)
+    snapshots = [
+        {
+            "icount": s.icount,
+            "vm-clock-nsec": s.vm_clock_nsec % 10**9,
+            "name": s.name,
+            "date-sec": s.date_sec,
+            "date-nsec": s.date_nsec,
+            "vm-clock-sec": s.vm_clock_nsec // 10**9,
+            "id": s.id,
+            "vm-state-size": s.vm_state_size,
+        }
+        for s in _snapshots(image)
+    ]
+    for s in snapshots:
+        if s["icount"] == (1 << 64) - 1:
+            del s["icount"]
+    if snapshots:
+        found["snapshots"] = snapshots
+    return found
+
+
+def _human(d: dict[str, Any], snapshots: list[Any]) -> str:
+    lines = [
+        f"image: {d['filename']}",
+        f"file format: {d['format']}",
+        f"virtual size: {human_size(d['virtual-size'])} ({d['virtual-size']} bytes)",
+        f"disk size: {human_size(d['actual-size'])}",
+    ]
+    if "cluster-size" in d:
+        lines.append(f"cluster_size: {d['cluster-size']}")
+    if d["dirty-flag"]:
+        lines.append("cleanly shut down: no")
+    if "backing-filename" in d:
+        full = d.get("full-backing-filename", d["backing-filename"])
+        lines.append(
+            f"backing file: {d['backing-filename']}" + (f" (actual path: {full})" if full != d["backing-filename"] else "")
+        )
+        if "backing-filename-format" in d:
+            lines.append(f"backing file format: {d['backing-filename-format']}")
+    text = "\n".join(lines) + "\n"
+    if snapshots:
+        text += "Snapshot list:\n" + listing(snapshots).replace("\r\n", "\n")
+    if "format-specific" in d:
+        text += "Format specific information:\n"
+        for name, value in d["format-specific"]["data"].items():
+            shown = {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
+            text += f"    {name.replace('-', ' ')}: {shown}\n"
+    return text
+
+
+# --- map ---
+
+
+class Mapped(NamedTuple):
+    """Adjacent guest bytes of one kind, looked up through the whole chain."""
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool
+    offset: int | None
+    path: str
+
+
+def mapped(image: Any, start: int, length: int, depth: int = 0) -> Iterator[Mapped]:
+    """What backs each part of a range, from the image that has it. Parts are not joined."""
+    end = min(start + length, image.size)
+    for e in image.block_status(start, end - start):
+        if not e.present and image.backing is not None:
+            there = min(e.offset + e.length, image.backing.size)
+            if there > e.offset:
+                yield from mapped(image.backing, e.offset, there - e.offset, depth + 1)
+            rest = max(there, e.offset)
+            if rest < e.offset + e.length:
+                yield Mapped(rest, e.offset + e.length - rest, depth, False, True, False, False, None, image.path)
+            continue
+        where = image.data_file.path if image.format == "qcow2" else image.path
+        yield Mapped(e.offset, e.length, depth, e.present, e.zero, e.present and not e.zero, e.compressed, e.host, where)
+
+
+def joined(parts: Iterator[Mapped]) -> Iterator[Mapped]:
+    """Adjacent parts of one kind as one."""
+    last: Mapped | None = None
+    for part in parts:
+        if last is not None and last[2:7] == part[2:7] and last.path == part.path:
+            follows = part.offset == (last.offset + last.length if last.offset is not None else None)
+            if follows:
+                last = last._replace(length=last.length + part.length)
+                continue
+        if last is not None:
+            yield last
+        last = part
+    if last is not None:
+        yield last
+
+
+def map(words: list[str]) -> int:
+    given = parse(words, {**_COMMON, "start-offset": "value", "s": "=start-offset", "max-length": "value", "l": "=max-length"})
+    path = _one_path(given.words, "Image map requires path")
+    output = _output(given.last("output"))
+    start = args.size(given.last("start-offset") or "0", "start offset")
+    with open_image(
+        path, format=check_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
+    ) as image:
+        length = args.size(given.last("max-length") or str(image.size), "length")
+        parts = joined(mapped(image, start, length))
+        if output == "json":
+            lines = []
+            for m in parts:
+                item: dict[str, Any] = {"start": m.start, "length": m.length, "depth": m.depth, "present": m.present}
+                item |= {"zero": m.zero, "data": m.data}
+                if m.offset is not None and m.present and not (m.zero and not m.data and image.format == "qcow2"):
+                    item["offset"] = m.offset
+                lines.append(json.dumps(item).replace("{", "{ ").replace("}", "}"))
+            print("[" + ",\n".join(lines) + "]")
+            return 0
+        print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+        for m in parts:
+            if m.data and m.compressed:
+                raise BlockError("File contains external, encrypted or compressed clusters.")
+            if m.data:
+                print(f"{m.start:<#16x}{m.length:<#16x}{m.offset or 0:<#16x}{m.path}")
+    return 0
+
+
+# --- compare ---
+
+COMPARE = {**_COMMON, "F": "value", "s": ""}
+_CHUNK = 2 << 20
+
+
+def compare(words: list[str]) -> int:
+    """Exit status as qemu-img's: 0 the same, 1 different, 2 an error."""
+    given = parse(words, COMPARE)
+    if len(given.words) != 2:
+        raise UsageError("Expecting two image file names")
+    allow, share, strict, quiet = given.flag("allow-chain"), given.flag("U"), given.flag("s"), given.flag("q")
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text)
+
+    try:
+        with (
+            open_image(given.words[0], format=check_format(given.last("f")), allow=allow, force_share=share) as a,
+            open_image(given.words[1], format=check_format(given.last("F")), allow=allow, force_share=share) as b,
+            Progress(max(a.size, b.size), shown=given.flag("p")) as progress,
+        ):
+            if a.size != b.size:
+                if strict:
+                    say("Strict mode: Image size mismatch!")
+                    return 1
+                say("Warning: Image size mismatch!")
+            at = difference(a, b, min(a.size, b.size), strict, progress)
+            if at is None and a.size != b.size:
+                longer = a if a.size > b.size else b
+                at = first_nonzero(longer, min(a.size, b.size))
+            if at is not None:
+                say(f"Content mismatch at offset {at}!")
+                return 1
+            say("Images are identical.")
+            return 0
+    except (BlockError, OSError) as e:
+        print(f"stratovirt-img: {e}", file=sys.stderr)
+        return 2
+
+
+def difference(a: Any, b: Any, size: int, strict: bool, progress: Progress) -> int | None:
+    """The first offset at which two images differ, None if they do not. `strict`: whether they have data there counts too."""
+    one, other = bytearray(_CHUNK), bytearray(_CHUNK)
+    left, right = _cursor(a, size), _cursor(b, size)
+    at = 0
+    x, y = next(left, None), next(right, None)
+    while at < size and x is not None and y is not None:
+        end = min(x.start + x.length, y.start + y.length)
+        if strict and x.present != y.present:
+            return at
+        if x.data or y.data:
+            n = min(end - at, _CHUNK)
+            with memoryview(one) as v, memoryview(other) as w:
+                a.read_into(at, [v[:n]])
+                b.read_into(at, [w[:n]])
+            if one != other if n == _CHUNK else one[:n] != other[:n]:
+                return at + next(i for i in range(n) if one[i] != other[i])
+            at += n
+        else:
+            at = end
+        progress.at(at)
+        if at >= x.start + x.length:
+            x = next(left, None)
+        if at >= y.start + y.length:
+            y = next(right, None)
+    return None
+
+
+def _cursor(image: Any, size: int) -> Iterator[Mapped]:
+    return joined(m._replace(offset=None if not m.data else m.offset) for m in mapped(image, 0, size))
+
+
+def first_nonzero(image: Any, start: int) -> int | None:
+    """The first offset from `start` that does not read as zero."""
+    for m in mapped(image, start, image.size - start):
+        at = m.start
+        while m.data and at < m.start + m.length:
+            data = image.read(at, min(_CHUNK, m.start + m.length - at))
+            stripped = data.lstrip(b"\0")
+            if stripped:
+                return at + len(data) - len(stripped)
+            at += len(data)
+    return None
+
+
+# --- measure ---
+
+MEASURE = {**_COMMON, "O": "value", "o": "value", "size": "value"}
+
+
+def measure(words: list[str]) -> int:
+    """How large a new image would be: at least (with what the source has), and with every cluster allocated."""
+    given = parse(words, MEASURE)
+    target = check_format(given.last("O")) or "raw"
+    options = qcow2_options(args.option_list(given.all("o")))
+    output = _output(given.last("output"))
+    if given.last("size") is not None:
+        if given.words:
+            raise UsageError("--size and an image do not go together")
+        size, clusters = args.size(given.last("size") or "", "size"), 0
+    else:
+        path = _one_path(given.words, "Either --size N or one filename must be specified")
+        with open_image(
+            path, format=check_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
+        ) as image:
+            size = image.size
+            bits = options.cluster_size.bit_length() - 1
+            clusters, last = 0, -1
+            for m in mapped(image, 0, size):
+                if m.data:
+                    first = max(m.start >> bits, last + 1)
+                    last = (m.start + m.length - 1) >> bits
+                    clusters += last + 1 - first
+    if target == "raw":
+        required = full = size
+    else:
+        full = _qcow2_size(size, options)
+        data = -(-size // options.cluster_size) * options.cluster_size
+        required = full - data + clusters * options.cluster_size
+    if output == "json":
+        print(json.dumps({"required": required, "fully-allocated": full}, indent=4))
+    else:
+        print(f"required size: {required}\nfully allocated size: {full}")
+    return 0
+
+
+def _qcow2_size(size: int, o: Any) -> int:
+    """Bytes of an image with every cluster allocated: header, L1, L2 tables, data, and what counts all of them."""
+    cs = o.cluster_size
+    entry = 16 if o.extended_l2 else 8
+    clusters = -(-size // cs)
+    l2_tables = -(-clusters * entry // cs)
+    total = 1 + max(-(-l2_tables * 8 // cs), 1) + l2_tables + clusters
+    per_block = cs * 8 // o.refcount_bits
+    blocks = table = 1
+    while True:
+        need = -(-(total + blocks + table) // per_block)
+        need_table = -(-need * 8 // cs)
+        if (need, need_table) == (blocks, table):
+            break
+        blocks, table = max(need, blocks), max(need_table, table)
+    return int((total + blocks + table) * cs)

@@ -1,0 +1,101 @@
+"""A host file in memory that remembers what was written between which flushes, for tests of what a power loss leaves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+SECTOR = 512  # bytes that a disk writes as a whole or not at all
+
+
+class MemoryFile:
+    """Does what `block_qcow2.hostfile.HostFile` does, on a byte array."""
+
+    path = "memory"
+    read_only = False
+    direct = False
+    is_block = False
+    alignment = 1
+    fd = -1
+
+    def __init__(self, data: bytes = b"", *, log: bool = False) -> None:
+        self.data = bytearray(data)
+        self.size = len(data)
+        self.log: list[tuple[int, bytes] | None] | None = [] if log else None  # writes; None is a flush
+
+    def refresh_size(self) -> int:
+        self.size = len(self.data)
+        return self.size
+
+    def read_some(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        done = 0
+        for buffer in buffers:
+            part = self.data[offset : offset + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+            offset += len(part)
+            if len(part) < len(buffer):
+                break
+        return done
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        if self.read_some(offset, buffers) != sum(map(len, buffers)):
+            raise OSError(5, "short")
+
+    def pread(self, offset: int, length: int) -> bytearray:
+        data = bytearray(length)
+        self.readv(offset, [memoryview(data)])
+        return data
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.pwrite(offset, b"".join(map(bytes, buffers)))
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        data = bytes(data)
+        if len(self.data) < offset + len(data):
+            self.data.extend(bytes(offset + len(data) - len(self.data)))
+        self.data[offset : offset + len(data)] = data
+        if self.log is not None:
+            self.log.append((offset, data))
+
+    def flush(self) -> None:
+        if self.log is not None:
+            self.log.append(None)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        self.pwrite(offset, bytes(length))
+
+    def discard(self, offset: int, length: int) -> None:
+        # A hole reads as anything until it is written again.
+        self.pwrite(offset, b"\xdb" * length)
+
+    def truncate(self, size: int) -> None:
+        self.data[size:] = bytes(max(size - len(self.data), 0))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def after_power_loss(start: bytes, log: Sequence[tuple[int, bytes] | None], cut: int, rng: random.Random) -> bytes:
+    """What the disk holds when the power fails after `cut` entries: what was flushed, and any sectors of what was not."""
+    last = max((i for i, e in enumerate(log[:cut]) if e is None), default=-1)
+    disk = bytearray(start)
+    keep = rng.choice([0.0, 0.3, 0.7, 1.0])
+    for i, entry in enumerate(log[:cut]):
+        if entry is None:
+            continue
+        offset, data = entry
+        if len(disk) < offset + len(data):
+            disk.extend(bytes(offset + len(data) - len(disk)))
+        if i < last:
+            disk[offset : offset + len(data)] = data
+            continue
+        at = 0
+        whole = rng.random() < 0.5  # often a write is there or not, sometimes only some of its sectors are
+        there = rng.random() < keep
+        while at < len(data):
+            n = min(SECTOR - (offset + at) % SECTOR, len(data) - at)
+            if there if whole else rng.random() < keep:
+                disk[offset + at : offset + at + n] = data[at : at + n]
+            at += n
+    return bytes(disk)

@@ -1,0 +1,118 @@
+"""A power loss at any write, with any order between two flushes, leaves an image that opens, leaks at worst, and has all that a
+flush acknowledged.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from block_qcow2.qcow2.check import check, repair_if_dirty
+from block_qcow2.qcow2.create import Options, write_empty
+from block_qcow2.qcow2.image import open_qcow2
+from block_qcow2.qcow2.snapshots import Snapshots
+
+from .memory_file import SECTOR, MemoryFile, after_power_loss
+
+CUTS = 40
+
+
+def workload(rng: random.Random, image: Any, snapshots: Snapshots, model: bytearray, saved: dict[str, bytes]) -> str:
+    """One random operation on the image and the model; its name."""
+    size, cluster = len(model), image.cluster_size
+    offset = rng.randrange(size // SECTOR) * SECTOR
+    length = min(rng.choice([SECTOR, 4 * SECTOR, cluster, 3 * cluster]), size - offset)
+    kind = rng.choice(["write"] * 6 + ["zero", "unmap", "discard", "compressed", "create", "apply", "delete", "flush", "flush"])
+    if kind == "write":
+        data = rng.randbytes(length)
+        image.write(offset, data)
+        model[offset : offset + length] = data
+    elif kind in ("zero", "unmap"):
+        image.write_zeroes(offset, length, unmap=kind == "unmap")
+        model[offset : offset + length] = bytes(length)
+    elif kind == "discard":
+        image.discard(offset, length)
+        first, end = -(-offset // cluster) * cluster, (offset + length) // cluster * cluster
+        if offset + length == size:
+            end = size
+        model[first : max(first, end)] = bytes(max(end - first, 0))
+    elif kind == "compressed":
+        at = offset // cluster * cluster
+        data = (rng.randbytes(32) * cluster)[: min(cluster, size - at)]
+        image.write_compressed(at, data)
+        model[at : at + len(data)] = data
+    elif kind == "create" and len(saved) < 4:
+        name = f"s{rng.random()}"
+        snapshots.create(name)
+        saved[name] = bytes(model)
+    elif kind == "apply" and saved:
+        name = rng.choice(sorted(saved))
+        snapshots.apply(snapshots.find(name))
+        model[:] = saved[name]
+    elif kind == "delete" and saved:
+        name = rng.choice(sorted(saved))
+        snapshots.delete(snapshots.find(name))
+        del saved[name]
+    elif kind == "flush":
+        image.flush()
+    return kind
+
+
+def run(seed: int, cuts: int, *, steps: int = 60) -> None:
+    rng = random.Random(seed)
+    extended = rng.random() < 0.25
+    cluster = 16384 if extended else rng.choice([512, 1024, 4096])
+    size = rng.randrange(20, 400) * SECTOR * (8 if extended else 1)
+    file: Any = MemoryFile()
+    options = Options(cluster_size=cluster, extended_l2=extended, refcount_bits=rng.choice([8, 16, 64]))
+    write_empty(file, size, options)
+    start = bytes(file.data)
+    file.log = log = []
+    image = open_qcow2(file, read_only=False, discard=rng.random() < 0.5)
+    snapshots = Snapshots(image)
+    model = bytearray(size)
+    saved: dict[str, bytes] = {}
+    # (entries logged when it was acknowledged, content): everything from the last acknowledged one before a cut may be found.
+    versions: list[tuple[int, bytes]] = [(0, bytes(model))]
+    acknowledged = [(0, 0)]  # (entries logged, index in versions)
+    for _ in range(steps):
+        kind = workload(rng, image, snapshots, model, saved)
+        versions.append((len(log), bytes(model)))
+        if kind == "flush":
+            acknowledged.append((len(log), len(versions) - 1))
+    for cut in sorted(rng.randrange(len(log) + 1) for _ in range(cuts)):
+        disk = after_power_loss(start, log, cut, rng)
+        oldest = max(v for at, v in acknowledged if at <= cut)
+        possible = [content for _, content in versions[oldest:]]
+        survives(disk, possible, f"seed {seed}, cut {cut}")
+
+
+def survives(disk: bytes, possible: list[bytes], what: str) -> None:
+    image = open_qcow2(MemoryFile(disk), read_only=False)  # type: ignore[arg-type]
+    repair_if_dirty(image)
+    lines: list[str] = []
+    result = check(image, report=lines.append)
+    assert not result.corruptions, (what, lines)
+    assert not result.check_errors, (what, lines)
+    Snapshots(image)
+    for at in range(0, image.size, SECTOR):
+        n = min(SECTOR, image.size - at)
+        sector = image.read(at, n)
+        assert any(content[at : at + n] == sector for content in possible), (
+            f"{what}: sector at {at:#x} was never written like this"
+        )
+    image.write(0, b"x" * min(SECTOR, image.size))
+    image.flush()
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_a_power_loss_leaves_leaks_at_worst_and_keeps_what_was_flushed(seed: int) -> None:
+    run(seed, CUTS)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(1000, 1400))
+def test_thousands_of_power_losses(seed: int) -> None:
+    run(seed, 60, steps=100)
