@@ -662,22 +662,19 @@ def test_a_restored_device_serves_what_was_waiting(make: Make, loop: DirectLoop)
 # Anything at all
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from([IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 7]),
-            st.integers(0, 130),
-            st.lists(st.one_of(st.binary(min_size=1, max_size=40), st.sampled_from([bytes(512), segment(1, 2)])), max_size=3),
-            st.lists(st.sampled_from([1, 2, 20, 511, 512, 513, 1024]), max_size=3),
-        ),
-        max_size=8,
+REQUESTS = st.lists(
+    st.tuples(
+        st.sampled_from([IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 7]),
+        st.integers(0, 130),
+        st.lists(st.one_of(st.binary(min_size=1, max_size=40), st.sampled_from([bytes(512), segment(1, 2)])), max_size=3),
+        st.lists(st.sampled_from([1, 2, 20, 511, 512, 513, 1024]), max_size=3),
     ),
-    st.booleans(),
+    max_size=8,
 )
-@settings(max_examples=600)
-def test_no_request_escapes_hangs_or_leaves_its_disk(
-    requests: list[tuple[int, int, list[bytes], list[int]]], inline: bool
-) -> None:
+
+
+def check_requests(requests: list[tuple[int, int, list[bytes], list[int]]], inline: bool) -> None:
+    """Make requests of whatever form: each comes back, or the device is broken, and works after a reset."""
     memory, loop, disk = GuestMemory([(0, 1 << 20)]), new_loop(), MemoryDisk(inline=inline)
     driver = Disk(BlkDevice("fuzz", [loop], loop.clock, disk=disk, discard=True, write_zeroes=True), memory, loop)
     try:
@@ -696,3 +693,11 @@ def test_no_request_escapes_hangs_or_leaves_its_disk(
         assert not watched(loop)
         assert not disk.channels
         loop.close()
+
+
+@given(REQUESTS, st.booleans())
+@settings(max_examples=600)
+def test_no_request_escapes_hangs_or_leaves_its_disk(
+    requests: list[tuple[int, int, list[bytes], list[int]]], inline: bool
+) -> None:
+    check_requests(requests, inline)
