@@ -45,6 +45,7 @@ class Framer:
 
     __slots__ = (
         "_buffer",
+        "_clean",
         "_depth",
         "_limit",
         "_line_broke",
@@ -66,6 +67,7 @@ class Framer:
         self._patient = patient
         self._buffer = bytearray()  # starts at the unfinished message, or is empty
         self._scanner = ObjectScanner()
+        self._clean = True  # nothing is unfinished and nothing is being skipped
         self._started = False  # the scanner has looked at the buffer
         self._waiting = False  # the buffer holds the first part of what may be a good line
         self._skipping = False  # inside a bad message, looking for its end
@@ -80,9 +82,18 @@ class Framer:
 
     def feed(self, data: bytes) -> list[Frame]:
         """Take the next bytes of the stream and return what they completed, oldest first."""
+        if self._clean and data.find(10, 0, -1) < 0 and len(data) <= self._limit:
+            # What nearly every peer sends: one object on one line.
+            try:
+                value = _loads(data)
+            except orjson.JSONDecodeError:
+                pass
+            else:
+                if type(value) is dict:
+                    return [value]
         frames: list[Frame] = []
-        if not self._buffer and not self._skipping:
-            # What every well-behaved peer sends: whole lines, each one object.
+        if self._clean:
+            # Next best: whole lines, each one object.
             lines = data.split(b"\n")
             limit, append = self._limit, frames.append
             for at, line in enumerate(lines):
@@ -105,6 +116,7 @@ class Framer:
         self._waiting = False
         self._buffer += data
         self._run(frames)
+        self._clean = not self._buffer and not self._skipping
         return frames
 
     def finish(self) -> list[Frame]:
@@ -116,6 +128,7 @@ class Framer:
         self._buffer.clear()
         self._reset()
         self._skipping = self._waiting = False
+        self._clean = True
         return frames
 
     def _run(self, frames: list[Frame], final: bool = False) -> None:

@@ -95,34 +95,33 @@ def encode(message: Message) -> bytes:
     Members stand in StratoVirt's order: inside `return` alphabetically at every depth, `id` last. Raises TypeError on a value
     that JSON cannot carry.
     """
-    if isinstance(message, Return):
+    if type(message) is Return:
         value, id_ = message
         if id_ is ABSENT:
             return b'{"return":' + _dumps(value, None, _SORTED) + b"}\r\n"
-        return b'{"return":' + _dumps(value, None, _SORTED) + b',"id":' + _dumps(id_) + b"}\r\n"
-    body: dict[str, object]
-    if isinstance(message, Execute):
-        body = {"execute": message.command}
-        if message.arguments is not ABSENT:
-            body["arguments"] = message.arguments
-        if message.id is not ABSENT:
-            body["id"] = message.id
-    elif isinstance(message, Event):
+        return b"".join((b'{"return":', _dumps(value, None, _SORTED), b',"id":', _dumps(id_), b"}\r\n"))
+    if type(message) is Execute:
+        command, arguments, id_ = message
+        body: dict[str, object] = {"execute": command}
+        if arguments is not ABSENT:
+            body["arguments"] = arguments
+        if id_ is not ABSENT:
+            body["id"] = id_
+        return _dumps(body) + b"\r\n"
+    return _dumps(_body(message)) + b"\r\n"
+
+
+def _body(message: Message) -> dict[str, object]:
+    if isinstance(message, Event):
         seconds, microseconds = message.timestamp
-        body = {
-            "event": message.name,
-            "data": message.data,
-            "timestamp": {"seconds": seconds, "microseconds": microseconds},
-        }
-    elif isinstance(message, Error):
-        body = {"error": {"class": message.class_name, "desc": message.desc}}
-        if message.id is not ABSENT:
-            body["id"] = message.id
-    elif isinstance(message, Greeting):
-        body = {"QMP": {"version": message.version, "capabilities": list(message.capabilities)}}
-    else:
-        raise TypeError(f"not a QMP message: {message!r}")
-    return _dumps(body) + b"\r\n"
+        stamp = {"seconds": seconds, "microseconds": microseconds}
+        return {"event": message.name, "data": message.data, "timestamp": stamp}
+    if isinstance(message, Error):
+        error = {"class": message.class_name, "desc": message.desc}
+        return {"error": error} if message.id is ABSENT else {"error": error, "id": message.id}
+    if isinstance(message, Greeting):
+        return {"QMP": {"version": message.version, "capabilities": list(message.capabilities)}}
+    raise TypeError(f"not a QMP message: {message!r}")
 
 
 def decode_request(value: Mapping[str, Json]) -> Execute | Malformed:
@@ -130,17 +129,16 @@ def decode_request(value: Mapping[str, Json]) -> Execute | Malformed:
 
     The texts are StratoVirt's. Members other than `execute`, `arguments` and `id` are refused, as its server does.
     """
-    id_ = value.get("id", ABSENT)
-    try:
-        command = value["execute"]
-    except KeyError:
-        return Malformed("missing field `execute`", id_)
-    if not isinstance(command, str):
+    get = value.get
+    command, arguments, id_ = get("execute", ABSENT), get("arguments", ABSENT), get("id", ABSENT)
+    if type(command) is not str:
+        if command is ABSENT:
+            return Malformed("missing field `execute`", id_)
         return Malformed(f"invalid type: {describe(command)}, expected the name of a command (member `execute`)", id_)
-    for name in value:
-        if name not in _REQUEST_MEMBERS:
-            return Malformed(f"unknown field `{shorten(name)}`, expected `arguments` or `id`", id_)
-    return _new(Execute, (command, value.get("arguments", ABSENT), id_))
+    if len(value) != 3 - (arguments is ABSENT) - (id_ is ABSENT):
+        unknown = next(name for name in value if name not in _REQUEST_MEMBERS)
+        return Malformed(f"unknown field `{shorten(unknown)}`, expected `arguments` or `id`", id_)
+    return _new(Execute, (command, arguments, id_))
 
 
 def decode_response(value: Mapping[str, Json]) -> Greeting | Return | Error | Event | Malformed:
