@@ -49,6 +49,16 @@ def test_buffers_above_4_gib_are_found(memory: GuestMemory) -> None:
     assert [bytes(readable[0]) for _, readable, _ in queue.chains()] == [b"high"]
 
 
+def test_buffers_and_tables_are_found_in_every_region_whichever_is_the_larger() -> None:
+    for low, high in ((1 << 20, 1 << 16), (1 << 16, 1 << 20)):
+        memory = GuestMemory([(0, low), (1 << 32, high)])
+        ring = Ring(memory)
+        queue = enable(ring, indirect=True)
+        for table in (0xA000, (1 << 32) + 0xA000):
+            ring.offer(ring.chain((BUF, 1, False), ((1 << 32) + BUF, 2, True), table=table))
+        assert shape(queue) == [(0, [1], [2]), (1, [1], [2])]
+
+
 def test_an_indirect_table_reads_like_its_chain(memory: GuestMemory) -> None:
     ring = Ring(memory)
     queue = enable(ring, indirect=True)

@@ -82,7 +82,8 @@ class SplitQueue:
             self._avail = memory.view(avail, 6 + 2 * size).cast("H")  # [flags, idx, ring..., used_event]
             self._used_words = memory.view(used, 6 + 8 * size).cast("H")  # [flags, idx, ring..., avail_event]
             self._used = memory.view(used + 4, 8 * size).cast("Q")  # 2.7.8 virtq_used_elem: id in the low half, len in the high
-            base, extent, _ = memory.regions[0]
+            # The region in which a guest's buffers mostly are, looked at first: Linux allocates from the top of its memory.
+            base, extent, _ = memory.regions[-1 if 4 * memory.regions[-1].size >= memory.size else 0]
             self._window = memory.view(base, extent)
         except GuestMemoryError as error:
             raise QueueError(f"rings of queue: {error}") from None
