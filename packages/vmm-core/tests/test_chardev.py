@@ -479,6 +479,15 @@ def test_a_dead_socket_is_replaced_and_any_other_file_is_not(desk: Desk, tmp_pat
     assert (tmp_path / "precious").read_text() == "data"
 
 
+def test_a_socket_that_somebody_serves_is_not_taken_from_him(desk: Desk, server: SocketBackend, tmp_path: Path) -> None:
+    with pytest.raises(ChardevError, match=r"console is in use: somebody listens on it$"):
+        listen_unix(str(tmp_path / "console"), desk.reports.append)
+    desk.loop.poll()
+    connect(desk, server).send(b"still served")
+    desk.loop.poll()
+    assert desk.front.got == b"still served"
+
+
 def test_a_path_that_somebody_else_took_over_is_left_alone(desk: Desk, tmp_path: Path) -> None:
     path = tmp_path / "console"
     server = listen_unix(str(path), desk.reports.append)

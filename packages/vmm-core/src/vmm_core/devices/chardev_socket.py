@@ -131,6 +131,8 @@ def listen_unix(path: str, report: Report) -> SocketBackend:
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise ChardevError(f"{path} is there already and is not a socket")
+            if _is_served(path):
+                raise ChardevError(f"{path} is in use: somebody listens on it")
             os.unlink(path)  # noqa: PTH108 - pathlib costs 5 ms at start
         os.fchmod(listener.fileno(), 0o600)  # Linux takes the mode of the socket for the file that bind() makes
         listener.bind(path)
@@ -143,6 +145,18 @@ def listen_unix(path: str, report: Report) -> SocketBackend:
     except BaseException:
         listener.close()
         raise
+
+
+def _is_served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True  # so busy that its backlog is full
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        return True
 
 
 def listen_tcp(host: str, port: int, report: Report) -> SocketBackend:
