@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -525,6 +526,15 @@ def test_closing_twice_is_fine_and_gives_every_descriptor_back(memory: GuestMemo
     driver.close()
     assert descriptors() == before
     driver.write(0x050, 0)
+
+
+def test_a_closed_transport_keeps_no_guest_memory_mapped(loop: DirectLoop) -> None:
+    memory = GuestMemory([(0, 1 << 20)], share=True)
+    driver = Driver(Echo(loop), memory, loop).start()
+    driver.request(b"x", 1)
+    driver.close()
+    memory.close()
+    assert "stratovirt_anon_mem" not in Path("/proc/self/maps").read_text()
 
 
 def test_doorbells_that_cannot_be_made_leave_nothing_behind(

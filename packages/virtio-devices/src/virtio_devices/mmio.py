@@ -338,6 +338,7 @@ class MmioTransport:
     def close(self) -> None:
         """Close the device and the doorbells, which must not be registered with a hypervisor any more. Twice is fine."""
         with self._control:
+            self.reset()  # no view of guest memory is kept
             if self.device:
                 self.device.close()
             fds, self.notify_fds = self.notify_fds, ()
