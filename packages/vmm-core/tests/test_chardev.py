@@ -7,6 +7,8 @@ import os
 import select
 import socket
 import stat
+import subprocess
+import sys
 import termios
 import threading
 import tty
@@ -255,6 +257,30 @@ def test_a_terminal_is_raw_while_the_guest_has_it_and_as_before_afterwards(desk:
     os.write(master, b"\x03x\r")
     desk.until(lambda: desk.front.got == b"\x03x\r")
     stdio.close()
+    assert termios.tcgetattr(slave) == before
+    os.close(slave)
+    os.close(master)
+
+
+def test_a_process_that_ends_without_closing_anything_leaves_the_terminal_as_it_was() -> None:
+    program = """
+import sys, termios
+from vmm_core.clock import MonotonicClock
+from vmm_core.devices.chardev import StdioBackend
+from vmm_core.devices.serial import Serial
+from vmm_core.directloop import DirectLoop
+from vmm_core.hypervisor.testmode import RecordedLine
+uart = Serial(RecordedLine(4), DirectLoop("main", MonotonicClock()), print)
+uart.connect(StdioBackend(print))
+assert not termios.tcgetattr(0)[3] & termios.ICANON
+raise KeyError("a bug")
+"""
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdin=slave, stdout=slave, stderr=subprocess.PIPE, check=False, timeout=GENEROUS
+    )
+    assert b"KeyError: 'a bug'" in done.stderr
     assert termios.tcgetattr(slave) == before
     os.close(slave)
     os.close(master)

@@ -457,6 +457,7 @@ def test_a_quiet_thread_can_be_stopped_and_loses_its_watches(thread: IoThread, p
 
 
 def test_the_thread_is_visible_under_its_name(thread: IoThread) -> None:
+    thread.run(lambda: None)  # it names itself before anything else
     comm = Path(f"/proc/self/task/{thread.thread_id}/comm").read_text()
     assert comm == "iothread0\n"
 
@@ -464,6 +465,7 @@ def test_the_thread_is_visible_under_its_name(thread: IoThread) -> None:
 def test_a_long_name_is_cut_where_the_kernel_cuts_it(clock: MonotonicClock, failures: Failures) -> None:
     thread = IoThread("a-thread-with-a-long-name", clock, failures)
     thread.start()
+    thread.run(lambda: None)
     assert Path(f"/proc/self/task/{thread.thread_id}/comm").read_text() == "a-thread-with-a\n"
     thread.stop()
 

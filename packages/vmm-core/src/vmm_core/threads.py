@@ -98,8 +98,7 @@ class IoThread(EpollLoop):
         """Start the thread. Raises LifecycleError when it was started before, or the system has no room for a thread."""
         if self._thread is not None or self._ending:
             raise LifecycleError(f"I/O thread {self.name} was started before")
-        started = Event()
-        thread = Thread(target=self._main, args=(started,), name=self.name, daemon=True)
+        thread = Thread(target=self._main, name=self.name, daemon=True)
         self._alive = True  # from here on run() goes through the thread
         try:
             thread.start()
@@ -107,7 +106,8 @@ class IoThread(EpollLoop):
             self._alive = False
             raise LifecycleError(f"I/O thread {self.name}: {error}") from None
         self._thread = thread
-        started.wait()
+        # Thread.start() has waited for these. What the new thread does first, such as naming itself, is not waited for.
+        self._ident, self.thread_id = thread.ident or 0, thread.native_id or 0
 
     def stop(self) -> None:
         """End the thread after the callback that runs, then close everything. Work not begun is dropped. Twice is fine.
@@ -121,6 +121,7 @@ class IoThread(EpollLoop):
             self._wake_locked()
         if self._thread is not None:
             self._thread.join()
+            self.thread_id = 0
         with self._gate:
             if self._event < 0:
                 return
@@ -229,11 +230,9 @@ class IoThread(EpollLoop):
         for _ in range(len(calls)):
             calls.popleft().execute()
 
-    def _main(self, started: Event) -> None:
+    def _main(self) -> None:
         self._ident = get_ident()
-        self.thread_id = get_native_id()
         name_thread(self.name)
-        started.set()
         try:
             while not self._ending:
                 if self._interrupted:
@@ -252,7 +251,7 @@ class IoThread(EpollLoop):
             with self._gate:
                 self._alive = False
             self._serve_calls()  # whoever waits for one gets it
-            self._ident = self.thread_id = 0
+            self._ident = 0
             self._quiet.set()
 
     def _poll(self, wait: int | None) -> list[tuple[int, int]]:
