@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATH:LABPATH",
-        help="a unix socket PATH here that leads to LABPATH in the lab, for one client at a time; repeatable",
+        help="a unix socket PATH here that leads to LABPATH in the lab, once that exists; repeatable",
     )
     boots.add_argument("--qemu", action="append", default=[], metavar="ARG", help="a further argument for QEMU; repeatable")
     boots.add_argument("--verbose", action="store_true", help="the lab host's console on standard error")

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import cache, debian
+from .forward import Multiplexer
 from .initrd import Archive, module_bytes, module_files, module_name
 from .process import Child, orderly_end
 from .streams import Stream
@@ -145,7 +146,7 @@ def _job_archive(command: Sequence[str], kernel: debian.Kernel, options: Options
         "LAB_STDIN": "1" if options.stdin else "",
         "LAB_FORWARD": " ".join(options.forward.values()),
         "LAB_PYTHON": sys.executable,
-        "LAB_RELAY": str(Path(__file__).with_name("relay.py").resolve()),
+        "LAB_RELAY": str(Path(__file__).with_name("forward.py").resolve()),
         "LAB_TTY": f"{size.lines} {size.columns}" if size else "",
     }
     archive = Archive()
@@ -206,9 +207,7 @@ class _Host:
             chardev("tty", self._port("tty"))
             arguments += ["-device", f"virtconsole,nr={len(PORTS) + 1},chardev=tty"]
         for number, path in enumerate(options.forward):
-            path.unlink(missing_ok=True)  # left by a run that was killed
-            self._stack.callback(path.unlink, missing_ok=True)
-            arguments += ["-chardev", f"socket,id=forward{number},path={path},server=on,wait=off"]
+            chardev(f"forward{number}", self._forward(path))
             arguments += ["-device", f"virtserialport,nr={_FORWARD_PORT + number},chardev=forward{number}"]
         shares = {"root": Path("/")}
         if options.out:
@@ -250,8 +249,10 @@ class _Host:
         return self._status is not None and all(stream.ended for stream in self._streams.values())
 
     def _handle(self, key: selectors.SelectorKey, mask: int) -> None:
-        name: str = key.data
-        if name == "input":
+        name: str = key.data if isinstance(key.data, str) else ""
+        if not name:
+            key.data(mask)
+        elif name == "input":
             self._read_input()
         elif name == "reader gone":
             raise BrokenPipeError("nobody reads the output any more")
@@ -339,6 +340,24 @@ class _Host:
         self._stack.enter_context(ours)
         self._selector.register(ours, selectors.EVENT_READ, name)
         self._ports[name] = ours
+        return theirs.detach()
+
+    def _forward(self, path: Path) -> int:
+        """Forward a socket that will be made at `path`; returns the port's descriptor, for QEMU."""
+        ours, theirs = socket.socketpair()
+        listener = socket.socket(socket.AF_UNIX)
+        for owned in (ours, listener):
+            self._stack.enter_context(owned)
+
+        def ready() -> None:
+            path.unlink(missing_ok=True)  # left by a run that was killed
+            listener.bind(str(path))
+            self._stack.callback(path.unlink, missing_ok=True)
+            listener.listen()
+            self._selector.register(listener, selectors.EVENT_READ, lambda _: multiplexer.add(listener.accept()[0]))
+
+        multiplexer = Multiplexer(self._selector, ours.fileno(), ready=ready)
+        self._stack.callback(multiplexer.close)
         return theirs.detach()
 
     def _share(self, folder: Path) -> int:

@@ -44,14 +44,17 @@ def report(path: Path) -> Counts:
 
 
 def environments(result: Path, reports: Sequence[Path]) -> dict[str, Counts]:
-    """The counts of each environment of a tox run, from its --result-json and the folders with <environment>.xml files."""
+    """The counts of each environment of a tox run.
+
+    From its --result-json, and in these folders the reports <environment>.xml and <environment>.<part>.xml.
+    """
     found = {}
     for name, entry in json.loads(result.read_text())["testenvs"].items():
         outcome = entry.get("result")
         if outcome is None or outcome["skipped"]:
             continue
         counts = Counts()
-        files = [folder / f"{name}.xml" for folder in reports if (folder / f"{name}.xml").is_file()]
+        files = [file for folder in reports for pattern in (f"{name}.xml", f"{name}.*.xml") for file in folder.glob(pattern)]
         for file in files:
             counts = counts.plus(report(file))
         if not files and outcome["success"]:
