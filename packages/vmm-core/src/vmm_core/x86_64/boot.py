@@ -18,15 +18,15 @@ from typing import Final, NamedTuple
 
 from vmm_core.errors import BootError
 from vmm_core.guestmem import GuestMemory
-from vmm_core.x86_64 import bzimage, elf
+from vmm_core.x86_64 import bzimage
 from vmm_core.x86_64.boot_state import long_mode, protected_mode, write_reset_vector
 from vmm_core.x86_64.image import ImageFile
 from vmm_core.x86_64.layout import Microvm, Range
 from vmm_core.x86_64.memory_map import MapEntry, memory_map
-from vmm_core.x86_64.pvh import start_info
 from vmm_core.x86_64.vcpu_boot import VcpuBoot
 from vmm_core.x86_64.zero_page import DEFAULT_HEADER, zero_page
 
+_ELF_MAGIC: Final = b"\x7fELF"
 _COMMAND_LINE_MAX: Final = 2047  # COMMAND_LINE_SIZE of Linux on x86, less the NUL: for kernels that do not say
 _INITRD_MAX: Final = 0xFFFF_FFFF
 _PLAIN_MIN: Final = 1 << 20  # no Linux is smaller than this when it is not compressed
@@ -82,6 +82,8 @@ def load_kernel(
             initrd = _load_initrd(memory, file, placed)
     write_reset_vector(memory)
     if placed.protocol == "PVH":
+        from vmm_core.x86_64.pvh import start_info
+
         memory.write(Microvm.PVH_START.base, start_info(entries, initrd=initrd, rsdp=rsdp))
         vcpu_boot = protected_mode(memory, placed.entry)
     else:
@@ -94,7 +96,7 @@ def _place(memory: GuestMemory, file: ImageFile) -> _Placed:
     head = file.head(bzimage.HEAD)
     if bzimage.is_bzimage(head):
         return _place_bzimage(memory, file, head)
-    if head.startswith(elf.MAGIC):
+    if head.startswith(_ELF_MAGIC):
         return _place_elf(memory, file)
     for offset, magic, what in _FOREIGN:
         if head.startswith(magic, offset):
@@ -112,7 +114,9 @@ def _place_bzimage(memory: GuestMemory, file: ImageFile, head: bytes) -> _Placed
 
 
 def _place_elf(memory: GuestMemory, file: ImageFile) -> _Placed:
-    image = elf.parse_elf(file)
+    from vmm_core.x86_64.elf import parse_elf  # a bzImage needs none of it
+
+    image = parse_elf(file)
     first, last = image.segments[0].address, image.segments[-1].range.end
     kernel = _in_low_ram(memory, file, Range(first, last - first))
     for segment in image.segments:

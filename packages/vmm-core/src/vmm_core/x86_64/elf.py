@@ -14,8 +14,6 @@ from vmm_core.errors import BootError
 from vmm_core.x86_64.image import ImageFile
 from vmm_core.x86_64.layout import Microvm, Range
 
-MAGIC: Final = b"\x7fELF"
-
 # Elf64_Ehdr behind e_ident: e_type, e_machine, e_version, e_entry, e_phoff, e_shoff, e_flags, e_ehsize, e_phentsize, e_phnum
 _EHDR = Struct("<HHIQQQIHHH")
 _PHDR = Struct("<IIQQQQQQ")  # Elf64_Phdr: p_type, p_flags, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_align
