@@ -159,6 +159,26 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_hang(kernel: Pa
         load_kernel(ram(), str(kernel))
 
 
+def test_a_large_kernel_is_read_into_huge_pages_where_there_are_any(kernel: Path) -> None:
+    memory = ram()
+    boot(kernel, plain(4 * MIB), memory)
+    flags = flags_of_mapping(memory.host_address(memory.regions[0]) + 0x100_0000)
+    assert ("hg" in flags) == Path("/sys/kernel/mm/transparent_hugepage").exists()
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """Return the kernel's flags of the mapping at `address` of this process (proc(5), VmFlags)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        start, dash, end = name.partition("-")
+        if dash:
+            inside = int(start, 16) <= address < int(end, 16)
+        elif inside and name == "VmFlags:":
+            return rest.split()
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
 def test_short_reads_are_continued(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reading = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: reading(fd, [buffers[0][:70_001]], offset))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from stat import S_ISREG
-from typing import Self
+from typing import Final, Self
 
 from vmm_core.errors import BootError, GuestMemoryError
 from vmm_core.guestmem import GuestMemory
+
+_HUGE_PAGE: Final = 2 << 20
 
 
 class ImageFile:
@@ -59,6 +61,8 @@ class ImageFile:
         """
         try:
             view = memory.view(address, length)
+            if length >= _HUGE_PAGE:
+                memory.expect_writes(address, length)
         except GuestMemoryError as error:
             raise BootError(f"{self.path}: does not fit guest memory: {error}") from None
         self._fill(view, offset)
