@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vmm_core.errors import BootError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.x86_64.boot import LoadedKernel, load_kernel
+from vmm_core.x86_64.image import ImageFile
 from vmm_core.x86_64.layout import Microvm
 
 MIB = 1 << 20
@@ -218,6 +219,48 @@ def test_the_zero_page_has_the_kernels_own_header_and_what_the_loader_adds(kerne
         (field(0x2D0 + 20 * i, 8), field(0x2D8 + 20 * i, 8), field(0x2E0 + 20 * i, 4)) for i in range(len(loaded.memory_map))
     ]
     assert table == loaded.memory_map
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    mebibytes=st.integers(19, 4096),
+    size=st.integers(1, 4096 * MIB),
+    initrd_addr_max=st.sampled_from([0x37FF_FFFF, 0x7FFF_FFFF, 0xFFFF_FFFF]),
+)
+def test_a_ram_disk_lies_in_ram_between_the_kernel_and_its_limit_or_is_refused(
+    kernel: Path, tmp_path: Path, mebibytes: int, size: int, initrd_addr_max: int
+) -> None:
+    memory = PlacesOnly(Microvm.ram(mebibytes * MIB))
+    initrd = tmp_path / "initrd"
+    initrd.touch()
+    os.truncate(initrd, size)
+    kernel.write_bytes(bzimage(initrd_addr_max=initrd_addr_max))
+    room = min(mebibytes * MIB, Microvm.LOW_RAM_LIMIT, initrd_addr_max + 1) - 18 * MIB
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFile, "load", PlacesOnly.load)
+        refusal = ""
+        try:
+            loaded = load_kernel(memory, str(kernel), str(initrd))
+        except BootError as error:
+            refusal = str(error)
+    if refusal:
+        assert "initrd: does not fit" in refusal
+        assert size > room - 4096
+        return
+    assert loaded.initrd is not None
+    assert loaded.initrd.size == size
+    assert loaded.initrd.base >= loaded.kernel.end
+    assert loaded.initrd.base % 4096 == 0
+    assert loaded.initrd.end <= room + 18 * MIB
+    assert memory.view(*loaded.initrd)
+
+
+class PlacesOnly(GuestMemory):
+    """Guest memory that files are not really read into, so that a RAM disk may have any size."""
+
+    @staticmethod
+    def load(file: ImageFile, memory: GuestMemory, address: int, offset: int, length: int) -> None:
+        memory.view(address, length)
 
 
 def test_a_kernel_says_how_high_its_ram_disk_may_lie(kernel: Path, tmp_path: Path) -> None:
