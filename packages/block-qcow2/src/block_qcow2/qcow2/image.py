@@ -170,6 +170,13 @@ class Qcow2Image(Writer):
             elif self.header.incompatible & INCOMPAT_DIRTY:
                 self._broken = "the image was not closed properly and is not repaired yet"
 
+    def must_be_writable(self) -> None:
+        super().must_be_writable()
+        if self.header.autoclear & AUTOCLEAR_BITMAPS and self.header.extension(EXT_BITMAPS):
+            raise UnsupportedFeatureError(
+                f"{self.path}: the image has persistent dirty bitmaps, which are not kept on writes yet"
+            )
+
     @property
     def needs_repair(self) -> bool:
         """The image was not closed properly while its counts were changing."""
@@ -320,7 +327,7 @@ def open_qcow2(
     if not read_only:
         if header.incompatible & INCOMPAT_CORRUPT and not for_repair:
             raise ImageFormatError(f"{path}: the image is marked corrupt: it can be read, or repaired by check")
-        if header.autoclear & AUTOCLEAR_BITMAPS and header.extension(EXT_BITMAPS):
+        if header.autoclear & AUTOCLEAR_BITMAPS and header.extension(EXT_BITMAPS) and not for_repair:
             raise UnsupportedFeatureError(f"{path}: the image has persistent dirty bitmaps, which are not kept on writes yet")
     backing: Source | None = None
     data_file: HostFile | None = None

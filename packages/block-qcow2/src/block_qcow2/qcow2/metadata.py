@@ -306,7 +306,22 @@ class Metadata:
                     if not written:
                         self._l1_dirty.update(i for i, _ in l1)
                         self._pending = pending + self._pending
-            self._release_freed(pending)
+            if pending:
+                self._release_freed(pending)
+                self._write_fallen_counts()
+
+    def _write_fallen_counts(self) -> None:
+        """Blocks may be written at any time; now, so that an image that was flushed has no leaks. No barrier is needed."""
+        with self._lock:
+            blocks = self.refcounts.take_blocks()
+        written = False
+        try:
+            for offset, data in blocks:
+                self.file.pwrite(offset, data)
+            written = True
+        finally:
+            with self._lock:
+                self.refcounts.finish(written)
 
     def _write_in_order(
         self,

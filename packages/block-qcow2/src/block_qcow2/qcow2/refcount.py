@@ -346,6 +346,12 @@ class Refcounts:
         self._writing_table, self._dirty_table = self._dirty_table, set()
         return blocks, entries
 
+    def take_blocks(self) -> list[tuple[int, bytes]]:
+        """As take_dirty(), but only blocks that the table on the disk names already."""
+        self._writing = self._dirty - self._dirty_table
+        self._dirty = self._dirty & self._dirty_table
+        return [(self.block_offset(i), pack(self._blocks[i], self.order)) for i in sorted(self._writing)]
+
     def finish(self, written: bool) -> None:
         """What take_dirty() gave is on disk; or it is not, and dirty again."""
         if not written:

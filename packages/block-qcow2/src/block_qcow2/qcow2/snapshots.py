@@ -373,8 +373,8 @@ def fix_copied(image: Qcow2Image) -> None:
     words = 2 if header.extended_l2 else 1
     for i, entry in enumerate(image.l1):
         offset = entry & OFFSET_MASK
-        if not offset:
-            continue
+        if not offset or offset & (image.cluster_size - 1) or offset >> image.cluster_bits >= counts.clusters:
+            continue  # a check reports it; there is nothing to correct
         raw = read_table(image, offset)
         found = counts.add_l2(raw, active=True)
         if found.wrong_copied:

@@ -1,0 +1,361 @@
+"""Images made by an enemy: a clear error or guest data, never another exception, a hang, a host file, or a write."""
+
+from __future__ import annotations
+
+import random
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from block_qcow2 import create_image, open_disk, open_image
+from block_qcow2.errors import BlockError, ImageCorruptError, ImageFormatError, UnsupportedFeatureError
+from block_qcow2.qcow2.check import check
+from block_qcow2.qcow2.create import Options, write_empty
+from block_qcow2.qcow2.format import COPIED, Header, feature_name_table
+from block_qcow2.qcow2.image import open_qcow2
+from block_qcow2.qcow2.snapshots import Snapshots
+
+from .memory_file import MemoryFile
+from .qemu import qemu_img
+
+KiB, MiB = 1 << 10, 1 << 20
+
+
+def seeds() -> list[bytes]:
+    """Small images with everything in them."""
+    found = []
+    for i, options in enumerate(
+        (
+            Options(cluster_size=512),
+            Options(cluster_size=4096, refcount_bits=1),
+            Options(version=2, cluster_size=512),
+            Options(cluster_size=16384, extended_l2=True),
+        )
+    ):
+        rng = random.Random(i)
+        file: Any = MemoryFile()
+        write_empty(file, 100 * KiB, options)
+        with open_qcow2(file, read_only=False) as image:
+            for _ in range(10):
+                image.write(rng.randrange(90 * KiB), rng.randbytes(rng.randrange(1, 9 * KiB)))
+            image.write_zeroes(20 * KiB, 9 * KiB)
+            for at in range(8):
+                image.write_compressed(at * 2 * image.cluster_size, bytes(image.cluster_size))
+            if options.refcount_bits > 1:
+                table = Snapshots(image)
+                table.create("one")
+                image.write(0, b"y" * 5000)
+                table.create("two")
+        found.append(bytes(file.data))
+    return found
+
+
+SEEDS = seeds()
+mutations = st.lists(
+    st.tuples(
+        st.one_of(st.integers(0, 111), st.integers(0, 40 * KiB)),
+        st.one_of(
+            st.binary(min_size=1, max_size=8), st.sampled_from([b"\xff" * 8, b"\0" * 8, b"\x80" + bytes(7), b"\0" * 7 + b"\1"])
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def provoke(data: bytes) -> None:
+    """Everything that can be done to an image, on a copy of these bytes."""
+    try:
+        readable: Any = MemoryFile(data)
+        image = open_qcow2(readable, open_backing=None)
+    except BlockError:
+        image = None
+    if image is not None:
+        attempt(lambda: image.read(0, min(image.size, 200 * KiB)))
+        attempt(lambda: list(image.block_status(0, min(image.size, MiB))))
+        attempt(lambda: Snapshots(image))
+        attempt(lambda: check(image))
+        assert bytes(readable.data) == data, "a read-only image was written to"
+    image = writable(data)
+    if image is not None:
+        attempt(lambda: check(image, repair="all"))
+    image = writable(data)
+    if image is not None:
+        write_everywhere(image)
+        assert len(image.file.data) < len(data) + 20 * MiB
+
+
+def writable(data: bytes) -> Any:
+    try:
+        return open_qcow2(MemoryFile(data), read_only=False, for_repair=True)  # type: ignore[arg-type]
+    except BlockError:
+        return None
+
+
+def write_everywhere(image: Any) -> None:
+    for offset in (0, 30 * KiB, 77 * KiB):
+        if offset < image.size:
+            attempt(lambda at=offset: image.write(at, b"w" * min(7000, image.size - at)))
+    attempt(lambda: image.write_zeroes(0, min(image.size, 50 * KiB), unmap=True))
+    attempt(lambda: image.discard(0, min(image.size, 100 * KiB)))
+    attempt(lambda: Snapshots(image).create("x"))
+    attempt(lambda: Snapshots(image).delete(Snapshots(image).find("one")))
+    attempt(image.flush)
+
+
+def attempt(action: Any) -> None:
+    with suppress(BlockError, OSError):
+        action()
+
+
+@settings(max_examples=400, deadline=None)
+@given(seed=st.integers(0, len(SEEDS) - 1), changes=mutations)
+def test_a_mutated_image_gives_errors_of_this_package_only(seed: int, changes: list[tuple[int, bytes]]) -> None:
+    data = bytearray(SEEDS[seed])
+    for at, value in changes:
+        data[at : at + len(value)] = value
+    provoke(bytes(data))
+
+
+def mutate_words(seed: int) -> bytes:
+    """A seed image with table-like words changed: where mutations hurt most."""
+    rng = random.Random(seed)
+    data = bytearray(rng.choice(SEEDS))
+    for _ in range(rng.randrange(1, 6)):
+        at = rng.choice([rng.randrange(14) * 8, rng.randrange(len(data) // 8) * 8])
+        word = int.from_bytes(data[at : at + 8], "big")
+        value = rng.choice(
+            [
+                word ^ 1 << rng.randrange(64),
+                rng.getrandbits(64),
+                rng.randrange(len(data)) & ~511,
+                (rng.randrange(len(data)) & ~511) | COPIED,
+                1 << 62 | rng.getrandbits(62),
+                (1 << 64) - 1,
+                0,
+            ]
+        )
+        data[at : at + 8] = value.to_bytes(8, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("start", range(0, 2000, 250))
+def test_wrong_table_entries_give_errors_of_this_package_only(start: int) -> None:
+    for seed in range(start, start + 250):
+        provoke(mutate_words(seed))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("start", range(10_000, 60_000, 1000))
+def test_fifty_thousand_wrong_images(start: int) -> None:
+    for seed in range(start, start + 1000):
+        provoke(mutate_words(seed))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=600))
+def test_any_bytes_as_a_header(tail: bytes) -> None:
+    for head in (b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\3"):
+        with suppress(ImageFormatError):
+            Header.parse(head + tail, 1 << 40)
+
+
+def header(**fields: Any) -> bytes:
+    h = Header()
+    h.size, h.l1_size, h.l1_table_offset, h.refcount_table_offset, h.refcount_table_clusters = MiB, 1, 3 << 16, 1 << 16, 1
+    for name, value in fields.items():
+        setattr(h, name, value)
+    return h.pack() + bytes(4 << 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"version": 4}, "version 4"),
+        ({"cluster_bits": 22}, "cluster_bits is 22"),
+        ({"size": 1 << 63}, "virtual size"),
+        ({"l1_size": 1 << 31}, "l1_size"),
+        ({"size": 1 << 40}, "l1_size is 1, expected at least"),
+        ({"l1_table_offset": 12345}, "L1 table: offset 0x3039"),
+        ({"l1_table_offset": 1 << 50}, "L1 table: 8 bytes at"),
+        ({"l1_table_offset": 0}, "L1 table"),
+        ({"refcount_table_clusters": 1 << 20}, "refcount_table_clusters"),
+        ({"refcount_table_clusters": 0}, "refcount_table_clusters"),
+        ({"nb_snapshots": 70000}, "nb_snapshots"),
+        ({"nb_snapshots": 3, "snapshots_offset": 1 << 60}, "snapshot table"),
+        ({"refcount_order": 7}, "refcount_order"),
+        ({"header_length": 8}, "header_length"),
+        ({"crypt_method": 3}, "encryption method 3"),
+        ({"compression_type": 1}, "compression type 1"),
+        ({"incompatible": 1 << 4, "cluster_bits": 13}, "extended L2"),
+    ],
+)
+def test_a_header_that_breaks_the_format_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
+    data = bytearray(header())
+    if "header_length" in fields:
+        data[100:104] = struct.pack(">I", fields["header_length"])
+    elif "cluster_bits" in fields:
+        data[20:24] = struct.pack(">I", fields["cluster_bits"])
+        data[72:80] = struct.pack(">Q", fields.get("incompatible", 0))
+    else:
+        data = bytearray(header(**fields))
+    with pytest.raises(ImageFormatError, match=says):
+        Header.parse(data, len(data))
+
+
+def test_an_unknown_incompatible_feature_is_refused_by_its_name() -> None:
+    name = struct.pack(">BB46s", 0, 17, b"quantum clusters")
+    h = Header()
+    h.set_extension(0x6803F857, feature_name_table() + name)
+    data = header(incompatible=1 << 17 | 1 << 40, extensions=h.extensions)
+    with pytest.raises(UnsupportedFeatureError, match=r'"quantum clusters" \(bit 17\), bit 40'):
+        Header.parse(data, len(data))
+
+
+@pytest.mark.parametrize("fmt", ["aes", "luks"])
+def test_an_encrypted_image_is_refused_and_not_served_as_it_is(tmp_path: Path, fmt: str) -> None:
+    path = tmp_path / "crypt"
+    qemu_img(
+        "create", "-q", "--object", "secret,id=s,data=secret", "-f", "qcow2",
+        "-o", f"encrypt.format={fmt},encrypt.key-secret=s" + (",encrypt.iter-time=10" if fmt == "luks" else ""), path, "1M",
+    )  # fmt: skip
+    with pytest.raises(UnsupportedFeatureError, match="encrypted"):
+        open_image(path)
+
+
+# --- what an image names ---
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    path = tmp_path / "etc-shadow"
+    path.write_bytes(b"root:secret" * 1000)
+    return path
+
+
+def test_a_backing_file_is_not_opened_unless_the_caller_allows_it(tmp_path: Path, victim: Path) -> None:
+    # CVE-2024-32498: an uploaded image that names a file of the host.
+    path = tmp_path / "evil.qcow2"
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", victim, "-F", "raw", path, "1M")
+    for opening in (
+        lambda: open_image(path),
+        lambda: open_image(path, allow=lambda name: False),
+        lambda: open_disk(path, format="qcow2"),
+    ):
+        with pytest.raises(UnsupportedFeatureError, match="has to be allowed"):
+            opening()
+    asked = []
+    with open_image(path, allow=lambda name: not asked.append(name)) as image:  # type: ignore[func-returns-value]
+        assert image.read(0, 11) == b"root:secret"
+    assert asked == [str(victim)]
+
+
+def test_a_data_file_is_not_opened_unless_the_caller_allows_it(tmp_path: Path, victim: Path) -> None:
+    path, data = tmp_path / "evil.qcow2", tmp_path / "data"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", path, "1M")
+    raw = path.read_bytes().replace(str(data).encode(), str(victim).encode()[: len(str(data))].ljust(len(str(data)), b"\0"))
+    path.write_bytes(raw)
+    for opening in (lambda: open_image(path), lambda: open_disk(path, format="qcow2", allow=lambda name: False)):
+        with pytest.raises(UnsupportedFeatureError, match="has to be allowed"):
+            opening()
+    before = victim.read_bytes()
+    with pytest.raises(UnsupportedFeatureError):
+        open_image(path, read_only=False)
+    assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["json:{}", "nbd://127.0.0.1/x", "ssh:host/x", "fat:/etc"])
+def test_a_backing_file_that_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "evil.qcow2"
+    create_image(path, MiB, options=Options(backing_file=name, backing_format="raw"))
+    with pytest.raises(UnsupportedFeatureError, match=r"not supported|only files"):
+        open_image(path, allow=True)
+
+
+def test_a_given_backing_format_is_believed(tmp_path: Path) -> None:
+    # The backing file is raw by its overlay's word: what a guest wrote into it must not make it a qcow2 image.
+    base, path = tmp_path / "base", tmp_path / "top"
+    create_image(base, MiB, options=Options(backing_file="/etc/passwd", backing_format="raw"))
+    create_image(path, MiB, options=Options(backing_file="base", backing_format="raw"))
+    with open_image(path, allow=True) as image:
+        assert image.read(0, 4) == b"QFI\xfb"
+
+
+def test_a_chain_that_comes_back_to_itself_is_refused(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    create_image(a, MiB, options=Options(backing_file="b", backing_format="qcow2"))
+    create_image(b, MiB, options=Options(backing_file="a", backing_format="qcow2"))
+    with pytest.raises(ImageFormatError, match="comes back"):
+        open_image(a, allow=True)
+
+
+def test_a_chain_that_does_not_end_is_refused(tmp_path: Path, descriptors_stay: None) -> None:
+    for i in range(70):
+        create_image(tmp_path / f"{i}", MiB, options=Options(backing_file=f"{i + 1}", backing_format="qcow2"))
+    create_image(tmp_path / "70", MiB)
+    with pytest.raises(ImageFormatError, match="more than 64"):
+        open_image(tmp_path / "0", allow=True)
+
+
+# --- metadata as targets ---
+
+
+def l2_of(image: Any, at: int) -> int:
+    return int(image.l1[at >> (image.cluster_bits + image.header.l2_bits)]) & 0x00FFFFFFFFFFFE00
+
+
+@pytest.mark.parametrize("target", ["header", "l1", "refcount table", "refcount block", "l2"])
+def test_guest_data_are_never_written_over_metadata(tmp_path: Path, target: str) -> None:
+    path = tmp_path / "evil.qcow2"
+    create_image(path, MiB)
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"x" * 65536)
+        table = l2_of(image, 0)
+        where = {
+            "header": 0,
+            "l1": image.header.l1_table_offset,
+            "refcount table": image.header.refcount_table_offset,
+            "refcount block": int(image.refcounts.table[0]),
+            "l2": table,
+        }[target]
+    data = bytearray(path.read_bytes())
+    data[table : table + 8] = (where | COPIED | (512 if target == "header" else 0)).to_bytes(8, "big")
+    path.write_bytes(data)
+    with open_image(path, read_only=False) as image:
+        with pytest.raises(ImageCorruptError):
+            image.write(0, b"evil" * 100)
+        with pytest.raises(ImageCorruptError, match="refused"):
+            image.write(500_000, b"anything")
+    after = path.read_bytes()
+    assert after[79] & 2, "the image is marked corrupt"
+    assert after[80:] == data[80:]
+    with pytest.raises(ImageFormatError, match="marked corrupt"):
+        open_image(path, read_only=False)
+
+
+def test_a_compressed_bomb_unpacks_to_one_cluster_at_most(tmp_path: Path) -> None:
+    import zlib
+
+    stream = zlib.compressobj(9, zlib.DEFLATED, -12)
+    bomb = stream.compress(bytes(30 * MiB)) + stream.flush()
+    assert len(bomb) < 64 * KiB
+    path = tmp_path / "bomb.qcow2"
+    create_image(path, MiB)
+    with open_image(path, read_only=False) as image:
+        image.write_compressed(0, b"a" * 65536)
+        entry = image._table(0).entries[0] if image._lock.acquire() else 0
+        image._lock.release()
+        image.flush()
+        table = l2_of(image, 0)
+        at = entry & ((1 << 54) - 1)
+    data = bytearray(path.read_bytes())
+    data[at : at + len(bomb)] = bomb
+    data[table : table + 8] = (1 << 62 | 127 << 54 | at).to_bytes(8, "big")
+    path.write_bytes(data)
+    with open_image(path) as image:
+        assert image.read(0, 65536) == bytes(65536)
