@@ -446,6 +446,35 @@ def test_an_error_of_kvm_run_is_reported_with_its_reason(script: Script) -> None
     assert script.listener.exits.get(timeout=PATIENCE)[1:] == (ExitReason.CRASH, "KVM_RUN: Bad address\nRIP=fake")
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "a disk"), HypervisorError("a route"), ZeroDivisionError("a bug")])
+def test_an_error_that_escapes_a_device_is_told_with_its_story(
+    script: Script, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def write(_offset: int, _size: int, _value: int) -> None:
+        raise error
+
+    monkeypatch.setattr(script.device, "write", write)
+    script.exit(6, mmio(0x1000, 1, 1, write=True))
+    script.exit(6, mmio(0x1001, 1, 1, write=True))  # the rest of the same access
+    script.play()
+    _, meaning, report = script.listener.exits.get(timeout=PATIENCE)
+    assert meaning is ExitReason.CRASH
+    assert report.startswith("error in a device:\nTraceback")
+    assert str(error) in report
+    assert script.steps == []  # KVM was let complete the access
+    assert script.run[1] == 0
+
+
+def test_a_system_without_room_for_a_thread_is_an_error_of_start(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(HypervisorError, match="CPU 3: can't start new thread"):
+            script.vcpu.start()
+
+
 def test_what_is_no_exit_is_passed_over(script: Script) -> None:
     script.fail(errno.EAGAIN)  # an application processor has been woken
     script.fail(errno.EINTR)  # a signal that was none of ours

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from errno import EAGAIN, EINTR
 from fcntl import ioctl
 from struct import Struct
-from threading import Condition, Thread, get_ident
+from threading import Condition, Thread, get_ident, get_native_id
 from typing import TYPE_CHECKING, Any
 
 from vmm_core.bus import Bus
@@ -108,9 +108,13 @@ class KvmVcpu:
         self._ring = self._get_ring()
         self._arch.load_boot()
         # Daemonic: a process that ends by an error must not wait for a guest.
-        self._thread = Thread(target=self._main, name=f"CPU {self.index}/Kvm", daemon=True)
+        thread = Thread(target=self._main, name=f"CPU {self.index}/Kvm", daemon=True)
         with self._condition:
-            self._thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system's limit of threads
+                raise HypervisorError(f"CPU {self.index}: {error}") from None
+            self._thread = thread
             self._condition.wait_for(lambda: self._alive or self._failure is not None)
         if self._failure is not None:
             raise HypervisorError(f"CPU {self.index}: {self._failure}")
@@ -195,7 +199,7 @@ class KvmVcpu:
     def _main(self) -> None:
         try:
             self._set_up_thread()
-        except (OSError, HypervisorError) as error:
+        except Exception as error:  # whatever it is, start() waits to hear of it
             with self._condition:
                 self._failure = str(error)
                 self._condition.notify_all()
@@ -221,7 +225,7 @@ class KvmVcpu:
 
     def _name_thread(self) -> None:
         try:
-            fd = os.open(f"/proc/self/task/{self.thread_id}/comm", os.O_WRONLY | os.O_CLOEXEC)
+            fd = os.open(f"/proc/self/task/{get_native_id()}/comm", os.O_WRONLY | os.O_CLOEXEC)
         except OSError:  # a name that cannot be given is no reason to fail
             return
         try:
@@ -245,8 +249,8 @@ class KvmVcpu:
             if reason is None:
                 return
             meaning, words = self._explain(reason)
-        except OSError as error:
-            meaning, words = ExitReason.CRASH, f"KVM_RUN: {error.strerror}"
+        except _CannotRun as error:
+            meaning, words = ExitReason.CRASH, str(error)
         except Exception:
             # A device of ours that raised. The guest gets no answer, so it cannot go on; its owner gets the whole story.
             import traceback
@@ -259,8 +263,8 @@ class KvmVcpu:
     def _run_guest(self) -> int | None:
         """Run the guest and serve its port and memory accesses.
 
-        Returns None when the vCPU is to pause or stop, otherwise the exit reason that nothing here can serve. Raises OSError
-        when KVM_RUN fails.
+        Returns None when the vCPU is to pause or stop, otherwise the exit reason that nothing here can serve. Raises
+        _CannotRun when KVM_RUN fails.
         """
         fd, run_number, run = self._fd, kvm.RUN.number, self._run
         pio_read, pio_write, mmio_read, mmio_write = self._pio.read, self._pio.write, self._mmio.read, self._mmio.write
@@ -284,7 +288,7 @@ class KvmVcpu:
                         return None
                     if error.errno == EAGAIN:  # another vCPU has just woken this one up
                         continue
-                    raise
+                    raise _CannotRun(kvm.RUN.name, error.errno or 0) from None
                 if ring is not None and ends[0] != ends[1]:
                     ring.flush()
                 reason = exit_reason[0]
@@ -337,6 +341,10 @@ class KvmVcpu:
             return self._arch.describe()
         except HypervisorError as error:
             return f"registers cannot be read: {error}"
+
+
+class _CannotRun(kvm.KvmError):
+    """KVM_RUN failed, as opposed to an error of the same kind in a device."""
 
 
 def _take_kicks() -> None:
