@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import BlockError
 from ..images import open_image, resolve_name
+from ..qcow2.format import EXT_BITMAPS
 from . import args
 from .args import UsageError, human_size, parse
 from .basic import _one_path, _output, check_format, listing, qcow2_options
@@ -318,13 +319,16 @@ def measure(words: list[str]) -> int:
     if given.last("size") is not None:
         if given.words:
             raise UsageError("--size and an image do not go together")
-        size, clusters = args.size(given.last("size") or "", "size"), 0
+        size, clusters, bitmaps = args.size(given.last("size") or "", "size"), 0, False
     else:
         path = _one_path(given.words, "Either --size N or one filename must be specified")
         with open_image(
             path, format=check_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
         ) as image:
             size = image.size
+            bitmaps = target == image.format == "qcow2" and image.header.version >= 3
+            if bitmaps and image.header.extension(EXT_BITMAPS):
+                raise BlockError(f"{path}: measuring persistent dirty bitmaps is not supported yet")
             bits = options.cluster_size.bit_length() - 1
             clusters, last = 0, -1
             for m in mapped(image, 0, size):
@@ -339,9 +343,9 @@ def measure(words: list[str]) -> int:
         data = -(-size // options.cluster_size) * options.cluster_size
         required = full - data + clusters * options.cluster_size
     if output == "json":
-        print(json.dumps({"required": required, "fully-allocated": full}, indent=4))
+        print(json.dumps({"required": required, "fully-allocated": full} | ({"bitmaps": 0} if bitmaps else {}), indent=4))
     else:
-        print(f"required size: {required}\nfully allocated size: {full}")
+        print(f"required size: {required}\nfully allocated size: {full}" + ("\nbitmaps size: 0" if bitmaps else ""))
     return 0
 
 
