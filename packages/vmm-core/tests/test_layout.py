@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vmm_core.guestmem import GuestMemory
 from vmm_core.x86_64.layout import Gsi, Microvm, Range
 
-PORTS = {"I8042_DATA", "I8042_COMMAND", "RTC_PORTS", "COM1", "BOOT_TIME"}
+PORTS = {"I8042_DATA", "I8042_COMMAND", "RTC_PORTS", "COM1", "BOOT_TIME", "PCI_CONFIG_ADDRESS"}
 INSIDE_ANOTHER = {"FIRMWARE_AREA": ("ACPI_TABLES", "MP_TABLE", "RESET_VECTOR"), "COM1": ("BOOT_TIME",)}
 GIB = 1 << 30
 
