@@ -8,13 +8,13 @@ Not here: accepting (`server`), and StratoVirt's option syntax.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import socket
 import stat
 import time
-from pathlib import Path
 from typing import Self
 
 _LOCK_TRIES = 40
@@ -24,7 +24,7 @@ _LOCK_PAUSE = 0.025  # seconds: a second in all, far longer than a bind takes
 class Listener:
     """A listening socket, and the file that goes with it. Usable as a context manager."""
 
-    def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
+    def __init__(self, sock: socket.socket, path: str | None = None) -> None:
         """Take over a socket that listens already. `path` is its file, if it is a unix socket with one."""
         sock.setblocking(False)
         self.socket = sock
@@ -35,7 +35,8 @@ class Listener:
         """Close the socket and remove its file, unless somebody else has put another one there. Harmless twice."""
         path, self.path = self.path, None
         if path and self._file and _identity(path) == self._file:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # noqa: PTH108 - pathlib costs a start 5 ms
         self.socket.close()
 
     def __enter__(self) -> Self:
@@ -45,21 +46,21 @@ class Listener:
         self.close()
 
 
-def listen_unix(path: str | Path, *, backlog: int = 16) -> Listener:
+def listen_unix(path: str | os.PathLike[str], *, backlog: int = 16) -> Listener:
     """Listen on a unix socket at `path`.
 
     Raises OSError: EADDRINUSE when a process listens there, EEXIST when a file is there that is no socket, ENAMETOOLONG, and
     what the file system reports.
     """
     # The working directory may change before the file is removed.
-    path = Path(path).absolute()
+    path = os.path.abspath(os.fspath(path))  # noqa: PTH100 - as above
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:
             _bind(sock, path)
         except FileExistsError:
             _replace_stale(sock, path)
-        path.chmod(0o600)  # connecting is not possible before listen(), so nobody gets in between
+        os.chmod(path, 0o600)  # noqa: PTH101  # connecting is not possible before listen(), so nobody gets in between
         sock.listen(backlog)
     except BaseException:
         sock.close()
@@ -81,28 +82,28 @@ def listen_tcp(host: str, port: int, *, backlog: int = 16) -> Listener:
     return Listener(sock)
 
 
-def _bind(sock: socket.socket, path: Path) -> None:
+def _bind(sock: socket.socket, path: str) -> None:
     try:
-        sock.bind(str(path))
+        sock.bind(path)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise FileExistsError(errno.EEXIST, "the file exists", str(path)) from None
+            raise FileExistsError(errno.EEXIST, "the file exists", path) from None
         if error.errno is None:  # CPython's own check of the length has no number
-            raise OSError(errno.ENAMETOOLONG, "the path is too long for a unix socket", str(path)) from None
-        raise OSError(error.errno, error.strerror, str(path)) from None
+            raise OSError(errno.ENAMETOOLONG, "the path is too long for a unix socket", path) from None
+        raise OSError(error.errno, error.strerror, path) from None
 
 
-def _replace_stale(sock: socket.socket, path: Path) -> None:
+def _replace_stale(sock: socket.socket, path: str) -> None:
     """Bind where a file is. The directory is locked meanwhile: two processes must not both find the file stale."""
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
     try:
         _lock(directory, path)
         try:
-            if not stat.S_ISSOCK(path.lstat().st_mode):
-                raise FileExistsError(errno.EEXIST, "the file is not a socket", str(path))
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise FileExistsError(errno.EEXIST, "the file is not a socket", path)
             if _somebody_listens(path):
-                raise OSError(errno.EADDRINUSE, "another process listens there", str(path))
-            path.unlink()
+                raise OSError(errno.EADDRINUSE, "another process listens there", path)
+            os.unlink(path)  # noqa: PTH108
         except FileNotFoundError:
             pass  # it went away by itself
         _bind(sock, path)
@@ -111,7 +112,7 @@ def _replace_stale(sock: socket.socket, path: Path) -> None:
         os.close(directory)
 
 
-def _lock(directory: int, path: Path) -> None:
+def _lock(directory: int, path: str) -> None:
     for _ in range(_LOCK_TRIES):
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,14 +120,14 @@ def _lock(directory: int, path: Path) -> None:
             time.sleep(_LOCK_PAUSE)
         else:
             return
-    raise OSError(errno.EADDRINUSE, "another process is making a socket in this directory", str(path))
+    raise OSError(errno.EADDRINUSE, "another process is making a socket in this directory", path)
 
 
-def _somebody_listens(path: Path) -> bool:
+def _somebody_listens(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
-            probe.connect(str(path))
+            probe.connect(path)
         except ConnectionRefusedError:
             return False
         except BlockingIOError:  # its backlog is full
@@ -134,9 +135,9 @@ def _somebody_listens(path: Path) -> bool:
     return True
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(path: str) -> tuple[int, int] | None:
     try:
-        found = path.lstat()
+        found = os.lstat(path)
     except OSError:
         return None
     return found.st_dev, found.st_ino
