@@ -74,9 +74,16 @@ class Device:
 class Guest:
     """A machine of RAM (1 MiB), the test device, and `cpus` vCPUs that start with `code`."""
 
-    def __init__(self, code: bytes, boot: VcpuBoot | None = None, cpus: int = 1, topology: CpuTopology | None = None) -> None:
+    def __init__(
+        self,
+        code: bytes,
+        boot: VcpuBoot | None = None,
+        cpus: int = 1,
+        topology: CpuTopology | None = None,
+        memory: GuestMemory | None = None,
+    ) -> None:
         self.hypervisor = KvmHypervisor(topology or CpuTopology.flat(cpus))
-        self.memory = GuestMemory([(0, 1 << 20)])
+        self.memory = memory or GuestMemory([(0, 1 << 20)])
         self.memory.write(CODE, code)
         self.memory.write(0x4000, bytes(8) + b"\xff\xff\0\0\0\x9b\xcf\0" + b"\xff\xff\0\0\0\x93\xcf\0")  # flat GDT
         self.device = Device("port")

@@ -68,7 +68,7 @@ class GuestMemory:
         self._rest: tuple[tuple[int, int, memoryview], ...] = ()
         try:
             if path is not None:
-                self.fd = _open_backing(path, self.size)
+                self.fd = _open_backing(path, self.size, self.regions)
             elif share:
                 self.fd = _open_memfd(self.size)
             for region in self.regions:
@@ -200,7 +200,7 @@ def _open_memfd(size: int) -> int:
     return fd
 
 
-def _open_backing(path: str, size: int) -> int:
+def _open_backing(path: str, size: int, regions: Sequence[Region]) -> int:
     """Open or make the file of `-mem-path`, at least `size` bytes long. An existing file is never grown unless empty."""
     try:
         fd = _open_temporary(path) if os.path.isdir(path) else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)  # noqa: PTH112
@@ -208,9 +208,12 @@ def _open_backing(path: str, size: int) -> int:
         raise GuestMemoryError(f"cannot open {path} for guest RAM: {error.strerror}") from None
     try:
         page = _huge_page_size(fd)
-        if size % page:
-            # The kernel would round such a mapping up, and then refuse to unmap it.
-            raise GuestMemoryError(f"RAM of {size:#x} bytes is not in whole huge pages of {path}, {page:#x} bytes each")
+        for region in regions:
+            if region.size % page:
+                # The kernel would round such a mapping up, and then refuse to unmap it.
+                raise GuestMemoryError(
+                    f"RAM of {region.size:#x} bytes is not in whole huge pages of {path}, {page:#x} bytes each"
+                )
         present = os.fstat(fd).st_size
         if present == 0:
             os.ftruncate(fd, size)
