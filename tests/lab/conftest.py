@@ -37,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.lab)
 
 
+def pytest_sessionstart() -> None:
+    """What an earlier run kept is not this run's."""
+    for folder in Path(os.environ.get("LAB_OUT", "lab-results")).glob("test_*/"):
+        shutil.rmtree(folder)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """In CI a skipped lab test is a failed one: the lab is there so that nothing has to be skipped."""

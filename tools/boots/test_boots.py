@@ -125,8 +125,10 @@ def sleeper() -> Iterator[tuple[subprocess.Popen[bytes], set[int]]]:
         assert process.stdout.readline() == b"up\n"
         children = descendants(process.pid)
         assert len(children) >= 2
-        yield process, children
-        process.kill()
+        try:
+            yield process, children
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(
@@ -152,12 +154,15 @@ def test_a_forwarded_socket_leads_into_the_lab(tmp_path: Path) -> None:
     qemu = "qemu-system-x86_64 -M none -display none -qmp unix:/run/x.sock,server=on,wait=off"
     command = [sys.executable, LAB, "run", "--forward", f"{outside}:/run/x.sock", "--", "sh", "-c", qemu]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
-        for _ in range(2):
+        try:
+            for _ in range(2):
+                with Qmp(outside) as client:
+                    assert client.execute("query-status")["running"]
             with Qmp(outside) as client:
-                assert client.execute("query-status")["running"]
-        with Qmp(outside) as client:
-            client.execute("quit")
-        assert process.wait(WAIT) == 0
+                client.execute("quit")
+            assert process.wait(WAIT) == 0
+        finally:
+            process.kill()
     assert not outside.exists()
 
 

@@ -22,7 +22,8 @@ from .progress import Step, say
 VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian 13 and later; Debian 12 (part of QEMU)
 _APT = ("apt-get", "-qq", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300")
 _NEEDED = {"qemu-system-x86_64": "qemu-system-x86", "depmod": "kmod", "mke2fs": "e2fsprogs", "dpkg": "dpkg"}
-_PEERS = {"socat": "socat", "ncat": "ncat"}  # programs that tests talk to
+# What tests compare with and talk to.
+_PEERS = {"qemu-img": "qemu-utils", "iasl": "acpica-tools", "socat": "socat", "ncat": "ncat"}
 # The flavour's meta package, whose dependency names the current kernel package. Cloud: the lab host and the usual guest.
 _FLAVOURS = {
     "debian": {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"},
