@@ -272,6 +272,27 @@ def test_preallocation_that_cannot_succeed_is_a_clear_error(monkeypatch: pytest.
     assert descriptors() == before
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_system_without_room_for_shared_ram_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, share: bool) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(24, os.strerror(24))
+
+    monkeypatch.setattr(os, "ftruncate" if share else "memfd_create", refuse)
+    before = descriptors()
+    with pytest.raises(GuestMemoryError, match=r"guest RAM: Too many open files$"):
+        GuestMemory([(0, LOW)], share=True)
+    assert descriptors() == before
+
+
+def test_expected_writes_are_ram_and_change_nothing(memory: GuestMemory) -> None:
+    memory.write(0x1234, b"kept")
+    memory.expect_writes(0x1234, LOW - 0x1234)
+    memory.expect_writes(HIGH_BASE + 1, 1)
+    assert memory.read(0x1234, 4) == b"kept"
+    with pytest.raises(GuestMemoryError):
+        memory.expect_writes(LOW - 1, 2)
+
+
 def test_ram_can_be_left_out_of_core_dumps() -> None:
     for dump in (True, False):
         memory = GuestMemory([(0, 1 << 22)], dump=dump)

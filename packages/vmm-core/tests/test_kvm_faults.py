@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
+from kvm_guest import real_mode
 from vmm_core.bus import Bus
-from vmm_core.errors import HypervisorError
+from vmm_core.errors import HypervisorError, StateError
 from vmm_core.hypervisor import ExitReason
 from vmm_core.hypervisor.kvm import KvmHypervisor, ioctl
 from vmm_core.hypervisor.kvm import vcpu as vcpu_module
 from vmm_core.hypervisor.kvm.system import Kvm
 from vmm_core.hypervisor.kvm.vcpu import KICK, KvmVcpu
-from vmm_core.hypervisor.kvm.x86_64 import VmArch, msrs, structs
+from vmm_core.hypervisor.kvm.x86_64 import VcpuArch, VmArch, msrs, structs
 from vmm_core.topology import CpuTopology
 
 PATIENCE = 60.0
@@ -233,6 +234,7 @@ class MsrBank:
 
     def __init__(self, kvm: FakeKvm, refused: set[int]) -> None:
         self.values = {index: index * 3 for index in range(600) if index not in refused}
+        self.read_only: set[int] = set()
         kvm.handlers["KVM_GET_MSRS"] = lambda data: self._each(data, write=False)
         kvm.handlers["KVM_SET_MSRS"] = lambda data: self._each(data, write=True)
 
@@ -241,7 +243,7 @@ class MsrBank:
         assert 0 < count < 256
         for i in range(count):
             index, value = structs.MSR_ENTRY.unpack_from(data, 8 + 16 * i)
-            if index not in self.values:
+            if index not in self.values or (write and index in self.read_only):
                 return i
             if write:
                 self.values[index] = value
@@ -282,6 +284,115 @@ def test_the_fixed_routes_are_those_of_a_pc() -> None:
     assert by_gsi[16] == [("ioapic", 16)]
     assert by_gsi[23] == [("ioapic", 23)]
     assert by_gsi[24] == []
+
+
+@pytest.mark.parametrize(("xsave", "xsave2", "size"), [(0, 0, None), (1, 0, 4096), (1, 4096, 4096), (1, 11008, 11008)])
+def test_the_floating_point_state_is_of_the_form_that_the_host_has(
+    kvm: FakeKvm, xsave: int, xsave2: int, size: int | None
+) -> None:
+    answers = {structs.CAP_XSAVE: xsave, structs.CAP_XSAVE2: xsave2, structs.CAP_XCRS: xsave}
+    kvm.handlers["KVM_CHECK_EXTENSION"] = lambda number: answers.get(number, 64)
+    sent: dict[str, bytes] = {}
+    for name in ("KVM_SET_FPU", "KVM_SET_XSAVE"):
+        kvm.handlers[name] = lambda data, name=name: sent.__setitem__(name, bytes(data)) or 0
+    hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+    arch = VcpuArch(hypervisor._system, 0, 0, real_mode(), b"", [])
+    arch.load_boot()
+    state = arch.save()
+    arch.restore(state)
+    if size is None:
+        assert (state.xsave, state.xcrs, state.fpu) == (None, None, bytes(416))
+        assert sent == {"KVM_SET_FPU": bytes(416)}
+        arch.load_boot()
+        assert sent["KVM_SET_FPU"][128:130] + sent["KVM_SET_FPU"][408:412] == b"\x7f\x03\x80\x1f\0\0"
+    else:
+        assert (state.xsave, state.fpu) == (bytes(size), None)
+        assert sent == {"KVM_SET_XSAVE": bytes(size)}
+    hypervisor.close()
+
+
+def test_an_msr_that_cannot_be_put_back_is_named_unless_it_has_its_value_anyway(kvm: FakeKvm) -> None:
+    bank = MsrBank(kvm, set())
+    hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+    arch = VcpuArch(hypervisor._system, 0, 0, real_mode(), b"", [5, 6, 7])
+    state = arch.save()
+    bank.read_only = {6}
+    arch.restore(state)
+    bank.values = {5: 0, 6: 1, 7: 0}
+    with pytest.raises(StateError, match=r"^CPU 0: this host cannot hold MSR 0x6=0x12$"):
+        arch.restore(state)
+    assert bank.values == {5: 15, 6: 1, 7: 21}  # it did not cost the others
+    hypervisor.close()
+
+
+def test_the_deadline_is_put_back_after_every_other_msr(kvm: FakeKvm) -> None:
+    order: list[int] = []
+
+    def put(data: bytearray) -> int:
+        entries = list(structs.MSR_ENTRY.iter_unpack(memoryview(data)[8:]))
+        order.extend(index for index, _ in entries)
+        return len(entries)
+
+    kvm.handlers["KVM_SET_MSRS"] = put
+    kvm.handlers["KVM_GET_MSRS"] = lambda data: int.from_bytes(data[:4], "little")
+    hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+    arch = VcpuArch(hypervisor._system, 0, 0, real_mode(), b"", [0x6E0, 0x10, 0x174])
+    arch.restore(arch.save())
+    assert order == [0x10, 0x174, 0x6E0]
+    assert kvm.calls.index("KVM_SET_LAPIC") < kvm.calls.index("KVM_SET_MSRS") < kvm.calls.index("KVM_SET_VCPU_EVENTS")
+    hypervisor.close()
+
+
+def test_a_boot_register_that_kvm_refuses_names_the_vcpu(kvm: FakeKvm) -> None:
+    hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+    arch = VcpuArch(hypervisor._system, 0, 7, real_mode(), b"", [])
+    kvm.fail("KVM_SET_SREGS", errno.EINVAL)
+    with pytest.raises(HypervisorError, match=r"^CPU 7: KVM_SET_SREGS: Invalid argument$"):
+        arch.load_boot()
+    hypervisor.close()
+
+
+def test_only_the_first_vcpu_runs_at_boot(kvm: FakeKvm) -> None:
+    states: list[bytes] = []
+    kvm.handlers["KVM_SET_MP_STATE"] = lambda data: states.append(bytes(data)) or 0
+    hypervisor = KvmHypervisor(CpuTopology.flat(2), "/dev/null")
+    for index in (0, 1):
+        VcpuArch(hypervisor._system, 0, index, real_mode(), b"", []).load_boot()
+    assert states == [b"\0\0\0\0", b"\1\0\0\0"]  # RUNNABLE, UNINITIALIZED
+    hypervisor.close()
+
+
+def test_the_local_apic_starts_with_the_pic_on_lint0_and_nmi_on_lint1(kvm: FakeKvm) -> None:
+    sent: list[bytes] = []
+
+    def fresh(data: bytearray) -> int:
+        data[0x350:0x354] = data[0x360:0x364] = (0x1_0000).to_bytes(4, "little")  # masked
+        return 0
+
+    kvm.handlers["KVM_GET_LAPIC"] = fresh
+    kvm.handlers["KVM_SET_LAPIC"] = lambda data: sent.append(bytes(data)) or 0
+    hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+    VcpuArch(hypervisor._system, 0, 0, real_mode(), b"", []).load_boot()
+    assert sent[0][0x350:0x354] == (0x1_0700).to_bytes(4, "little")
+    assert sent[0][0x360:0x364] == (0x1_0400).to_bytes(4, "little")
+    hypervisor.close()
+
+
+def test_guests_without_the_paravirtual_clock_do_not_mind_its_pause(kvm: FakeKvm) -> None:
+    hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+    kvm.handlers["KVM_GET_VCPU_MMAP_SIZE"] = lambda _: 4096
+    kvm.fail("KVM_KVMCLOCK_CTRL", errno.EINVAL)
+    hypervisor.pause_clock()
+    hypervisor._arch.resume_clock([0, 1])
+    assert kvm.calls.count("KVM_KVMCLOCK_CTRL") == 2
+    hypervisor.close()
+
+
+def test_hosts_of_another_architecture_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = os.uname_result(("Linux", "host", "6.1", "1", "riscv64"))
+    monkeypatch.setattr(os, "uname", lambda: names)
+    with pytest.raises(HypervisorError, match="machines of riscv64 hosts are not supported yet"):
+        KvmHypervisor(CpuTopology.flat(1))
 
 
 # The run loop, with a script in place of a guest
