@@ -12,7 +12,7 @@ import anyio
 import anyio.abc
 
 from pystratovirt import log
-from pystratovirt.qmp_handlers import lifecycle
+from pystratovirt.qmp_handlers import register_all
 from qmp_protocol.events import Reset, Shutdown, Stopped
 from qmp_server.server import QmpServer
 from vmm_core.errors import VmmError
@@ -41,7 +41,7 @@ class Runtime:
         self._test_socket = test_socket
         self._ended = False
         self._qmp = QmpServer()
-        lifecycle.register(self._qmp, self)
+        register_all(self._qmp, self)
 
     async def run(self, listeners: Sequence[Listener]) -> int:
         """Serve until the machine ends; return the process's exit status. Takes the listeners over."""

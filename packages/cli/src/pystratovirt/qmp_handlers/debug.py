@@ -1,0 +1,59 @@
+"""Looking into a running machine: memory map, guest memory, trace points (reference qmp, section 14)."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from pystratovirt.trace import TraceError, registry
+from qmp_protocol.commands.debug import TraceGetState, TraceSetState, TraceState
+from qmp_protocol.commands.machine import QueryMem, QueryMemGpa
+from qmp_protocol.errors import GENERIC_ERROR, QmpError
+from vmm_core.errors import GuestMemoryError
+
+if TYPE_CHECKING:
+    from pystratovirt.runtime import Runtime
+    from qmp_server.dispatch import Call
+    from qmp_server.server import QmpServer
+
+
+def register(server: QmpServer, runtime: Runtime) -> None:
+    """Register the debugging commands."""
+    vm = runtime.vm
+
+    # In a thread: whoever reads standard output may not do so for a while, and the machine must not wait for him.
+    @server.handler(QueryMem, in_thread=True, concurrent=True)
+    def query_mem(_: QueryMem, call: Call) -> None:
+        machine = vm.machine
+        lines = ["memory:"]
+        lines += [f"  {region.base:#018x}-{region.base + region.size - 1:#018x} RAM" for region in machine.memory.regions]
+        for bus in (machine.mmio, machine.pio):
+            lines.append(f"{bus.name}:")
+            lines += [f"  {each.base:#018x}-{each.base + each.length - 1:#018x} {each.name}" for each in bus.mappings]
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+
+    @server.handler(QueryMemGpa, concurrent=True)
+    def query_mem_gpa(arguments: QueryMemGpa, call: Call) -> str:
+        digits = arguments.gpa
+        if not digits or len(digits) > 16 or not all(digit in "0123456789abcdefABCDEF" for digit in digits):
+            raise QmpError(GENERIC_ERROR, "address not in hexadecimal")
+        try:
+            # RAM only: reading a device's registers changes the device.
+            return f"{int.from_bytes(vm.machine.memory.read(int(digits, 16), 4), 'little'):X}"
+        except GuestMemoryError:
+            raise QmpError(GENERIC_ERROR, "this gpa does not support query") from None
+
+    @server.handler(TraceGetState, concurrent=True)
+    def trace_get_state(arguments: TraceGetState, call: Call) -> list[TraceState]:
+        try:
+            return [TraceState(name=name, state=state) for name, state in registry.states(arguments.name_)]
+        except TraceError as error:
+            raise QmpError(GENERIC_ERROR, f"Failed to get trace state: {error}") from None
+
+    @server.handler(TraceSetState, concurrent=True)
+    def trace_set_state(arguments: TraceSetState, call: Call) -> None:
+        try:
+            registry.set_states(arguments.name_, arguments.enable)
+        except TraceError as error:
+            raise QmpError(GENERIC_ERROR, f"Failed to set trace state: {error}") from None

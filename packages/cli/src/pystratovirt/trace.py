@@ -1,0 +1,183 @@
+"""Trace points: named places in the program that write a log line each time they are passed, while they are switched on.
+
+A point that is off costs nothing, because it is not there: switching it on wraps the methods that it stands for, switching it off
+puts the originals back. Names are StratoVirt's where the same thing happens here (reference command-line, section 11).
+
+Lines have the level TRACE, as in StratoVirt: STRATOVIRT_LOG_LEVEL=trace shows them.
+
+Not here: QMP (`qmp_handlers.debug`), and where log lines go (`log`).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final, NamedTuple
+
+from pystratovirt import log
+from qmp_protocol.schema import Struct
+
+
+class TraceError(ValueError):
+    """A pattern or a file of patterns that cannot be used; one line."""
+
+
+class TracePoint(NamedTuple):
+    """A name, and the methods it stands for: `module:Class.method`."""
+
+    name: str
+    targets: tuple[str, ...]
+
+
+_DISK = "block_qcow2.qcow2.disk:Qcow2Channel"
+_RAW = "block_qcow2.engines.threads:ThreadChannel"
+_KVM = "vmm_core.hypervisor.kvm.vm:KvmHypervisor"
+
+POINTS: Final = tuple(
+    TracePoint(name, tuple(targets))
+    for name, *targets in (
+        ("aio_submit_request", f"{_RAW}.submit"),
+        ("block_read_vectored", f"{_RAW}.readv", f"{_DISK}.readv"),
+        ("kvm_add_ioeventfd", f"{_KVM}.add_ioeventfd"),
+        ("kvm_commit_irq_routing", f"{_KVM}.route_message"),
+        ("kvm_delete_ioeventfd", f"{_KVM}.remove_ioeventfd"),
+        ("kvm_register_irqfd", f"{_KVM}.interrupt_line"),
+        ("kvm_release_irq", f"{_KVM}.unroute_message"),
+        ("kvm_reset_vcpu", "vmm_core.hypervisor.kvm.vcpu:KvmVcpu.reset"),
+        ("kvm_trigger_irqfd", "vmm_core.hypervisor.kvm.line:IrqfdLine.trigger"),
+        ("qmp_command", "qmp_server.dispatch:Dispatcher.answer"),
+        ("qmp_event", "qmp_server.server:QmpServer.emit"),
+        ("rtc_read", "vmm_core.devices.rtc:Rtc.read"),
+        ("rtc_write", "vmm_core.devices.rtc:Rtc.write"),
+        ("serial_read", "vmm_core.devices.serial:Serial.read"),
+        ("serial_receive", "vmm_core.devices.serial:Serial.receive"),
+        ("serial_write", "vmm_core.devices.serial:Serial.write"),
+        ("timer_add", "vmm_core.threads:IoThread.call_later"),
+        ("update_event", "vmm_core.epoll:EpollLoop.add_fd", "vmm_core.epoll:EpollLoop.modify_fd"),
+        ("virtio_serial_output_data", "virtio_devices.console:ConsolePort.new_output"),
+        ("virtio_serial_new_inputqueue_buf", "virtio_devices.console:ConsolePort.new_room"),
+        ("virtio_tpt_read_config", "virtio_devices.mmio:MmioTransport.read"),
+        ("virtio_tpt_write_config", "virtio_devices.mmio:MmioTransport.write"),
+        ("virtqueue_add_used", "virtio_devices.queue:SplitQueue.add_used"),
+        ("virtqueue_pop_avail", "virtio_devices.queue:SplitQueue.chains"),
+        ("virtqueue_send_interrupt", "virtio_devices.mmio:MmioTransport.queue_used"),
+        ("virtqueue_set_avail_event", "virtio_devices.queue:SplitQueue.enable_kicks"),
+        ("vm_state", *(f"vmm_core.machine.core:Machine.{verb}" for verb in ("start", "pause", "resume", "reset", "shutdown"))),
+    )
+)
+
+_LONGEST_PATTERN = 256
+_LONGEST_VALUE = 200  # characters
+# A pattern with nested or many repetitions takes time that grows without bound with the length of a name, and who waits is the
+# main loop. Three in a row over the 280 names of at most 40 characters take well under a second.
+_MOST_REPETITIONS = 3
+
+
+class Registry:
+    """The trace points of one process and whether they are on. Safe to use from any thread."""
+
+    def __init__(self, points: Iterable[TracePoint] = POINTS, write: Callable[[str], None] | None = None) -> None:
+        """All points are off. `write` gets the lines; the log unless given."""
+        self._points = {point.name: point for point in points}
+        self._originals: dict[str, list[tuple[type, str, Any]]] = {}
+        self._write = write or log.trace
+        self._lock = Lock()
+
+    def states(self, pattern: str) -> list[tuple[str, bool]]:
+        """Return name and state of each point whose name has a match of `pattern` anywhere. Raises TraceError."""
+        search = compile_pattern(pattern).search
+        return [(name, name in self._originals) for name in self._points if search(name)]
+
+    def set_states(self, pattern: str, enable: bool) -> None:
+        """Switch each point whose name has a match of `pattern` anywhere. No match is no error. Raises TraceError."""
+        search = compile_pattern(pattern).search
+        with self._lock:
+            for name, point in self._points.items():
+                if search(name):
+                    self._switch(point, enable)
+
+    def enable_from_file(self, path: str) -> None:
+        """Switch on what the patterns in a file match, one a line; blank lines count for nothing. Raises TraceError."""
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TraceError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    self.set_states(line.strip(), True)
+                except TraceError as error:
+                    raise TraceError(f"{path}: line {number}: {error}") from None
+
+    def close(self) -> None:
+        """Switch everything off."""
+        self.set_states("", False)
+
+    def _switch(self, point: TracePoint, enable: bool) -> None:
+        if enable == (point.name in self._originals):
+            return
+        if not enable:
+            for owner, method, original in self._originals.pop(point.name):
+                setattr(owner, method, original)
+            return
+        replaced = []
+        for target in point.targets:
+            owner, method = _find(target)
+            original = owner.__dict__[method]
+            replaced.append((owner, method, original))
+            setattr(owner, method, self._wrap(point.name, original))
+        self._originals[point.name] = replaced
+
+    def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        write = self._write
+        code = original.__code__
+        names = code.co_varnames[1 : code.co_argcount]
+
+        @functools.wraps(original)
+        def traced(self: Any, *args: Any, **options: Any) -> Any:
+            values = [*zip(names, args, strict=False), *options.items()]
+            write(f"[{name}] {original.__qualname__} " + " ".join(f"{key}={_show(value)}" for key, value in values))
+            return original(self, *args, **options)
+
+        return traced
+
+
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """Return a pattern that takes little time on any name. Raises TraceError for one that is malformed or might take long."""
+    if len(text) > _LONGEST_PATTERN:
+        raise TraceError(f"the pattern is longer than {_LONGEST_PATTERN} characters")
+    # What repeats are the bare characters: not behind a backslash, not inside brackets.
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", text, flags=re.DOTALL)
+    if re.search(r"\)[*+{]|\(\?(?!:|i\))", bare) or len(re.findall(r"[*+{]", bare)) > _MOST_REPETITIONS:
+        raise TraceError(f"the pattern repeats groups, looks around, or has more than {_MOST_REPETITIONS} repetitions")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of constructs that may mean something else one day
+            return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise TraceError(f"no regular expression: {error}") from None
+
+
+def _find(target: str) -> tuple[type, str]:
+    module, _, path = target.partition(":")
+    owner, _, method = path.partition(".")
+    return getattr(import_module(module), owner), method
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:#x}"
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
+    if value is None or isinstance(value, bool | str | tuple | Struct):
+        return repr(value)[:_LONGEST_VALUE]
+    return f"<{type(value).__name__}>"
+
+
+registry: Final = Registry()
+"""The trace points of this process."""
