@@ -542,7 +542,7 @@ def test_many_bytes_go_through_a_serial_port_both_ways_and_whole() -> None:
     (keyboard, typed), (shown, screen) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
     uart = Serial(RecordedLine(4), thread, lambda line: None)
     uart.connect(StdioBackend(lambda line: None, keyboard, screen))
-    data = os.urandom(100_000)
+    data = os.urandom(10_000)
     received = bytearray()
 
     def type_it() -> None:

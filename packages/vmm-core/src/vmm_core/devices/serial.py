@@ -1,8 +1,17 @@
 """16550A UART, as every PC has one at port 0x3F8. Source: National Semiconductor PC16550D data sheet, section 8.
 
-The line is infinitely fast: what the guest writes has left at once, unless the host does not take it, and what the host sends
-arrives as fast as the guest reads. So the four character times of the receive timeout are none at all, and the divisor
-is only remembered.
+The line is as fast as drivers bear it, and the divisor is only remembered. What the guest writes has left by the time it looks,
+unless the host does not take it. What the host sends arrives in bursts of a FIFO, about the speed of the fastest real line;
+any faster, and a driver that empties the receiver in its interrupt would not come out of it before the paste is over. A
+burst is over at once, so the four character times of the receive timeout are none at all.
+
+Two things keep drivers that were written for slow lines well:
+
+- The transmitter becomes empty at the guest's next access that is not another byte, or when the host gets the bytes; not
+  with each write. A driver that writes its last bytes and then disables the interrupt, as on a slow line, is not
+  interrupted for nothing.
+- An interrupt that stays pending is sent again after a while. Drivers give up after so many rounds in one interrupt (Linux:
+  512), which a fast line can feed without end, and would then wait for an edge on a line that never fell.
 
 Reset values are those of StratoVirt (reference machine-x86_64, section 10.1), whose guests see a line that is up.
 
@@ -43,6 +52,7 @@ FIFO = 16
 TRIGGERS = (1, 4, 8, 14)  # FCR bits 7:6
 
 INPUT = 1024  # bytes taken from the host ahead of the guest
+PACE = 1_000_000  # nanoseconds of the host's time from one burst of input to the next: 16,000 bytes a second
 
 # Output that the host has not taken. Above FULL the transmitter says that it is busy, and a guest that looks waits. A guest may
 # write on regardless (Linux's console does, after 10 ms a byte), and a hypervisor may deliver writes late: nothing is lost
@@ -53,6 +63,8 @@ LIMIT = 1 << 20
 # Linux writes the console byte by byte. Bytes of one millisecond go to the host together: no one sees the delay, and the
 # loop's thread wakes once instead of a hundred times.
 GATHER = 1_000_000  # nanoseconds of the host's time
+
+REMIND, REMIND_LAST = 4_000_000, 1_000_000_000  # nanoseconds of the host's time
 
 
 @versioned(1)
@@ -70,6 +82,7 @@ class SerialState(NamedTuple):
     divisor: int
     transmitter_empty: bool  # the THRE interrupt is pending
     looped: bytes
+    arrived: int
     input: bytes
     output: bytes
 
@@ -89,11 +102,15 @@ class Serial:
         self._scratch_hook: Callable[[int], None] | None = None
         self._lock = Lock()
         self._input = bytearray()  # from the host, not yet read by the guest
+        self._arrived = 0  # how many of them are in the receiver
+        self._pacing = False  # the next burst is on its way
         self._looped = bytearray()  # what loopback mode put into the receive FIFO
         self._output = bytearray()  # from the guest, not yet with the back end
         self._gathering = False  # a flush is on its way
         self._lost = 0
         self._asserted = False  # the interrupt output
+        self._reminding = False  # a reminder is on its way
+        self._patience = 0  # nanoseconds to the next one
         self._power_on()
 
     def _power_on(self) -> None:
@@ -106,7 +123,9 @@ class Serial:
         self._msr_changes = 0
         self._scr = 0
         self._divisor = 0x0C
-        self._transmitter_empty = False
+        self._transmitter_empty = False  # the interrupt, not the status bit
+        self._sent = False  # written to since anyone looked
+        self._seen = False  # the interrupt identification was read since the last reminder
         self._looped.clear()
         self._asserted = False
 
@@ -123,6 +142,8 @@ class Serial:
         """Power-on state. Bytes on the wire, in either direction, are not the UART's and stay."""
         with self._lock:
             self._power_on()
+            self._arrived = 0
+            self._come_back()
 
     # The guest's side
 
@@ -142,6 +163,8 @@ class Serial:
 
     def _read(self, offset: int) -> int:
         with self._lock:
+            if self._sent:
+                self._transmitted()
             if offset == LSR:
                 return self._read_lsr()
             if offset == DATA:
@@ -150,7 +173,8 @@ class Serial:
                 source = self._interrupt()
                 if source == IIR_THRE:
                     self._transmitter_empty = False
-                    self._update()
+                self._seen = True
+                self._update()
                 return source | (IIR_FIFOS if self._fcr & FCR_ENABLE else 0)
             if offset == IER:
                 return self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
@@ -174,7 +198,10 @@ class Serial:
                     self._divisor = self._divisor & 0xFF00 | value
                 else:
                     self._transmit(value)
-            elif offset == IER:
+                return
+            if self._sent:
+                self._transmitted()
+            if offset == IER:
                 self._write_ier(value)
             elif offset == FCR_IIR:
                 self._write_fcr(value)
@@ -192,7 +219,7 @@ class Serial:
             if self._fcr & FCR_ENABLE and value & ~LSR_OE:
                 value |= LSR_FIFO_ERROR
             self._lsr_errors = 0
-            self._update()
+        self._update()
         if self._available():
             value |= LSR_DR
         if len(self._output) < FULL:
@@ -202,33 +229,38 @@ class Serial:
     def _read_data(self) -> int:
         if self._looped:
             byte = self._looped.pop(0)
-        elif self._input and not self._mcr & MCR_LOOP:
+        elif self._arrived and not self._mcr & MCR_LOOP:
             full = len(self._input) == INPUT
             byte = self._input.pop(0)
+            self._arrived -= 1
+            if not self._fcr & FCR_ENABLE:
+                self._asserted = False  # one byte after the other: the next is another arrival
             if full and self._backend is not None:
                 self._backend.input_wanted()
         else:
-            return 0
+            byte = 0
         self._update()
         return byte
 
     def _transmit(self, byte: int) -> None:
+        self._sent = True
         self._transmitter_empty = False
         if self._mcr & MCR_LOOP:
             self._loop_back(byte)
+        elif self._backend is not None and len(self._output) >= LIMIT:
+            self._lost += 1
         elif self._backend is not None:
-            if len(self._output) < LIMIT:
-                self._output.append(byte)
-            else:
-                self._lost += 1
-            if not self._gathering:
-                self._gathering = True
-                self._loop.call_later(GATHER, self.flush, host=True)
-        if len(self._output) < FULL:
-            # The byte has left: the line falls with the write and rises again, which is a new edge.
-            self._asserted = self._asserted and self._interrupt() != IIR_NONE
-            self._transmitter_empty = True
+            self._output.append(byte)
+        if not self._gathering:
+            self._gathering = True
+            self._loop.call_later(GATHER, self.flush, host=True)
         self._update()
+
+    def _transmitted(self) -> None:
+        """Let what was written have left; whoever calls follows with _update()."""
+        self._sent = False
+        if len(self._output) < FULL:
+            self._transmitter_empty = True
 
     def _loop_back(self, byte: int, error: int = 0) -> None:
         if len(self._looped) < (FIFO if self._fcr & FCR_ENABLE else 1):
@@ -295,7 +327,7 @@ class Serial:
 
     def _available(self) -> int:
         """Bytes in the receiver. In loopback mode the wire is cut off and waits."""
-        return len(self._looped) + (0 if self._mcr & MCR_LOOP else len(self._input))
+        return len(self._looped) + (0 if self._mcr & MCR_LOOP else self._arrived)
 
     def _interrupt(self) -> int:
         """The pending enabled interrupt of the highest priority (table IV)."""
@@ -319,7 +351,21 @@ class Serial:
         pending = self._interrupt() != IIR_NONE
         if pending and not self._asserted:
             self._line.trigger()
+            if not self._reminding:
+                self._reminding = True
+                self._patience = REMIND
+                self._loop.call_later(REMIND, self._remind, host=True)
         self._asserted = pending
+
+    def _remind(self) -> None:
+        """Send an interrupt again that is still pending, ever less often if the guest does not look."""
+        with self._lock:
+            self._reminding = self._asserted
+            if self._asserted:
+                self._line.trigger()
+                self._patience = REMIND if self._seen else min(2 * self._patience, REMIND_LAST)
+                self._seen = False
+                self._loop.call_later(self._patience, self._remind, host=True)
 
     # The host's side (`chardev.CharFrontend`), on the loop
 
@@ -331,7 +377,26 @@ class Serial:
         """Take input from the host."""
         with self._lock:
             self._input += data
-            self._update()
+            if not self._pacing:
+                self._arrive()
+
+    def _arrive(self) -> None:
+        """Fill the receiver, and have it looked at again after a while."""
+        self._arrived = min(FIFO, len(self._input))
+        self._come_back()
+        self._update()
+
+    def _come_back(self) -> None:
+        """Bring the next burst of input, if there is one by then."""
+        if not self._pacing:
+            self._pacing = True
+            self._loop.call_later(PACE, self._paced, host=True)
+
+    def _paced(self) -> None:
+        with self._lock:
+            self._pacing = False
+            if self._arrived < len(self._input):
+                self._arrive()
 
     def peer_changed(self, connected: bool) -> None:
         """Nothing: the line is up whether or not somebody listens, as with a cable to nowhere."""
@@ -350,13 +415,11 @@ class Serial:
     def flush(self) -> None:
         """Give the host what it takes now. On the loop."""
         backend = self._backend
-        if backend is None:
-            return
         with self._lock:
             self._gathering = True  # output_ready() comes, or nothing is left: nobody else need call
             data = bytes(self._output)
             lost, self._lost = self._lost, 0
-        taken = backend.write(data) if data else 0
+        taken = backend.write(data) if data and backend is not None else 0
         with self._lock:
             was_full = len(self._output) >= FULL
             del self._output[:taken]
@@ -365,8 +428,8 @@ class Serial:
             if left and not self._gathering:  # written by the guest meanwhile
                 self._gathering = True
                 self._loop.call_later(GATHER, self.flush, host=True)
-            if was_full and left < FULL:
-                self._transmitter_empty = True
+            if self._sent or (was_full and left < FULL):
+                self._transmitted()
                 self._update()
         if lost:
             self._report(f"serial: {lost} bytes of output lost: the guest wrote on while nobody read {LIMIT} bytes")
@@ -401,8 +464,9 @@ class Serial:
                 self._msr_changes,
                 self._scr,
                 self._divisor,
-                self._transmitter_empty,
+                self._transmitter_empty or (self._sent and len(self._output) < FULL),
                 bytes(self._looped),
+                self._arrived,
                 bytes(self._input),
                 bytes(self._output),
             )
@@ -425,14 +489,22 @@ class Serial:
                 raise StateError(f"serial.{field}: {getattr(new, field):#x} has bits outside {mask:#x}")
         expect_range(len(new.looped), 0, FIFO, "serial.looped: length")
         expect_range(len(new.input), 0, INPUT, "serial.input: length")
+        expect_range(new.arrived, 0, min(FIFO, len(new.input)), "serial.arrived")
         expect_range(len(new.output), 0, LIMIT, "serial.output: length")
         with self._lock:
             self._ier, self._fcr, self._lcr, self._mcr = new.ier, new.fcr, new.lcr, new.mcr
             self._lsr_errors, self._msr_lines, self._msr_changes = new.lsr_errors, new.msr_lines, new.msr_changes
             self._scr, self._divisor, self._transmitter_empty = new.scr, new.divisor, new.transmitter_empty
             self._looped, self._input, self._output = bytearray(new.looped), bytearray(new.input), bytearray(new.output)
-            # The edge was sent before the save, and the interrupt controller's own state has it.
+            self._arrived = new.arrived
+            self._come_back()
+            # An edge that was sent before the save is in the interrupt controller's own state; one that was not is sent
+            # as a reminder.
+            self._sent = False
             self._asserted = self._interrupt() != IIR_NONE
+            if self._asserted and not self._reminding:
+                self._reminding = True
+                self._loop.call_later(REMIND, self._remind, host=True)
             if self._output and self._backend is not None and not self._gathering:
                 self._gathering = True
                 self._loop.call_later(GATHER, self.flush, host=True)
