@@ -169,6 +169,13 @@ def test_a_peer_that_is_silent_is_status_4(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == "qmp: no greeting in time\n"
 
 
+def test_a_server_that_is_busy_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with listen_unix(tmp_path / "s", backlog=0), socket.socket(socket.AF_UNIX) as first:
+        first.connect(str(tmp_path / "s"))  # no room to wait is left
+        assert main(["-s", str(tmp_path / "s"), "-t", "0.05", "stop"]) == 3
+    assert capsys.readouterr().err.endswith("Resource temporarily unavailable\n")
+
+
 def test_a_wait_for_an_event_can_follow_a_command(machine: Machine, output: Any) -> None:
     assert main(["device_del", "id=d", "-w", "DEVICE_DELETED"]) == 0
     result, event = output()

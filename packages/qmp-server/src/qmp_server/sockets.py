@@ -46,7 +46,7 @@ class Listener:
         self.close()
 
 
-def listen_unix(path: str | os.PathLike[str], *, backlog: int = 16) -> Listener:
+def listen_unix(path: str | os.PathLike[str], *, backlog: int = 128) -> Listener:
     """Listen on a unix socket at `path`.
 
     Raises OSError: EADDRINUSE when a process listens there, EEXIST when a file is there that is no socket, ENAMETOOLONG, and
@@ -68,7 +68,7 @@ def listen_unix(path: str | os.PathLike[str], *, backlog: int = 16) -> Listener:
     return Listener(sock, path)
 
 
-def listen_tcp(host: str, port: int, *, backlog: int = 16) -> Listener:
+def listen_tcp(host: str, port: int, *, backlog: int = 128) -> Listener:
     """Listen on a TCP port of a literal IPv4 or IPv6 address; port 0 picks a free one. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)

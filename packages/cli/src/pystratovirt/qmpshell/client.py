@@ -20,6 +20,7 @@ from qmp_protocol.schema import Command
 R = TypeVar("R")
 
 _READ_SIZE = 65536
+_BACKLOG_PAUSE = 0.02  # seconds
 _KEPT_EVENTS = 10_000  # of a program that executes but never looks at events; the oldest go
 
 
@@ -48,13 +49,21 @@ def connect_socket(address: str, timeout: float | None) -> socket.socket:
 
 def _connect_unix(path: str, timeout: float | None) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    deadline = None if timeout is None else time.monotonic() + timeout
     try:
         sock.settimeout(timeout)
-        sock.connect(path)
+        while True:
+            try:
+                sock.connect(path)
+            except BlockingIOError:  # so many wait for the server that there is no room to wait with them
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+                time.sleep(_BACKLOG_PAUSE)
+            else:
+                return sock
     except BaseException:
         sock.close()
         raise
-    return sock
 
 
 def _connect_tcp(address: str, timeout: float | None) -> socket.socket:

@@ -1,0 +1,377 @@
+"""QMP against the whole program in test mode (no KVM): the manual's examples, the reference's transcripts, every query."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pystratovirt.trace import POINTS
+from qmp_protocol.commands import COMMANDS, STRATOVIRT
+from qmp_protocol.framing import Framer
+
+LIMIT = 60.0  # seconds, for what takes a tenth of one
+
+# Commands whose device does not exist in this program yet. A command that learns to work must leave this set.
+NOT_YET = {
+    "blockdev-add",
+    "netdev_add",
+    "device_add",
+    "device_del",
+    "migrate",
+    "migrate_cancel",
+}
+# What a microvm lacks, here and in StratoVirt.
+NOT_ON_MICROVM = {
+    "blockdev-del",
+    "netdev_del",
+    "cameradev_add",
+    "cameradev_del",
+    "chardev-add",
+    "chardev-remove",
+    "blockdev-snapshot-internal-sync",
+    "blockdev-snapshot-delete-internal-sync",
+    "query-vcpu-reg",
+    "query-display-image",
+    "query-vnc",
+    "switch-audio-record",
+    "human-monitor-command",
+    "update_region",
+}
+# A microvm that has none answers so.
+NO_BALLOON = {"balloon", "query-balloon"}
+
+
+class Client:
+    """A connection that shows messages in the order in which they come."""
+
+    def __init__(self, address: Any) -> None:
+        self.socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+        self.socket.settimeout(LIMIT)
+        self.socket.connect(address)
+        self._framer = Framer(1 << 24)
+        self._messages: list[Any] = []
+        self.greeting = self.read()
+
+    def read(self) -> Any:
+        while not self._messages:
+            data = self.socket.recv(65536)
+            if not data:
+                return None
+            self._messages += self._framer.feed(data)
+        return self._messages.pop(0)
+
+    def send(self, text: str) -> None:
+        self.socket.sendall(text.encode())
+
+    def run(self, command: str, arguments: Any = None) -> Any:
+        self.send(json.dumps({"execute": command} if arguments is None else {"execute": command, "arguments": arguments}) + "\n")
+        while "event" in (message := self.read()):
+            pass
+        return message
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Vm:
+    """The program in test mode with a unix and a TCP monitor."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(folder / "test"))
+        listener.listen()
+        listener.settimeout(LIMIT)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.tcp = probe.getsockname()
+        self.unix = str(folder / "qmp")
+        command = [sys.executable, "-m", "pystratovirt", "-machine", "microvm", "-smp", "2,maxcpus=2", "-m", "128"]
+        command += ["-mod-test", str(folder / "test"), "-object", "iothread,id=io1"]
+        command += ["-qmp", f"unix:{self.unix},server,nowait"]
+        command += ["-chardev", f"socket,host={self.tcp[0]},port={self.tcp[1]},id=m,server,nowait"]
+        command += ["-mon", "chardev=m,mode=control", *options]
+        self.log = folder / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "STRATOVIRT_LOG_LEVEL": "trace"}
+            )
+        self.test, _ = listener.accept()
+        listener.close()
+        self.test.settimeout(LIMIT)
+
+    def ask(self, request: str) -> str:
+        """A request of test mode."""
+        self.test.sendall(request.encode())
+        reply = b""
+        while not reply.endswith(b"\n"):
+            reply += self.test.recv(65536)
+        return reply.decode().strip()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.test.close()
+
+
+@pytest.fixture
+def vm(request: pytest.FixtureRequest) -> Iterator[Vm]:
+    with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp") as folder:
+        made = Vm(Path(folder), *getattr(request, "param", ()))
+        yield made
+        made.close()
+
+
+def examples() -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """What the manual shows: the request, and what comes back in that order."""
+    text = (Path(__file__).parent / "qmp_manual_examples.txt").read_text()
+    # Two misprints of the manual.
+    text = text.replace(', vm-clock-nsec"', ', "vm-clock-nsec"').replace('"ds":', '"seconds":')
+    found: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    for line in text.splitlines():
+        if line.startswith("-> "):
+            found.append((json.loads(line[3:]), []))
+        elif line.startswith("<- "):
+            found[-1][1].append(json.loads(line[3:]))
+    return found
+
+
+def shape(value: Any) -> Any:
+    """A value without its values: names and kinds."""
+    if isinstance(value, dict):
+        return {name: shape(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [shape(item) for item in value[:1]]
+    return int if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+def test_the_manual_has_the_examples_that_we_think() -> None:
+    assert len(examples()) == 29
+    assert {request["execute"] for request, _ in examples()} <= set(STRATOVIRT.commands)
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_every_example_of_the_manual_is_answered_as_printed(vm: Vm, transport: str) -> None:
+    client = Client(getattr(vm, transport))
+    assert client.greeting["QMP"]["version"]["StratoVirt"].keys() == {"micro", "minor", "major"}
+    last = [(request, expected) for request, expected in examples() if request["execute"] == "quit"]
+    for request, expected in [each for each in examples() if each not in last] + last:
+        command = request["execute"]
+        client.send(json.dumps(request) + "\n")
+        if command == "getfd":
+            assert client.read()["error"]["desc"] == "Invalid SCM message"  # see below for one with a descriptor
+        elif command in NO_BALLOON:
+            assert client.read()["error"] == {"class": "DeviceNotActive", "desc": "No balloon device has been activated"}
+        elif command in NOT_YET:
+            assert client.read()["error"]["desc"] == f"The command {command} is not supported yet"
+        elif command in NOT_ON_MICROVM:
+            assert client.read()["error"]["desc"] == STRATOVIRT.commands[command].refusal
+        else:
+            got = [client.read() for _ in expected]
+            if command == "trace-get-state":
+                assert got == [{"return": []}]  # no trace point has the manual's name
+            elif command == "query-mem-gpa":
+                assert got[0]["error"]["desc"] == "this gpa does not support query"  # no such memory in this machine
+            else:
+                assert shape(got) == shape(expected), command
+            for message, printed in zip(got, expected, strict=True):
+                assert message.get("event") == printed.get("event")
+    assert client.read() is None
+    assert vm.process.wait(LIMIT) == 0
+    client.close()
+
+
+def test_every_command_is_answered_and_the_sets_above_are_true(vm: Vm) -> None:
+    client = Client(vm.unix)
+    ends = {"quit", "system_reset", "system_powerdown", "stop", "cont"}
+    wrong: dict[str, Any] = {}
+    for name, command in STRATOVIRT.commands.items():
+        if name in ends:
+            continue
+        reply = client.run(name, _arguments(command))
+        desc = reply.get("error", {}).get("desc", "")
+        expected = (
+            f"The command {name} is not supported yet"
+            if name in NOT_YET
+            else STRATOVIRT.commands[name].refusal
+            if name in NOT_ON_MICROVM
+            else None
+        )
+        if (expected is not None and desc != expected) or (
+            expected is None and "not support" in desc and name != "query-mem-gpa"
+        ):
+            wrong[name] = reply
+    assert wrong == {}
+    client.close()
+
+
+def _arguments(command: Any) -> dict[str, Any]:
+    """Arguments that pass validation."""
+    known = next((request.get("arguments", {}) for request, _ in examples() if request["execute"] == command.name), None)
+    if known is not None:
+        return dict(known)
+    return {
+        "human-monitor-command": {"command-line": "info snapshots"},
+        "input_event": {"key": "keyboard", "value": "1,1"},
+        "update_region": {"update_type": "add", "region_type": "io_region", "offset": 0, "size": 8, "priority": 0},
+    }.get(command.name, {})
+
+
+class TestQueries:
+    def test_cpus_name_their_threads(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        cpus = client.run("query-cpus")["return"]
+        assert [cpu["CPU"] for cpu in cpus] == [0, 1]
+        assert cpus[1] == {
+            "CPU": 1,
+            "arch": "x86",
+            "current": True,
+            "halted": False,
+            "props": {"core-id": 1, "die_id": 0, "socket-id": 0, "thread-id": 0},
+            "qom_path": "/machine/unattached/device[1]",
+            "thread_id": cpus[1]["thread_id"],
+        }
+        places = client.run("query-hotpluggable-cpus")["return"]
+        assert places[1] == {
+            "props": cpus[1]["props"],
+            "qom-path": "/machine/unattached/device[1]",
+            "type": "host-x86-cpu",
+            "vcpus-count": 1,
+        }
+
+    def test_io_threads_are_threads_of_the_process(self, vm: Vm) -> None:
+        (thread,) = Client(vm.unix).run("query-iothreads")["return"]
+        assert thread["id"] == "io1"
+        assert Path(f"/proc/{vm.process.pid}/task/{thread['thread-id']}").is_dir()
+
+    @pytest.mark.parametrize("vm", [("-serial", "pty")], indirect=True)
+    def test_a_pseudo_terminal_is_told(self, vm: Vm) -> None:
+        (chardev,) = Client(vm.unix).run("query-chardev")["return"]
+        assert chardev["filename"].startswith("pty:/dev/pts/")
+        assert chardev["frontend-open"] is True
+        assert Path(chardev["filename"].removeprefix("pty:")).exists()
+
+    def test_guest_memory_can_be_read(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        vm.ask("writel 0x100000 0xb9000001")
+        assert client.run("query-mem-gpa", {"gpa": "100000"}) == {"return": "B9000001"}
+        assert client.run("query-mem-gpa", {"gpa": "100100"}) == {"return": "0"}
+        for gpa, desc in {
+            "0x100000": "address not in hexadecimal",
+            "": "address not in hexadecimal",
+            "f" * 17: "address not in hexadecimal",
+            "7ffffff": "this gpa does not support query",  # only its first byte is RAM
+            "fec00000": "this gpa does not support query",  # a device's: reading would change it
+        }.items():
+            assert client.run("query-mem-gpa", {"gpa": gpa})["error"]["desc"] == desc
+
+    def test_the_memory_map_goes_to_standard_output(self, vm: Vm) -> None:
+        assert Client(vm.unix).run("query-mem") == {"return": {}}
+        text = vm.log.read_text()
+        assert "0x0000000000000000-0x0000000007ffffff RAM" in text
+        assert "virtio-mmio0" in text
+
+    def test_trace_points_can_be_switched_and_write_to_the_log(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        states = client.run("trace-get-state", {"name": "^virtio_tpt"})["return"]
+        assert states == [{"name": f"virtio_tpt_{kind}_config", "state": False} for kind in ("read", "write")]
+        assert len(client.run("trace-get-state", {"name": ""})["return"]) == len(POINTS)
+        assert client.run("trace-set-state", {"name": "virtio_tpt_read", "enable": True}) == {"return": {}}
+        assert client.run("trace-get-state", {"name": "_read_config"})["return"][0]["state"] is True
+        vm.ask("readl 0xf0100000")
+        assert client.run("trace-set-state", {"name": "virtio", "enable": False}) == {"return": {}}
+        vm.ask("readl 0xf0100004")
+        lines = [line for line in vm.log.read_text().splitlines() if "[virtio_tpt_read_config]" in line]
+        assert len(lines) == 1
+        assert "offset=0x0 size=0x4" in lines[0]
+        assert client.run("trace-get-state", {"name": "("})["error"]["desc"].startswith("Failed to get trace state")
+        assert client.run("trace-set-state", {"name": "(a+)+$", "enable": True})["error"]["desc"].startswith(
+            "Failed to set trace state"
+        )
+
+    def test_probes_find_what_they_look_for(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        assert client.run("query-target") == {"return": {"arch": "x86_64"}}
+        assert [each["name"] for each in client.run("query-machines")["return"]] == ["none", "microvm", "q35"]
+        assert client.run("qom-list", {"path": "/machine"}) == {"return": []}
+        assert {"name": "virtio-gpu-pci", "parent": "virtio-gpu"} in client.run("qom-list-types", {"implements": "x"})["return"]
+        assert client.run("device-list-properties", {"typename": "virtio-blk-pci"})["return"] == [
+            {"name": "disable-legacy", "type": "OnOffAuto"},
+            {"name": "num-queues", "type": "uint16"},
+        ]
+        (drive,) = client.run("query-command-line-options", {"option": "drive"})["return"]
+        assert {"discard", "detect-zeroes"} <= {each["name"] for each in drive["parameters"]}
+        assert client.run("query-kvm")["return"]["enabled"] is False
+        assert client.run("query-migrate") == {"return": {"status": "setup"}}
+
+    def test_results_fit_their_declarations(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        for command in COMMANDS:
+            if command.name.startswith("query-") or command.name in ("qom-list", "qom-list-types", "device-list-properties"):
+                reply = client.run(command.name)
+                if "return" in reply:
+                    command().parse_result(reply["return"])
+
+
+class TestTranscripts:
+    """Section 20 of the reference."""
+
+    def test_pause_double_pause_resume(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        client.send('{"execute":"stop"}')
+        assert client.read()["event"] == "STOP"
+        assert client.read() == {"return": {}}
+        assert client.run("query-status")["return"]["status"] == "paused"
+        client.send('{"execute":"cont"}')
+        assert client.read()["event"] == "RESUME"
+        assert client.read() == {"return": {}}
+        assert client.run("query-status")["return"]["running"] is True
+
+    def test_quit_ends_with_the_event_and_then_the_stream(self, vm: Vm) -> None:
+        client, other = Client(vm.unix), Client(vm.tcp)
+        client.send('{"execute":"quit","id":"z"}\n')
+        assert client.read() == {"return": {}, "id": "z"}
+        event = client.read()
+        assert (event["event"], event["data"]) == ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+        assert client.read() is None
+        assert other.read()["event"] == "SHUTDOWN"
+        assert vm.process.wait(LIMIT) == 0
+        assert not Path(vm.unix).exists()
+
+    def test_a_signal_ends_with_the_event(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        vm.process.terminate()
+        assert client.read()["data"] == {"guest": False, "reason": "Guest shutdown by signal 15"}
+        assert client.read() is None
+        assert vm.process.wait(LIMIT) == 0
+
+    def test_bad_requests(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        for text, desc in {
+            '{"execute":"device_del"}': "missing field `arguments`",
+            '{"execute":"stop","arguments":{"force":true}}': "unknown field `force`, there are no fields",
+            "nonsense\n": "expected a JSON object at line 1 column 1",
+        }.items():
+            client.send(text)
+            assert client.read() == {"error": {"class": "GenericError", "desc": desc}}
+
+    def test_two_requests_in_one_packet_both_run(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        client.send('{"execute":"stop"}{"execute":"cont"}')
+        assert [client.read().get("event") for _ in range(4)] == ["STOP", None, "RESUME", None]
+
+    def test_too_many_requests_are_refused_in_words(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        client.send('{"execute":"query-status"}' * 400)
+        replies = [client.read() for _ in range(400)]
+        assert all("return" in reply for reply in replies[:101])
+        refused = [reply["error"] for reply in replies if "error" in reply]
+        assert refused[0] == {"class": "OperationThrottled", "desc": "More than 100 requests received during 1 second"}
