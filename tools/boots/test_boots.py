@@ -141,6 +141,17 @@ def test_a_signal_leaves_no_process(sleeper: tuple[subprocess.Popen[bytes], set[
     assert eventually(lambda: not any(map(alive, children)))
 
 
+def test_the_lab_ends_with_who_started_it() -> None:
+    script = f"{sys.executable} {LAB} run -- sh -c 'echo up; sleep 1000' & echo $!; wait"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as shell:
+        assert shell.stdout is not None
+        started = int(shell.stdout.readline())
+        assert shell.stdout.readline() == b"up\n"
+        processes = {started} | descendants(started)
+        shell.kill()
+        assert eventually(lambda: not any(map(alive, processes)))
+
+
 def test_a_reader_that_goes_away_ends_the_lab(sleeper: tuple[subprocess.Popen[bytes], set[int]]) -> None:
     process, children = sleeper
     assert process.stdout is not None

@@ -15,6 +15,7 @@ import secrets
 import selectors
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import sys
@@ -40,6 +41,7 @@ PORTS = ("stdout", "stderr", "stdin", "control", "dmesg")  # virtio-serial ports
 _FORWARD_PORT = 10  # and up: one for each forwarded socket
 _CONSOLE_KEPT = 64 * 1024  # bytes of the lab host's own console, for the message when it dies
 _CHUNK = 64 * 1024
+_LOOK = 1.0  # seconds between two looks at the clock and at who started us
 
 
 class LabError(Exception):
@@ -224,6 +226,7 @@ class _Host:
         """Move bytes until the command has ended; return its status."""
         limit = self._options.timeout
         deadline = None if limit is None else time.monotonic() + limit
+        parent = os.getppid()
         if self._options.tty:
             self._stack.enter_context(_raw_terminal())
         if self._options.tty or self._options.stdin:
@@ -232,10 +235,11 @@ class _Host:
             if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
                 self._selector.register(descriptor, selectors.EVENT_READ, "reader gone")
         while not self._finished():
-            wait = None if deadline is None else deadline - time.monotonic()
-            if wait is not None and wait <= 0:
+            if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError(f"the command did not end within {limit:g} s")
-            for key, mask in self._selector.select(wait):
+            if os.getppid() != parent:
+                raise SystemExit(128 + signal.SIGHUP)  # who started us is gone, and nobody waits for the result
+            for key, mask in self._selector.select(_LOOK):
                 self._handle(key, mask)
         if self._options.dmesg:
             self._options.dmesg.write_bytes(self._log)
