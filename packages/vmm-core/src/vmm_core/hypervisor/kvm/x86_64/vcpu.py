@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _APIC_LVT_LINT0, _APIC_LVT_LINT1 = 0x350, 0x360  # Intel SDM vol. 3, table 11-1
 _APIC_DELIVERY_MODE, _APIC_EXTINT, _APIC_NMI = 0x700, 0x700, 0x400  # figure 11-8
 
+_CR0_WP = 1 << 16  # valid in every mode
+
 # Reference, section 6: SYSENTER_CS/ESP/EIP, STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE, TSC, MTRRdefType; MISC_ENABLE
 _BOOT_MSRS = (
     *((index, 0) for index in (0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0102)),
@@ -57,7 +59,12 @@ class VcpuArch:
         """
         mp_state = structs.MP_RUNNABLE if self._index == 0 else structs.MP_UNINITIALIZED
         self._set(kvm.SET_MP_STATE, structs.MP_STATE.pack(mp_state))
-        self._set(structs.SET_SREGS, self._boot_sregs())
+        sregs = self._boot_sregs()
+        if not self._fresh:
+            # After a triple fault without paging, kvm-amd (seen on Linux 6.1) has forgotten where its nested page table is, and
+            # enters the guest without one for ever. A change of CR0 makes it look again.
+            self._set(structs.SET_SREGS, _with_other_cr0(sregs))
+        self._set(structs.SET_SREGS, sregs)
         registers = self._boot.registers
         self._set(structs.SET_REGS, structs.REGS.pack(*(registers.get(name, 0) for name in structs.REG_NAMES)))
         if self._xsave_size:
@@ -186,6 +193,13 @@ class VcpuArch:
             kvm.call(self._fd, request, bytearray(data))
         except kvm.KvmError as error:
             raise HypervisorError(f"CPU {self._index}: {error}") from None
+
+
+def _with_other_cr0(sregs: bytearray) -> bytearray:
+    other = bytearray(sregs)
+    cr0, *rest = structs.CONTROL.unpack_from(sregs, structs.CONTROL_AT)
+    structs.CONTROL.pack_into(other, structs.CONTROL_AT, cr0 ^ _CR0_WP, *rest)
+    return other
 
 
 def _put_segment(sregs: bytearray, at: int, s: Segment) -> None:
