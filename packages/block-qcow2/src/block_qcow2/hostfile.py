@@ -60,6 +60,7 @@ class HostFile:
             raise
         # Read-modify-write of a block excludes every other write to it; only direct I/O has either.
         self.gate = RangeGate()
+        self.volatile = False  # flushes do nothing: for files that are thrown away if their making does not finish
         self._zero_range = True
         self._punch_hole = True
         self._close_lock = threading.Lock()
@@ -134,6 +135,8 @@ class HostFile:
 
     def flush(self) -> None:
         """fdatasync: what was written before survives power loss when this returns."""
+        if self.volatile:
+            return
         os.fdatasync(self.fd)
 
     # --- discarding and zeroing ---

@@ -27,7 +27,7 @@ COMMANDS = {
     "measure": ("look", "measure [-O FMT] [-o OPTIONS] [--output human|json] (--size N | [-f FMT] [--allow-chain] FILE)"),
     "convert": (
         "copy",
-        "convert [-f FMT] [-O FMT] [-o OPTIONS] [-c] [-n] [-l SNAPSHOT] [-S SIZE] [-m N] [-pqU] [--allow-chain] FILE… OUTPUT",
+        "convert [-f FMT] [-O FMT] [-o OPTIONS] [-cnpqU] [-l SNAPSHOT] [-S SIZE] [-m N] [-t CACHE] [--allow-chain] FILE… OUT",
     ),
     "dd": ("copy", "dd [-f FMT] [-O FMT] [-U] [--allow-chain] [bs=N] [count=N] [skip=N] if=FILE of=FILE"),
     "commit": ("chain", "commit [-f FMT] [-d] [-p] [-q] --allow-chain FILE"),

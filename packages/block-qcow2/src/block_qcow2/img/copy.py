@@ -7,6 +7,7 @@ is not finished is removed.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,7 @@ CONVERT = {
     "force-share": "=U",
     "allow-chain": "",
     "target-is-zero": "",
+    "t": "value",
 }
 _CHUNK = 2 << 20
 _ZEROES = bytes(_CHUNK)
@@ -70,7 +72,10 @@ def convert(words: list[str]) -> int:
             if given.last("l") is not None:
                 _show_snapshot(image, given.last("l") or "")
         size = sum(i.size for i in opened)
-        with _Target(target, fmt, size, pairs, existing=given.flag("n")) as out:
+        cache = given.last("t") or ("writeback" if given.flag("n") else "unsafe")
+        if cache not in ("writeback", "unsafe"):
+            raise UsageError(f"-t {cache}: expected writeback (on the disk when done) or unsafe (in the page cache)")
+        with _Target(target, fmt, size, pairs, existing=given.flag("n"), volatile=cache == "unsafe") as out:
             zero = not given.flag("n") or given.flag("target-is-zero")
             with Progress(size, shown=given.flag("p"), quiet=given.flag("q")) as progress:
                 base = 0
@@ -96,7 +101,7 @@ def _show_snapshot(image: Any, name: str) -> None:
 class _Target:
     """The image that is written. What was created for it is removed when the copy does not finish."""
 
-    def __init__(self, path: str, fmt: str, size: int, pairs: dict[str, str], *, existing: bool) -> None:
+    def __init__(self, path: str, fmt: str, size: int, pairs: dict[str, str], *, existing: bool, volatile: bool = False) -> None:
         self._path = path
         self._made = False
         options = qcow2_options(pairs) if fmt == "qcow2" else None
@@ -107,6 +112,7 @@ class _Target:
             self._made = True
         try:
             self.image = open_image(path, format=fmt, read_only=False, allow=options is not None and bool(options.backing_file))
+            self.image.file.volatile = volatile
             if self.image.size < size:
                 raise BlockError(f"{path}: {self.image.size} bytes are too few for {size}")
         except BaseException:
@@ -147,6 +153,8 @@ def copy(
     parts: Iterator[Mapped] | None = None,
 ) -> None:
     """Copy all guest data of `source` to `target` at `base`. `zero`: the target reads as zeroes already."""
+    # A thread that comes back from a read or write wants the interpreter now, not after the default 5 ms.
+    sys.setswitchinterval(5e-5)
     step = _CHUNK
     if packed:
         cluster = target.cluster_size
@@ -223,23 +231,30 @@ def _read_job(source: Any, at: int, length: int, buffer: bytearray, sparse: int)
         # Against the whole buffer of zeroes first: one memcmp for the common case.
         if length == _CHUNK == len(buffer) and buffer == _ZEROES:
             return buffer, []
-        with memoryview(buffer) as view:
-            return buffer, data_runs(view[:length], sparse)
+        return buffer, data_runs(buffer, length, sparse)
 
     return job
 
 
-def data_runs(view: memoryview, piece: int) -> list[tuple[int, int]]:
-    """(start, end) of the parts that do not read as zeroes, in whole pieces."""
+def data_runs(data: bytes | bytearray, length: int, piece: int) -> list[tuple[int, int]]:
+    """(start, end) of the parts of the first `length` bytes that do not read as zeroes, in whole pieces."""
     found: list[tuple[int, int]] = []
-    length = len(view)
-    for start in range(0, length, piece):
-        end = min(start + piece, length)
-        if view[start] or not is_zero(view[start:end]):
-            if found and found[-1][1] == start:
-                found[-1] = (found[-1][0], end)
-            else:
-                found.append((start, end))
+    zeroes = bytes(piece)
+    whole = length // piece * piece
+    start = -1
+    # startswith is a memcmp in place: random data cost one comparison of a few bytes.
+    for at in range(0, whole, piece):
+        if data.startswith(zeroes, at):
+            if start >= 0:
+                found.append((start, at))
+                start = -1
+        elif start < 0:
+            start = at
+    if whole < length and any(data[whole:length]):
+        start = whole if start < 0 else start
+        whole = length
+    if start >= 0:
+        found.append((start, whole))
     return found
 
 
@@ -290,7 +305,7 @@ def dd(words: list[str]) -> int:
             while at < length:
                 data = source.read(start + at, min(_CHUNK, length - at))
                 with memoryview(data) as view:
-                    for a, b in data_runs(view, _SPARSE):
+                    for a, b in data_runs(data, len(data), _SPARSE):
                         out.write(at + a, view[a:b])
                 at += len(data)
                 progress.at(at)

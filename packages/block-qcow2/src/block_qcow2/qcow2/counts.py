@@ -14,6 +14,8 @@ from . import tables
 from .format import COMPRESSED, COPIED, OFFSET_MASK, Header, compressed_span
 from .refcount import unpack
 
+_CHUNK = 1 << 20
+
 
 class TableFindings(NamedTuple):
     """What one L2 table references."""
@@ -123,42 +125,90 @@ class Counts:
         if self.header.extended_l2:
             words = words[::2]
         bits = self.header.cluster_bits
-        packed = np.nonzero(words & np.uint64(COMPRESSED))[0]
-        compressed = len(packed)
-        outside, wrong = [], []
-        for i in packed.tolist():
-            entry = int(words[i])
-            if not self.add(*compressed_span(entry, bits)):
-                outside.append((i, entry))
-            if entry & COPIED and active:
-                wrong.append((i, entry, 0))
-        if compressed:
+        outside: list[tuple[int, int]] = []
+        wrong: list[tuple[int, int, int]] = []
+        compressed = 0
+        flags = words & np.uint64(COMPRESSED)
+        if flags.any():
+            packed = np.nonzero(flags)[0]
+            compressed = len(packed)
+            for i in packed.tolist():
+                entry = int(words[i])
+                if not self.add(*compressed_span(entry, bits)):
+                    outside.append((i, entry))
+                if entry & COPIED and active:
+                    wrong.append((i, entry, 0))
             words = words.copy()
             words[packed] = 0
-        offsets = words & np.uint64(OFFSET_MASK)
         if self.header.has_data_file:
             used = int(np.count_nonzero(words & np.uint64(OFFSET_MASK | COPIED)))
             return TableFindings(used, compressed, 0, outside, [], wrong)
+        offsets = words & np.uint64(OFFSET_MASK)
         index = np.nonzero(offsets)[0]
         clusters = len(index)
-        offsets = offsets[index]
-        bad = offsets & np.uint64(self.header.cluster_size - 1)
-        misaligned = [(int(i), int(words[i])) for i in index[bad != 0]]
+        if clusters < len(words):
+            words, offsets = words[index], offsets[index]
+        misaligned: list[tuple[int, int]] = []
         host = (offsets >> np.uint64(bits)).astype(np.int64)
+        bad = (offsets & np.uint64(self.header.cluster_size - 1)) != 0
         far = host >= self.clusters
-        outside += [(int(i), int(words[i])) for i in index[far & (bad == 0)]]
-        if misaligned or outside:
-            good = ~far & (bad == 0)
-            index, host = index[good], host[good]
-        np.add.at(self.found, host, 1)
+        if bad.any() or far.any():
+            misaligned = [(int(index[i]), int(words[i])) for i in np.nonzero(bad)[0].tolist()]
+            outside += [(int(index[i]), int(words[i])) for i in np.nonzero(far & ~bad)[0].tolist()]
+            good = ~far & ~bad
+            index, host, words = index[good], host[good], words[good]
+        if not len(host):
+            return TableFindings(clusters, compressed, 0, outside, misaligned, wrong)
+        steps = np.diff(host)
+        jumps = int(np.count_nonzero(steps != 1))
+        if not jumps:
+            self.found[int(host[0]) : int(host[0]) + len(host)] += 1
+        elif (steps > 0).all():
+            self.found[host] += 1
+        else:  # perhaps twice the same
+            unique, times = np.unique(host, return_counts=True)
+            self.found[unique] += times.astype(self.found.dtype)
         fragmented = 0
-        if active and len(host):
-            fragmented = int(np.count_nonzero(host[1:] != host[:-1] + 1)) + (bool(self._next) and int(host[0]) != self._next)
-            self._next = int(host[-1]) + 1
+        if active:
+            fragmented = jumps
             counts = self.disk[host]
-            off = (counts == 1) != ((words[index] & np.uint64(COPIED)) != 0)
-            wrong += [(int(index[i]), int(words[index[i]]), int(counts[i])) for i in np.nonzero(off)[0].tolist()]
+            off = (counts == 1) != ((words & np.uint64(COPIED)) != 0)
+            if off.any():
+                wrong += [(int(index[i]), int(words[i]), int(counts[i])) for i in np.nonzero(off)[0].tolist()]
         return TableFindings(clusters, compressed, fragmented, outside, misaligned, wrong)
+
+    def with_copied(self, raw: bytes | bytearray) -> bytes | None:
+        """An L2 table with its COPIED flags as `disk` says; None if it is like that. Impossible entries stay as they are."""
+        np: Any = self._np
+        step = 2 if self.header.extended_l2 else 1
+        bits, mask = self.header.cluster_bits, self.header.cluster_size - 1
+        if self.header.has_data_file:
+            return None
+        if np is None:
+            words = tables.from_bytes(raw)
+            for i in range(0, len(words), step):
+                entry = words[i]
+                offset = entry & OFFSET_MASK
+                if entry & COMPRESSED:
+                    words[i] = entry & ~COPIED
+                elif offset and not offset & mask and offset >> bits < self.clusters:
+                    words[i] = entry | COPIED if self.disk[offset >> bits] == 1 else entry & ~COPIED
+            changed = tables.to_bytes(words)
+            return changed if changed != raw else None
+        all_words = np.frombuffer(raw, np.dtype(">u8")).astype(np.uint64)
+        entries = all_words[::step]
+        packed = (entries & np.uint64(COMPRESSED)) != 0
+        offsets = entries & np.uint64(OFFSET_MASK)
+        host = (offsets >> np.uint64(bits)).astype(np.int64)
+        sane = (offsets != 0) & ((offsets & np.uint64(mask)) == 0) & (host < self.clusters) & ~packed
+        alone = np.zeros(len(entries), bool)
+        alone[sane] = self.disk[host[sane]] == 1
+        plain = entries & np.uint64(~COPIED & (1 << 64) - 1)
+        wanted = np.where(alone, entries | np.uint64(COPIED), np.where(sane | packed, plain, entries))
+        if (wanted == entries).all():
+            return None
+        all_words[::step] = wanted
+        return bytes(all_words.astype(np.dtype(">u8")).tobytes())
 
     def differences(self) -> Iterator[tuple[int, int, int]]:
         """(cluster, refcount on disk, references) where the two differ, ascending."""
@@ -173,6 +223,10 @@ class Counts:
     def end(self) -> int:
         """One past the highest cluster that is referenced or counted."""
         if self._np:
-            used = self._np.nonzero((self.found != 0) | (self.disk != 0))[0]
-            return int(used[-1]) + 1 if len(used) else 0
+            for start in range((self.clusters - 1) // _CHUNK * _CHUNK, -1, -_CHUNK):
+                part = slice(start, start + _CHUNK)
+                used = self._np.nonzero((self.found[part] != 0) | (self.disk[part] != 0))[0]
+                if len(used):
+                    return start + int(used[-1]) + 1
+            return 0
         return next((c + 1 for c in range(self.clusters - 1, -1, -1) if self.found[c] or self.disk[c]), 0)

@@ -50,6 +50,18 @@ def pack(block: array[int], order: int) -> bytes:
     return value.to_bytes(len(packed), "little")
 
 
+def first_zero(block: array[int], start: int) -> int:
+    """The first index from `start` whose count is 0, or -1. `array.index` would compare objects, 30 times as slow."""
+    if not block[start]:
+        return start
+    data, width = block.tobytes(), block.itemsize
+    zero = bytes(width)
+    at = data.find(zero, start * width)
+    while at >= 0 and at % width:
+        at = data.find(zero, at + 1)
+    return at // width if at >= 0 else -1
+
+
 class TableFull(Exception):
     """The refcount table has no room for a block: the caller lets go of the image's lock and has it grow."""
 
@@ -183,9 +195,8 @@ class Refcounts:
             if block is None:
                 self._create_block(at)
                 continue
-            try:
-                start = block.index(0, at & (size - 1))
-            except ValueError:
+            start = first_zero(block, at & (size - 1))
+            if start < 0:
                 at = self.hint = ((at >> bits) + 1) << bits
                 continue
             first = (at >> bits << bits) + start
@@ -213,11 +224,8 @@ class Refcounts:
                 self._create_block(at)
                 start = at = at + 1
             elif block[at & (size - 1)]:
-                try:
-                    at = (at >> bits << bits) + block.index(0, at & (size - 1))
-                except ValueError:
-                    at = ((at >> bits) + 1) << bits
-                start = at
+                free = first_zero(block, at & (size - 1))
+                start = at = (at >> bits << bits) + (free if free >= 0 else size)
             else:
                 at += 1
         self._check_free(start, count)

@@ -18,7 +18,6 @@ from ..hostfile import HostFile, read_padded
 from . import tables
 from .counts import Counts
 from .format import (
-    COMPRESSED,
     COPIED,
     INCOMPAT_DIRTY,
     MAX_L1_BYTES,
@@ -370,18 +369,14 @@ def fix_copied(image: Qcow2Image) -> None:
     with image._lock:
         image.refcounts.fill(counts)
         image.l2.clear()
-    words = 2 if header.extended_l2 else 1
     for i, entry in enumerate(image.l1):
         offset = entry & OFFSET_MASK
         if not offset or offset & (image.cluster_size - 1) or offset >> image.cluster_bits >= counts.clusters:
             continue  # a check reports it; there is nothing to correct
         raw = read_table(image, offset)
-        found = counts.add_l2(raw, active=True)
-        if found.wrong_copied:
-            for index, bad, refcount in found.wrong_copied:
-                good = bad | COPIED if refcount == 1 and not bad & COMPRESSED else bad & ~COPIED
-                raw[index * 8 * words : index * 8 * words + 8] = good.to_bytes(8, "big")
-            image.file.pwrite(offset, raw)
+        changed = counts.with_copied(raw)
+        if changed is not None:
+            image.file.pwrite(offset, changed)
         alone = counts.disk[offset >> image.cluster_bits] == 1
         image.l1[i] = offset | COPIED if alone else offset
     image.file.flush()
