@@ -96,7 +96,8 @@ class Hypervisor(Protocol):
     def route_message(self, gsi: int, address: int, data: int) -> None:
         """Make an edge on the line of `gsi` write `data` to `address`: a message-signalled interrupt.
 
-        Only numbers that no controller of the hypervisor has as a pin can be messages; on x86_64 those from 24 on.
+        Only numbers that no controller of the hypervisor has as a pin can be messages; on x86_64 those from 24 on. From any
+        thread, like unroute_message().
         """
         ...
 

@@ -28,7 +28,7 @@ _BITMAP_UNIT = 64  # KVM writes the dirty bitmap in whole 64-bit words
 
 
 class KvmHypervisor:
-    """A VM in KVM (vmm_core.hypervisor.Hypervisor). All methods but flush_coalesced() are for the machine's thread."""
+    """A VM in KVM (vmm_core.hypervisor.Hypervisor). For the machine's thread, but for messages and flush_coalesced()."""
 
     def __init__(self, topology: CpuTopology, path: str = "/dev/kvm") -> None:
         """Create the VM with its interrupt controllers and timers. Raises HypervisorError when this host cannot.
