@@ -230,13 +230,12 @@ class Serial:
         if self._looped:
             byte = self._looped.pop(0)
         elif self._arrived and not self._mcr & MCR_LOOP:
-            full = len(self._input) == INPUT
             byte = self._input.pop(0)
             self._arrived -= 1
             if not self._fcr & FCR_ENABLE:
                 self._asserted = False  # one byte after the other: the next is another arrival
-            if full and self._backend is not None:
-                self._backend.input_wanted()
+            if len(self._input) == INPUT // 2 and self._backend is not None:
+                self._backend.input_wanted()  # not with the first byte of room: that would be a read for every byte
         else:
             byte = 0
         self._update()
