@@ -8,15 +8,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from pystratovirt.qmp_handlers import docs
+from pystratovirt.qmp_handlers.human import snapshot_table
 from pystratovirt.trace import POINTS
 from qmp_protocol.commands import COMMANDS, STRATOVIRT
 from qmp_protocol.framing import Framer
+from qmp_protocol.schema.reference import reference
 
 LIMIT = 60.0  # seconds, for what takes a tenth of one
 
@@ -43,7 +47,6 @@ NOT_ON_MICROVM = {
     "query-display-image",
     "query-vnc",
     "switch-audio-record",
-    "human-monitor-command",
     "update_region",
 }
 # A microvm that has none answers so.
@@ -312,6 +315,17 @@ class TestQueries:
         assert client.run("query-kvm")["return"]["enabled"] is False
         assert client.run("query-migrate") == {"return": {"status": "setup"}}
 
+    def test_the_human_monitor_knows_some_lines(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+
+        def line(text: str) -> Any:
+            return client.run("human-monitor-command", {"command-line": text})
+
+        assert line("info snapshots") == {"return": "There is no snapshot available.\r\n"}
+        assert line("info usb")["error"]["desc"] == "Unsupported command: info usb"
+        assert line("savevm x")["error"]["desc"] == "Unsupported command: savevm"
+        assert line("")["error"]["desc"] == "Unsupported command: "
+
     def test_results_fit_their_declarations(self, vm: Vm) -> None:
         client = Client(vm.unix)
         for command in COMMANDS:
@@ -319,6 +333,42 @@ class TestQueries:
                 reply = client.run(command.name)
                 if "return" in reply:
                     command().parse_result(reply["return"])
+
+
+class _Snapshot(NamedTuple):
+    id: str
+    name: str
+    vm_state_size: int
+    date_sec: int
+    vm_clock_nsec: int
+    icount: int = 2**64 - 1
+
+
+def test_the_table_of_commands_is_up_to_date() -> None:
+    page = Path(__file__).parents[3] / "docs" / "compatibility.md"
+    assert docs.refresh(page.read_text()) == page.read_text(), "run python -m pystratovirt.qmp_handlers.docs on it"
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    page = Path(__file__).parents[3] / "docs" / "qmp-reference.md"
+    assert page.read_text() == reference(STRATOVIRT), "run python -m qmp_protocol.schema.reference > docs/qmp-reference.md"
+
+
+def test_snapshots_are_listed_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    clock = ((25 * 60 + 2) * 60 + 3) * 10**9 + 450_000_000
+    snapshots = [_Snapshot("1", "before-upgrade", 0, 1712000000, clock), _Snapshot("2", "odd\udcff", 7, 0, 0, 12)]
+    assert snapshot_table({"vol9": snapshots}).split("\r\n") == [
+        "List of snapshots present on all disks:",
+        "None",
+        "",
+        "List of partial (non-loadable) snapshots on 'vol9':",
+        "ID        TAG               VM SIZE                DATE     VM CLOCK     ICOUNT",
+        "1         before-upgrade        0 B 2024-04-01 19:33:20  25:02:03.45           ",
+        "2         odd\\udcff             7 B 1970-01-01 00:00:00  00:00:00.00         12",
+        "",
+    ]
 
 
 class TestTranscripts:

@@ -1,0 +1,97 @@
+"""The table of QMP commands in docs/compatibility.md, made by asking a server which commands have a handler.
+
+`python -m pystratovirt.qmp_handlers.docs docs/compatibility.md` puts it between its markers; a test compares.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+from pystratovirt.qmp_handlers import register_all
+from qmp_protocol.commands import STRATOVIRT
+from qmp_protocol.schema import Machines
+from qmp_server.server import QmpServer
+
+_BLOCK = re.compile(r"(<!-- QMP commands -->\n).*?(<!-- end of QMP commands -->)", re.DOTALL)
+
+# What differs on purpose; a command that is not here and has a handler is as in StratoVirt.
+NOTES: Final = {
+    "qmp_capabilities": "the id comes back; `enable` may be an empty list",
+    "stop": "a paused machine stays paused and the answer is success, without an event (StratoVirt: an error without a text); "
+    "image files stay locked",
+    "cont": "a running machine runs on and the answer is success, without an event (StratoVirt: an error without a text)",
+    "system_powerdown": "presses the power button: POWERDOWN, and the guest decides; with `acpi=off` the machine ends with "
+    "SHUTDOWN",
+    "balloon": "answers that there is no balloon",
+    "query-balloon": "answers that there is no balloon",
+    "input_event": "succeeds without effect, as there",
+    "block-commit": "succeeds without effect, as there",
+    "system_reset": "RESET, and the guest boots again (StratoVirt: the machine ends, as here with `acpi=off`, but with SHUTDOWN)",
+    "query-commands": "names as they are on the wire (StratoVirt: internal ones, which cannot all be run)",
+    "query-qmp-schema": "QEMU's introspection format (StratoVirt: `{}`)",
+    "query-command-line-options": "every option with parameters, from the parser's own declarations (StratoVirt: two of `drive`)",
+    "query-iothreads": "the thread's own id (StratoVirt: the process's)",
+    "query-mem-gpa": "works on a microvm; reads RAM only (StratoVirt's standard machines read device registers too)",
+    "query-kvm": "says what is true",
+    "query-migrate": "`setup`, as long as there is no migration",
+    "human-monitor-command": "`info snapshots` (StratoVirt's microvm: none)",
+    "getfd": "of several descriptors the others are closed; a name that is used again closes the old one",
+    "trace-get-state": "only points that exist here, with StratoVirt's names",
+    "trace-set-state": "patterns with nested or more than three repetitions are refused; lines go to the log at level TRACE",
+}
+
+# Where StratoVirt's microvm says the same words as a success, or nothing at all.
+REFUSED_BETTER: Final = {
+    "switch-audio-record": "the words as an error (StratoVirt: as the result of a success)",
+    "blockdev-snapshot-internal-sync": "an error that says so (StratoVirt: success without a snapshot)",
+    "blockdev-snapshot-delete-internal-sync": "an error that says so (StratoVirt: success without effect)",
+}
+
+
+def refresh(text: str) -> str:
+    """Return `text` with the generated block made anew."""
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{table()}\n{found[2]}", text)
+
+
+def table() -> str:
+    """Return the table of all commands for a microvm."""
+    machine = Machines.MICROVM
+    handled = _handled()
+    lines = ["| Command | State |", "| --- | --- |", "| `qmp_capabilities` | differs: " + NOTES["qmp_capabilities"] + " |"]
+    for name, command in list(STRATOVIRT.commands.items())[1:]:
+        note = NOTES.get(name, "")
+        if name in handled:
+            state = f"differs: {note}" if note else "supported"
+        elif command.machines & machine:
+            state = "not yet"
+        elif name in REFUSED_BETTER:
+            state = f"not on a microvm: {REFUSED_BETTER[name]}"
+        else:
+            state = f"refused as on StratoVirt's microvm: `{command.refusal}`"
+        lines.append(f"| `{name}` | {state} |")
+    return "\n".join(lines) + "\n"
+
+
+def _handled() -> set[str]:
+    server = QmpServer()
+    nothing: Any = SimpleNamespace(vm=SimpleNamespace(), machine=SimpleNamespace())
+    register_all(server, nothing, Machines.ALL)  # no machine lacks anything: what is registered is what exists
+    return {name for name in STRATOVIRT.commands if name in server.dispatcher}
+
+
+def main() -> int:
+    """Rewrite the file that is named. Returns the exit status."""
+    if len(sys.argv) != 2:
+        sys.stderr.write("usage: python -m pystratovirt.qmp_handlers.docs docs/compatibility.md\n")
+        return 1
+    path = Path(sys.argv[1])
+    path.write_text(refresh(path.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

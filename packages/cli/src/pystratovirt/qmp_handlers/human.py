@@ -1,0 +1,82 @@
+"""The human monitor over QMP: a few lines of text that management tools still use (reference qmp, section 13.2).
+
+Not here: `drive_add` and `drive_del`, which come with hot-plug.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from qmp_protocol.commands.debug import HumanMonitorCommand
+from qmp_protocol.errors import GENERIC_ERROR, QmpError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pystratovirt.runtime import Runtime
+    from qmp_server.dispatch import Call
+    from qmp_server.server import QmpServer
+
+_NO_ICOUNT: Final = 2**64 - 1
+_HEAD: Final = f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"
+
+
+class Snapshot(Protocol):
+    """One internal snapshot of an image (`block_qcow2.qcow2.snapshots.Snapshot`)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def vm_state_size(self) -> int: ...
+    @property
+    def date_sec(self) -> int: ...
+    @property
+    def vm_clock_nsec(self) -> int: ...
+    @property
+    def icount(self) -> int: ...
+
+
+def register(server: QmpServer, runtime: Runtime) -> None:
+    """Register the human monitor."""
+
+    @server.handler(HumanMonitorCommand)
+    def human_monitor_command(arguments: HumanMonitorCommand, call: Call) -> str:
+        words = arguments.command_line.split(" ")
+        command = _COMMANDS.get(" ".join(words[:2]) if words[0] == "info" else words[0])
+        if command is None:
+            shown = " ".join(words[:2]) if words[0] == "info" else words[0]
+            raise QmpError(GENERIC_ERROR, f"Unsupported command: {shown[:64]}")
+        return command(runtime)
+
+
+def _info_snapshots(runtime: Runtime) -> str:
+    disks: Mapping[str, Any] = runtime.vm.disks
+    return snapshot_table({name: disk.snapshots() for name, disk in disks.items() if hasattr(disk, "snapshots")})
+
+
+def snapshot_table(images: Mapping[str, Sequence[Snapshot]]) -> str:
+    """Return StratoVirt's text for the snapshots of each qcow2 image. Lines end with CR LF."""
+    if not images:
+        return "There is no snapshot available.\r\n"
+    lines = ["List of snapshots present on all disks:", "None"]
+    for name, snapshots in images.items():
+        lines += ["", f"List of partial (non-loadable) snapshots on '{name}':", _HEAD]
+        lines += [_row(snapshot) for snapshot in snapshots]
+    return "".join(f"{line}\r\n" for line in lines)
+
+
+def _row(snapshot: Snapshot) -> str:
+    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.date_sec))
+    hundredths = snapshot.vm_clock_nsec // 10_000_000
+    seconds, hundredths = divmod(hundredths, 100)
+    clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{hundredths:02}"
+    icount = "" if snapshot.icount == _NO_ICOUNT else str(snapshot.icount)
+    # An image may hold bytes that are no UTF-8, and JSON has no place for them.
+    ident, name = (text.encode("utf-8", "backslashreplace").decode() for text in (snapshot.id, snapshot.name))
+    return f"{ident:<9} {name:<16} {snapshot.vm_state_size:>6} B{date:>20}{clock:>13}{icount:>11}"
+
+
+_COMMANDS: Final[dict[str, Callable[[Any], str]]] = {"info snapshots": _info_snapshots}
