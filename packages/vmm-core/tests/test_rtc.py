@@ -459,3 +459,12 @@ def test_a_state_that_no_clock_can_be_in_is_refused(machine: Machine, field: str
         machine.rtc.restore(machine.rtc.save()._replace(**{field: value}))  # type: ignore[arg-type]
     with pytest.raises(StateError, match=r"^rtc"):
         machine.rtc.restore(3)
+
+
+def test_a_clock_that_counts_to_twelve_says_so_until_a_guest_sets_it_otherwise(machine: Machine) -> None:
+    rtc = Rtc(machine.clock, machine.loop, None, memory_size=1 << 28, hours_24=False, wall=lambda: 13 * 3600 * SECOND)
+    rtc.write(0, 1, B)
+    assert not rtc.read(1, 1) & H24
+    rtc.write(0, 1, 4)
+    assert rtc.read(1, 1) == 0x81  # one in the afternoon
+    rtc.close()

@@ -67,8 +67,8 @@ class Rtc:
         """Make a clock that shows `wall`, nanoseconds of UTC since 1970.
 
         Without a `line` interrupts raise flags only. Without `hours_24` it counts to twelve until a guest sets it otherwise, which
-        Linux's driver takes for a reason to leave the device, and the interrupt it has on a PC, alone. `memory_size` is RAM in bytes, of which all above `low_memory_limit` is
-        above 4 GiB.
+        Linux's driver takes for a reason to leave the device, and the interrupt it has on a PC, alone. `memory_size` is RAM in
+        bytes, of which all above `low_memory_limit` is above 4 GiB.
         """
         self._clock = clock
         self._loop = loop
@@ -79,7 +79,7 @@ class Rtc:
         self._index = 0
         self._offset = 0  # nanoseconds that this clock is ahead of the wall
         self._cells = bytearray(128)  # time registers: only while the clock is halted
-        self._cells[A], self._cells[B], self._cells[D] = A_DIVIDER_ON | 0x06, B_24_HOURS, D_VALID
+        self._cells[A], self._cells[B], self._cells[D] = A_DIVIDER_ON | 0x06, B_24_HOURS * hours_24, D_VALID
         self._describe_memory(memory_size, low_memory_limit)
         self._seen = self._now() // SECOND
         self._ticks_seen = self._ticks()

@@ -81,12 +81,15 @@ class Microvm(Machine):
         self.i8042 = I8042(self)
         self.pio.add(*Layout.I8042_DATA, self.i8042.data_port, "keyboard controller data")
         self.pio.add(*Layout.I8042_COMMAND, self.i8042, "keyboard controller command")
-        # A clock that does not answer costs a stock kernel 4 s of its boot, so it is there even without ACPI; only its
-        # interrupt, which StratoVirt's machine has no line for, is not.
-        self.rtc = Rtc(clock, loop, hypervisor.interrupt_line(Layout.RTC_GSI) if acpi else None, memory_size=memory.size)
+        # A clock that does not answer costs a stock kernel 4 s of its boot, so it is there even without ACPI. Only ACPI tells
+        # of its interrupt: a driver that finds it by itself would take IRQ 8, which is slot 3's, so it is kept away.
+        line = hypervisor.interrupt_line(Layout.RTC_GSI) if acpi else None
+        self.rtc = Rtc(clock, loop, line, memory_size=memory.size, hours_24=acpi)
         self.pio.add(*Layout.RTC_PORTS, self.rtc, "clock")
         self.add_component("rtc", self.rtc)
         self.add_closable(self.rtc)
+        # Kernels with PCI look for it with thousands of writes to a port that nothing has (`pci=off` keeps them from it).
+        hypervisor.coalesce(*Layout.PCI_CONFIG_ADDRESS, port=True)
         self.power: AcpiPm | None = None
         if acpi:
             self.power = AcpiPm(self, hypervisor.interrupt_line(Layout.GED_GSI))
