@@ -66,9 +66,9 @@ class Rtc:
     ) -> None:
         """Make a clock that shows `wall`, nanoseconds of UTC since 1970.
 
-        Without a `line` interrupts raise flags only. Without `hours_24` it counts to twelve until a guest sets it otherwise, which
-        Linux's driver takes for a reason to leave the device, and the interrupt it has on a PC, alone. `memory_size` is RAM in
-        bytes, of which all above `low_memory_limit` is above 4 GiB.
+        Without a `line` interrupts raise flags only. Without `hours_24` it counts to twelve until a guest sets it otherwise,
+        which Linux's driver takes for a reason to leave the device, and the interrupt it has on a PC, alone.
+        `memory_size` is RAM in bytes, of which all above `low_memory_limit` is above 4 GiB.
         """
         self._clock = clock
         self._loop = loop
