@@ -20,7 +20,7 @@ from . import cache
 from .progress import Step, say
 
 VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian 13 and later; Debian 12 (part of QEMU)
-_APT = ("apt-get", "-qq", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300")
+_APT = ("apt-get", "-q", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300")
 _NEEDED = {"qemu-system-x86_64": "qemu-system-x86", "depmod": "kmod", "mke2fs": "e2fsprogs", "dpkg": "dpkg"}
 # What tests compare with and talk to.
 _PEERS = {"qemu-img": "qemu-utils", "iasl": "acpica-tools", "socat": "socat", "ncat": "ncat"}
@@ -85,8 +85,16 @@ def install(packages: Sequence[str]) -> None:
             )
         command = [sudo, *command]
     say(f"Installing system packages: {' '.join(packages)}")
-    with Step("Installing"):
-        _run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+    try:
+        _install(command)
+    except SetupError:
+        update()  # a fresh container has no indexes, and old ones name versions that the archive no longer has
+        _install(command)
+
+
+def _install(command: Sequence[str]) -> None:
+    with Step("Installing") as step:
+        follow([*command, "-o", "Dpkg::Use-Pty=0"], step, {**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
 
 
 def update() -> None:
@@ -240,3 +248,17 @@ def _run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
     )
     if done.returncode:
         raise SetupError(f"{' '.join(command)}: exit status {done.returncode}: {(done.stderr or done.stdout).strip()}")
+
+
+def follow(command: Sequence[str], step: Step, env: dict[str, str] | None = None) -> None:
+    """Run a command and show its last line as it goes; its whole output when it fails."""
+    lines = []
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            step.note(line.strip())
+    if process.returncode:
+        raise SetupError(f"{' '.join(command)}: exit status {process.returncode}: {''.join(lines[-20:]).strip()}")

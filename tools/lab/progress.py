@@ -24,21 +24,27 @@ class Step:
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()
-        if self._tty:
-            self.update(0.0)
-        else:
+        self.note("...")
+        if not self._tty:
             print(f"{self._what} ...", file=sys.stderr, flush=True)
         return self
 
-    def update(self, percent: float, detail: str = "") -> None:
+    def update(self, percent: float) -> None:
         """Draw the bar at `percent` (0 to 100)."""
-        if not self._tty or (round(percent) == self._drawn and not detail):
-            return
-        self._drawn = round(percent)
-        full = round(24 * min(max(percent, 0.0), 100.0) / 100)
-        line = f"{self._what} [{'#' * full}{'.' * (24 - full)}] {percent:3.0f}% {detail}"
-        sys.stderr.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
-        sys.stderr.flush()
+        if round(percent) != self._drawn:
+            self._drawn = round(percent)
+            full = round(24 * min(max(percent, 0.0), 100.0) / 100)
+            self._draw(f"[{'#' * full}{'.' * (24 - full)}] {percent:3.0f}%")
+
+    def note(self, text: str) -> None:
+        """Say what is being done, where nobody knows how much there is."""
+        self._draw(text)
+
+    def _draw(self, state: str) -> None:
+        if self._tty:
+            line = f"{self._what}: {state}"
+            sys.stderr.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+            sys.stderr.flush()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._tty:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import venv
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import cache
-from .debian import SetupError
+from .debian import follow
 from .progress import Step
 
 
@@ -21,22 +20,12 @@ def environment(name: str, requirements: Sequence[str], *inputs: Path) -> Path:
     key = cache.digest(sys.version, sys.base_prefix, *requirements, *inputs)
 
     def fill(folder: Path) -> None:
-        with Step(f"Making a Python environment for {name}"):
-            # Where it will be: the scripts in it name their interpreter by its path.
-            builder = venv.EnvBuilder(with_pip=True, symlinks=True)
-            builder.create(folder)
-            command = [
-                str(folder / "bin/python"),
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-                *requirements,
-            ]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SetupError(f"pip install {' '.join(requirements)}: {done.stderr.strip()}")
+        with Step(f"Making a Python environment for {name}") as step:
+            venv.EnvBuilder(with_pip=True, symlinks=True).create(folder)
+            pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+            command = [*pip, "install", "--progress-bar", "off", *requirements]
+            follow(command, step)
+            # The scripts name their interpreter by its path, and the folder gets its name when it is complete.
             for script in (folder / "bin").iterdir():
                 if script.is_file() and not script.is_symlink():
                     text = script.read_bytes()
