@@ -338,6 +338,20 @@ def test_commit_and_rebase_keep_the_content(img: Any) -> None:
     is_clean(Path("top"))
 
 
+def test_an_encrypted_image_is_made_and_converted(img: Any, source: bytes) -> None:
+    Path("key").write_bytes(b"open sesame")
+    assert img("create", "-f", "qcow2", "-o", "encrypt.format=luks", "secret", "8M").status == 1
+    assert img("create", "-f", "qcow2", "-o", "encrypt.format=luks", "--key-file", "key", "secret", "1M").status == 0
+    with open_image("secret", read_only=False, passphrase=b"open sesame") as image:
+        image.write(0, source[:MiB])
+    assert source[:64] not in Path("secret").read_bytes()
+    said = img("convert", "-O", "raw", "secret", "out")
+    assert (said.status, "passphrase" in said.err) == (1, True)
+    assert img("convert", "-O", "raw", "--key-file", "key", "secret", "out").status == 0
+    assert Path("out").read_bytes() == source[:MiB]
+    assert '"encrypted": true' in img("info", "--output", "json", "secret").out
+
+
 def test_dd(img: Any, source: bytes) -> None:
     assert img("dd", "-f", "raw", "if=source", "of=out", "bs=512", "skip=3", "count=100").status == 0
     assert Path("out").read_bytes() == source[1536 : 1536 + 51200]

@@ -31,6 +31,7 @@ def open_disk(
     detect_zeroes: str = "off",
     allow: bool | Callable[[str], bool] = False,
     l2_cache_bytes: int = 0,
+    passphrase: bytes | None = None,
 ) -> Disk:
     """Open an image for guest I/O. Takes no lock: see `Disk.lock`.
 
@@ -38,7 +39,7 @@ def open_disk(
     the caller where it does not block, else threads), "threads", "native" (libaio) or "io_uring". `discard`: pass discards to
     the host. `detect_zeroes`: "on" turns written zeroes into zeroed ranges, "unmap" into holes (if `discard`). `allow`:
     whether files that a qcow2 image names may be opened; a function is asked about each path. `l2_cache_bytes`: of a qcow2
-    image, 0 for 32 MiB. A qcow2 image that was not closed properly is repaired first, if it is opened for writing.
+    image, 0 for 32 MiB. `passphrase`: of a LUKS image. A qcow2 image that was not closed properly is repaired when it is locked.
 
     Raises OpenError (the file, or an option), EngineError (the host lacks the engine), ImageFormatError.
     """
@@ -59,6 +60,7 @@ def open_disk(
             lock=False,
             discard=discard,
             l2_cache_bytes=l2_cache_bytes,
+            passphrase=passphrase,
         )
         try:
             if isinstance(image, RawImage):

@@ -159,18 +159,29 @@ def open_image(
     for_repair: bool = False,
     named: bool = True,
     l2_cache_bytes: int = 0,
+    passphrase: bytes | None = None,
 ) -> Any:
     """Open an image; use it as a context manager, or close() it.
 
     `format`: "raw", "qcow2", or None to look at its first bytes. `allow`: whether what the image names may be opened: False,
     True, or a function of the absolute path. `lock`: take QEMU-compatible locks; `force_share` reads what somebody else may be
-    writing. `named=False`: open a qcow2 image without what it names (for looking at its metadata only).
+    writing. `passphrase`: of a LUKS image; without it its metadata can be looked at. `named=False`: open a qcow2 image without
+    what it names (for looking at its metadata only).
 
     Raises OpenError, ImageInUseError, ImageFormatError, UnsupportedFeatureError; ImageFormatError also for a loop in the chain.
     """
-    return _open(
+    image = _open(
         os.fspath(path), format, read_only, allow, direct, lock, force_share, discard, for_repair, named, l2_cache_bytes, ()
     )
+    if passphrase is not None:
+        try:
+            if image.format == "raw":
+                raise OpenError(f"{image.path}: a raw image has no passphrase")
+            image.unlock(passphrase)
+        except BaseException:
+            image.close()
+            raise
+    return image
 
 
 def _open(

@@ -17,7 +17,7 @@ from .args import UsageError
 
 # command: (module, one line of help)
 COMMANDS = {
-    "create": ("basic", "create [-f FMT] [-o NAME=VALUE,…] [-b BACKING [-F FMT]] [-q] FILE [SIZE]"),
+    "create": ("basic", "create [-f FMT] [-o NAME=VALUE,…] [-b BACKING [-F FMT]] [--key-file KEY] [-q] FILE [SIZE]"),
     "check": ("basic", "check [-r leaks|all] [-no_print_error] [-f FMT] [--output human|json] [-q] [-U] FILE"),
     "resize": ("basic", "resize [-f FMT] [--shrink] [-q] [--allow-chain] FILE [+|-]SIZE"),
     "snapshot": ("basic", "snapshot [-f FMT] [-q] [-U] [-l | -a NAME | -c NAME | -d NAME] FILE"),
@@ -27,7 +27,7 @@ COMMANDS = {
     "measure": ("look", "measure [-O FMT] [-o OPTIONS] [--output human|json] (--size N | [-f FMT] [--allow-chain] FILE)"),
     "convert": (
         "copy",
-        "convert [-f FMT] [-O FMT] [-o OPTIONS] [-cnpqU] [-l SNAPSHOT] [-S SIZE] [-m N] [-t CACHE] [--allow-chain] FILE… OUT",
+        "convert [-f FMT] [-O FMT] [-o OPTS] [-cnpqU] [-l SNAPSHOT] [-S SIZE] [-m N] [-t CACHE] [--key-file K] [--allow-chain] IN… OUT",
     ),
     "dd": ("copy", "dd [-f FMT] [-O FMT] [-U] [--allow-chain] [bs=N] [count=N] [skip=N] if=FILE of=FILE"),
     "commit": ("chain", "commit [-f FMT] [-d] [-p] [-q] --allow-chain FILE"),

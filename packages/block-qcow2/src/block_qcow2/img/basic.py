@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ..errors import BlockError
@@ -13,7 +14,7 @@ from ..qcow2.create import Options
 from . import args
 from .args import UsageError, parse
 
-CREATE = {"f": "value", "o": "value", "b": "value", "F": "value", "q": "", "u": ""}
+CREATE = {"f": "value", "o": "value", "b": "value", "F": "value", "q": "", "u": "", "key-file": "value"}
 _COMPAT = {"0.10": 2, "1.1": 3, "v2": 2, "v3": 3}
 
 
@@ -47,6 +48,17 @@ def qcow2_options(pairs: dict[str, str]) -> Options:
     return Options(**found)
 
 
+def key_file(given: args.Given) -> bytes | None:
+    """The passphrase of a LUKS image: the whole content of the file that --key-file names."""
+    name = given.last("key-file")
+    if name is None:
+        return None
+    data = Path(name).read_bytes()
+    if not 0 < len(data) <= 4096:
+        raise UsageError(f"--key-file {name}: {len(data)} bytes, expected 1 to 4096")
+    return data
+
+
 def create(words: list[str]) -> int:
     given = parse(words, CREATE)
     fmt = check_format(given.last("f")) or "raw"
@@ -63,7 +75,12 @@ def create(words: list[str]) -> int:
     if fmt == "raw":
         for name in pairs:
             raise UsageError(f"Format raw does not support parameter '{name}'")
-    options = qcow2_options(pairs)
+    encrypt = pairs.pop("encrypt.format", None)
+    if encrypt not in (None, "luks"):
+        raise UsageError(f"Invalid value '{encrypt}' for encrypt.format: expected luks")
+    if (encrypt is None) != (key_file(given) is None):
+        raise UsageError("encrypt.format=luks needs a passphrase, --key-file FILE, and the other way round")
+    options = qcow2_options(pairs)._replace(passphrase=key_file(given))
     if len(given.words) == 2:
         size = args.size(given.words[1], "image size")
     elif options.backing_file:

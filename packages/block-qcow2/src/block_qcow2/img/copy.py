@@ -18,7 +18,7 @@ from ..images import create_image, open_image
 from ..zeroes import is_zero
 from . import args
 from .args import UsageError, parse
-from .basic import check_format, qcow2_options
+from .basic import check_format, key_file, qcow2_options
 from .look import Mapped, joined, mapped
 from .progress import Progress
 
@@ -37,6 +37,7 @@ CONVERT = {
     "force-share": "=U",
     "allow-chain": "",
     "target-is-zero": "",
+    "key-file": "value",
     "t": "value",
 }
 _CHUNK = 2 << 20
@@ -66,7 +67,11 @@ def convert(words: list[str]) -> int:
             if os.path.realpath(name) == os.path.realpath(target):
                 raise UsageError(f"{target} is a source and the target")
             image = open_image(
-                name, format=check_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
+                name,
+                format=check_format(given.last("f")),
+                allow=given.flag("allow-chain"),
+                force_share=given.flag("U"),
+                passphrase=key_file(given),
             )
             opened.append(image)
             if given.last("l") is not None:

@@ -69,6 +69,8 @@ def _describe(image: Any, path: str) -> dict[str, Any]:
         found["dirty-flag"] = False
         return found
     h = image.header
+    if image.encrypted:
+        found["encrypted"] = True
     details: dict[str, Any] = {"compat": "0.10" if h.version == 2 else "1.1"}
     if h.version >= 3:
         details["compression-type"] = "zstd" if h.compression_type else "zlib"
@@ -120,6 +122,8 @@ def _human(d: dict[str, Any], snapshots: list[Any]) -> str:
     ]
     if "cluster-size" in d:
         lines.append(f"cluster_size: {d['cluster-size']}")
+    if d.get("encrypted"):
+        lines.insert(4, "encrypted: yes")
     if d["dirty-flag"]:
         lines.append("cleanly shut down: no")
     if "backing-filename" in d:
@@ -169,7 +173,7 @@ def mapped(image: Any, start: int, length: int, depth: int = 0) -> Iterator[Mapp
             if rest < e.offset + e.length:
                 yield Mapped(rest, e.offset + e.length - rest, depth, False, True, False, False, None, image.path)
             continue
-        where = image.data_file.path if image.format == "qcow2" else image.path
+        where = image.data_file.path if image.format == "qcow2" and image.external else image.path
         yield Mapped(e.offset, e.length, depth, e.present, e.zero, e.present and not e.zero, e.compressed, e.host, where)
 
 

@@ -14,9 +14,11 @@ from .format import (
     AUTOCLEAR_DATA_FILE_RAW,
     COMPAT_LAZY_REFCOUNTS,
     COMPRESSION_NAMES,
+    CRYPT_LUKS,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,
     EXT_FEATURE_NAMES,
+    EXT_LUKS,
     INCOMPAT_COMPRESSION,
     INCOMPAT_DATA_FILE,
     INCOMPAT_EXTENDED_L2,
@@ -46,6 +48,8 @@ class Options(NamedTuple):
     data_file: str | None = None
     data_file_raw: bool = False
     preallocation: str = "off"  # off, metadata, falloc, full
+    passphrase: bytes | None = None  # encrypt with LUKS
+    luks_rounds: int = 200_000  # PBKDF2 iterations
 
 
 def check_options(size: int, o: Options) -> None:
@@ -73,6 +77,8 @@ def check_options(size: int, o: Options) -> None:
                 raise ImageFormatError(f"{name} needs compat=1.1")
     if o.extended_l2 and o.cluster_size < 16384:
         raise ImageFormatError("extended_l2 needs a cluster_size of 16384 or more")
+    if o.passphrase is not None and (o.preallocation != "off" or o.data_file or o.version == 2):
+        raise ImageFormatError("encryption goes with neither preallocation nor data_file nor compat=0.10")
     if o.data_file_raw and not o.data_file:
         raise ImageFormatError("data_file_raw needs data_file")
     if o.data_file and o.backing_file and o.data_file_raw:
@@ -118,12 +124,20 @@ def write_empty(file: HostFile, size: int, o: Options) -> None:
         if o.backing_format:
             h.set_extension(EXT_BACKING_FORMAT, o.backing_format.encode())
     bits = h.cluster_bits
+    luks_header = b""
+    if o.passphrase is not None:
+        from ..luks import format_header
+
+        luks_header = format_header(o.passphrase, rounds=o.luks_rounds)
+        h.crypt_method = CRYPT_LUKS
+        h.set_extension(EXT_LUKS, bytes(16))
+    luks_clusters = -(-len(luks_header) >> bits)
     l1_clusters = max(-(-h.l1_needed * 8 >> bits), 1)
-    # Cluster 0 is the header, then the refcount table, its blocks, the L1 table.
+    # Cluster 0 is the header, then the refcount table, its blocks, the L1 table, the LUKS header.
     per_block = 1 << bits + 3 - h.refcount_order
     table_clusters = blocks = 1
     while True:
-        total = 1 + table_clusters + blocks + l1_clusters
+        total = 1 + table_clusters + blocks + l1_clusters + luks_clusters
         need_blocks = -(-total // per_block)
         need_table = -(-need_blocks * 8 >> bits)
         if need_blocks <= blocks and need_table <= table_clusters:
@@ -139,6 +153,10 @@ def write_empty(file: HostFile, size: int, o: Options) -> None:
         file.pwrite((first_block + i) << bits, pack(counts[i * per_block : (i + 1) * per_block], h.refcount_order))
     file.pwrite(1 << bits, tables.to_bytes(table) + bytes((table_clusters << bits) - 8 * len(table)))
     file.pwrite(h.l1_table_offset, bytes(l1_clusters << bits))
+    if luks_header:
+        at = h.l1_table_offset + (l1_clusters << bits)
+        h.set_extension(EXT_LUKS, at.to_bytes(8, "big") + len(luks_header).to_bytes(8, "big"))
+        file.pwrite(at, luks_header.ljust(luks_clusters << bits, b"\0"))
     file.flush()
     # The header last: a file that is cut off before is no image rather than half of one.
     file.pwrite(0, h.pack())

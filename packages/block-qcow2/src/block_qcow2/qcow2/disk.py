@@ -29,7 +29,8 @@ class _DataDisk(RawDisk):
     """The file that guest data are in, whatever its length: the image knows what is inside."""
 
     def __init__(self, image: Qcow2Image, aio: str) -> None:
-        super().__init__(image.data_file, aio=aio, any_size=True)
+        # Of an encrypted image nothing goes straight to the file.
+        super().__init__(image.file if image.encrypted else image.data_file, aio=aio, any_size=True)
         self.size = _UNLIMITED
         self.read_only = image.read_only
 
@@ -47,6 +48,8 @@ class Qcow2Disk:
         self.request_alignment = image.data_file.alignment
         self.discard = discard
         self.detect_zeroes = detect_zeroes
+        if image.encrypted and not image.unlocked:
+            raise OpenError(f"{image.path}: the image is encrypted (LUKS): its passphrase is needed")
         if image.size % self.request_alignment:
             raise OpenError(
                 f"{image.path}: the size of the qcow2 image, {image.size}, is not aligned to {self.request_alignment}"

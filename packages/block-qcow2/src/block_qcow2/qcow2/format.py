@@ -27,6 +27,7 @@ MAX_SNAPSHOT_TABLE_BYTES = 64 << 20
 MAX_BACKING_NAME = 1023
 MAX_BITMAPS = 65535
 MAX_BITMAP_DIRECTORY_BYTES = 1024 * MAX_BITMAPS
+MAX_LUKS_HEADER_BYTES = 64 << 20
 MAX_VIRTUAL_SIZE = (1 << 63) - 1
 
 CRYPT_NONE, CRYPT_AES, CRYPT_LUKS = 0, 1, 2
@@ -116,6 +117,12 @@ class Header:
     def l1_needed(self) -> int:
         """L1 entries that the virtual size needs."""
         return -(-self.size >> (self.cluster_bits + self.l2_bits)) if self.size else 0
+
+    @property
+    def luks_header(self) -> tuple[int, int] | None:
+        """Offset and length of the LUKS header (section "Full disk encryption header pointer")."""
+        data = self.extension(EXT_LUKS)
+        return (int.from_bytes(data[:8], "big"), int.from_bytes(data[8:], "big")) if data and len(data) == 16 else None
 
     def extension(self, kind: int) -> bytes | None:
         """The data of the first extension of a kind, or None."""
@@ -247,6 +254,12 @@ class Header:
             raise ImageFormatError(f"header: nb_snapshots is {self.nb_snapshots}, expected at most {MAX_SNAPSHOTS}")
         self.check_range("L1 table", self.l1_table_offset, self.l1_size * 8, file_size)
         self.check_range("refcount table", self.refcount_table_offset, table, file_size)
+        if self.crypt_method == CRYPT_LUKS:
+            if self.luks_header is None:
+                raise ImageFormatError("header: a LUKS image without the extension that says where its LUKS header is")
+            if not 0 < self.luks_header[1] <= MAX_LUKS_HEADER_BYTES:
+                raise ImageFormatError(f"LUKS header: {self.luks_header[1]} bytes, expected up to {MAX_LUKS_HEADER_BYTES}")
+            self.check_range("LUKS header", *self.luks_header, file_size)
         self.check_range("snapshot table", self.snapshots_offset, self.nb_snapshots * 40, file_size)
 
     def check_range(self, what: str, offset: int, length: int, file_size: int) -> None:

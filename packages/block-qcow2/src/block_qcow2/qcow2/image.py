@@ -9,7 +9,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from ..errors import ImageFormatError, UnsupportedFeatureError
 from ..hostfile import HostFile, read_padded
@@ -18,7 +18,7 @@ from .format import (
     AUTOCLEAR_BITMAPS,
     AUTOCLEAR_DATA_FILE_RAW,
     CRYPT_AES,
-    CRYPT_NONE,
+    CRYPT_LUKS,
     EXT_BACKING_FORMAT,
     EXT_BITMAPS,
     EXT_DATA_FILE,
@@ -67,12 +67,36 @@ class Qcow2Image(Writer):
         self.path = file.path
         self.backing = backing
         self._closed = False
+        self.unlocked = False
+        if self.encrypted:
+            self.data_file = _Locked(file.path)  # type: ignore[assignment]
         self._mind_marks()
         if not read_only:
             known = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW
             if header.autoclear & ~known:
                 header.autoclear &= known
                 self.write_header()
+
+    def unlock(self, passphrase: bytes) -> None:
+        """Make the guest data of a LUKS image readable. Raises WrongPassphraseError, ImageFormatError."""
+        from .. import luks
+
+        where = self.header.luks_header
+        if self.header.crypt_method != CRYPT_LUKS or where is None:
+            raise ImageFormatError(f"{self.path}: the image is not encrypted with LUKS")
+        offset, length = where
+
+        def read(at: int, n: int) -> bytes:
+            if at + n > length:
+                raise ImageFormatError(f"{self.path}: LUKS key material at {at:#x}, expected inside the header of {length} bytes")
+            data = bytearray(n)
+            with memoryview(data) as view:
+                read_padded(self.file, offset + at, [view])
+            return bytes(data)
+
+        cipher = luks.unlock(read(0, min(length, 4096)), read, passphrase)
+        self.data_file = luks.CryptFile(self.file, cipher)  # type: ignore[assignment]
+        self.unlocked = True
 
     def show_snapshot(self, l1_table_offset: int, l1_size: int, disk_size: int) -> None:
         """Read the guest data of a snapshot from now on, instead of the present ones. Read-only images only."""
@@ -286,6 +310,20 @@ class Qcow2Image(Writer):
                 self._free_later(old_offset >> bits, old_clusters)
 
 
+class _Locked:
+    """Stands for the guest data of an encrypted image until it is unlocked."""
+
+    alignment = 1
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise UnsupportedFeatureError(f"{self._path}: the image is encrypted (LUKS): its passphrase is needed")
+
+    read_some = writev = write_zeroes = _refuse
+
+
 def read_header(file: HostFile) -> Header:
     """Parse the header of an open file. ImageFormatError, naming the file."""
     start = bytearray(min(file.size, 1 << 16))
@@ -321,9 +359,10 @@ def open_qcow2(
     """
     header = read_header(file)
     path = file.path
-    if header.crypt_method != CRYPT_NONE:
-        name = "AES" if header.crypt_method == CRYPT_AES else "LUKS"
-        raise UnsupportedFeatureError(f"{path}: the image is encrypted ({name}), which is not supported yet")
+    if header.crypt_method == CRYPT_AES:
+        raise UnsupportedFeatureError(f"{path}: the image is encrypted with qcow2's old AES, which is not supported; LUKS is")
+    if header.crypt_method == CRYPT_LUKS and header.has_data_file:
+        raise UnsupportedFeatureError(f"{path}: encryption with an external data file is not supported")
     if not read_only:
         if header.incompatible & INCOMPAT_CORRUPT and not for_repair:
             raise ImageFormatError(f"{path}: the image is marked corrupt: it can be read, or repaired by check")

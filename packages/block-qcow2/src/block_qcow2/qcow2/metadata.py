@@ -22,7 +22,7 @@ from ..errors import ImageCorruptError, ImageFormatError, ImageReadOnlyError
 from ..hostfile import HostFile
 from ..ranges import RangeGate
 from . import tables
-from .format import COPIED, INCOMPAT_CORRUPT, OFFSET_MASK, Header
+from .format import COPIED, CRYPT_NONE, INCOMPAT_CORRUPT, OFFSET_MASK, Header
 from .refcount import Refcounts, TableFull
 from .tables import L2Cache, L2Table
 
@@ -50,6 +50,7 @@ class Metadata:
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.external = data_file is not None
+        self.encrypted = header.crypt_method != CRYPT_NONE
         self.data_file = data_file or file
         self._l2_shift = header.cluster_bits + header.l2_bits
         self._l2_words = header.cluster_size // 8
@@ -236,6 +237,7 @@ class Metadata:
         for offset, length in (
             (h.l1_table_offset, h.l1_size * 8),
             (h.refcount_table_offset, h.refcount_table_clusters << bits),
+            h.luks_header or (0, 0),
         ):
             reserved.update(range(offset >> bits, -(-(offset + length) >> bits)))
         reserved.update((e & OFFSET_MASK) >> bits for e in self.l1 if e & OFFSET_MASK)

@@ -83,7 +83,7 @@ class Writer(Reader):
         None where that is not so or not known. The operation is running then: end() it when the I/O is done.
         """
         mask = self.cluster_size - 1
-        if write and self._broken:
+        if self.encrypted or (write and self._broken):
             return None
         with self._lock:
             if self._exclusive:
@@ -219,6 +219,7 @@ class Writer(Reader):
             else:
                 first, count, fresh = self._allocate(count)
                 host = first << bits
+                fresh = fresh and not self.encrypted  # what was never written does not decrypt to zeroes
                 # The lock may have been away, but nobody else changes these entries: the gate is held.
         else:
             self._check_in_place(host, count << bits)
@@ -348,8 +349,9 @@ class Writer(Reader):
         `packed` is the data compressed already (`compressor`). Only the last cluster of the disk may be short.
         """
         self.must_be_writable()
-        if self.external:
-            raise ImageFormatError("an image with an external data file has no compressed clusters")
+        if self.external or self.encrypted:
+            what = "an external data file" if self.external else "encryption"
+            raise ImageFormatError(f"an image with {what} has no compressed clusters")
         length = len(data)
         if offset % self.cluster_size or (length != self.cluster_size and offset + length != self.size):
             raise ValueError("compressed writes are of whole clusters")

@@ -1,0 +1,233 @@
+"""LUKS version 1: the header with its key slots, and a file whose content is encrypted sector by sector.
+
+Source: LUKS On-Disk Format Specification 1.2.3; for qcow2, docs/interop/qcow2.txt, "Data encryption": the header stands where
+the extension says, and a sector's number is its offset in the image file divided by 512.
+
+Ciphers come from the package `cryptography` (extra `luks`). Not here: who asks for the passphrase, other LUKS versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from struct import Struct
+from typing import Any
+
+from .errors import BlockError, ImageFormatError, UnsupportedFeatureError
+from .hostfile import Cursor, HostFile
+
+SECTOR = 512
+_MAGIC = b"LUKS\xba\xbe"
+# magic, version, cipher name, cipher mode, hash, payload offset (sectors), key bytes, digest, its salt and iterations, uuid
+_HEADER = Struct(">6sH32s32s32sII20s32sI40s")
+_SLOT = Struct(">II32sII")  # active, iterations, salt, key material offset (sectors), stripes
+_SLOTS, _ACTIVE, _DISABLED, _STRIPES = 8, 0x00AC71F3, 0x0000DEAD, 4000
+_MAX_ITERATIONS = 1 << 26  # a header may ask for 2^32 rounds: half an hour of this machine for a wrong passphrase
+_HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
+
+
+class WrongPassphraseError(BlockError):
+    """No key slot opens with the passphrase."""
+
+
+def _modules() -> tuple[Any, Any, Any]:
+    try:
+        base = "cryptography.hazmat.primitives.ciphers"
+        return import_module(base), import_module(f"{base}.algorithms"), import_module(f"{base}.modes")
+    except ImportError:
+        raise UnsupportedFeatureError("LUKS encryption needs the package cryptography: install block-qcow2[luks]") from None
+
+
+class Cipher:
+    """Encrypts and decrypts runs of sectors. `mode` is LUKS's: "xts-plain64", "cbc-essiv:sha256", …"""
+
+    def __init__(self, mode: str, key: bytes) -> None:
+        ciphers, algorithms, modes = _modules()
+        self._new = ciphers.Cipher
+        self._aes = algorithms.AES
+        chain, _, iv = mode.partition("-")
+        if chain not in ("xts", "cbc") or len(key) not in ((32, 64) if chain == "xts" else (16, 24, 32)):
+            raise UnsupportedFeatureError(f"LUKS cipher aes-{mode} with a key of {len(key) * 8} bits is not supported")
+        self._mode = modes.XTS if chain == "xts" else modes.CBC
+        self._key = self._aes(key)
+        self._iv = self._iv_generator(iv, key, modes)
+
+    def _iv_generator(self, name: str, key: bytes, modes: Any) -> Callable[[int], bytes]:
+        if name == "plain64":
+            return lambda sector: sector.to_bytes(16, "little")
+        if name == "plain":
+            return lambda sector: (sector & 0xFFFFFFFF).to_bytes(16, "little")
+        kind, _, digest = name.partition(":")
+        if kind == "essiv" and digest in _HASHES:
+            essiv = self._new(self._aes(hashlib.new(digest, key).digest()[:32]), modes.ECB())
+            return lambda sector: bytes(essiv.encryptor().update(sector.to_bytes(16, "little")))
+        raise UnsupportedFeatureError(f"LUKS initialisation vector {name!r} is not supported")
+
+    def decrypt(self, sector: int, data: memoryview) -> None:
+        """Decrypt whole sectors in place; the first has number `sector`."""
+        for at in range(0, len(data), SECTOR):
+            context = self._new(self._key, self._mode(self._iv(sector + at // SECTOR))).decryptor()
+            data[at : at + SECTOR] = context.update(bytes(data[at : at + SECTOR]))
+
+    def encrypt(self, sector: int, data: memoryview) -> None:
+        """Encrypt whole sectors in place."""
+        for at in range(0, len(data), SECTOR):
+            context = self._new(self._key, self._mode(self._iv(sector + at // SECTOR))).encryptor()
+            data[at : at + SECTOR] = context.update(bytes(data[at : at + SECTOR]))
+
+
+def unlock(header: bytes, read: Callable[[int, int], bytes], passphrase: bytes) -> Cipher:
+    """The cipher of the payload, if some key slot opens with `passphrase`.
+
+    `header` is the first sectors of the LUKS header, `read(offset, length)` reads key material from it. Raises ImageFormatError,
+    UnsupportedFeatureError, WrongPassphraseError.
+    """
+    if len(header) < _HEADER.size + _SLOTS * _SLOT.size or header[:6] != _MAGIC:
+        raise ImageFormatError("LUKS header: no magic number")
+    _, version, name, mode, digest_name, _, key_bytes, digest, salt, iterations, _ = _HEADER.unpack_from(header)
+    if version != 1:
+        raise UnsupportedFeatureError(f"LUKS version {version}: only 1 is supported")
+    cipher, mode, kind = (_text(field) for field in (name, mode, digest_name))
+    if cipher != "aes" or kind not in _HASHES:
+        raise UnsupportedFeatureError(f"LUKS cipher {cipher!r} with hash {kind!r} is not supported")
+    if key_bytes not in (16, 24, 32, 64) or not 0 < iterations <= _MAX_ITERATIONS:
+        raise ImageFormatError(f"LUKS header: key of {key_bytes} bytes, {iterations} iterations")
+    for i in range(_SLOTS):
+        active, rounds, slot_salt, offset, stripes = _SLOT.unpack_from(header, _HEADER.size + i * _SLOT.size)
+        if active != _ACTIVE:
+            continue
+        if stripes != _STRIPES or not 0 < rounds <= _MAX_ITERATIONS:
+            raise ImageFormatError(f"LUKS key slot {i}: {stripes} stripes, {rounds} iterations")
+        material = bytearray(read(offset * SECTOR, -(-key_bytes * stripes // SECTOR) * SECTOR))
+        slot_key = hashlib.pbkdf2_hmac(kind, passphrase, slot_salt, rounds, key_bytes)
+        Cipher(mode, slot_key).decrypt(0, memoryview(material))
+        key = _merge(bytes(material[: key_bytes * stripes]), key_bytes, stripes, kind)
+        if hashlib.pbkdf2_hmac(kind, key, salt, iterations, 20) == digest:
+            return Cipher(mode, key)
+    raise WrongPassphraseError("no LUKS key slot opens with this passphrase")
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0")[0].decode("ascii", "replace")
+
+
+def _diffuse(data: bytes, kind: str) -> bytes:
+    size = hashlib.new(kind).digest_size
+    out = b""
+    for i, at in enumerate(range(0, len(data), size)):
+        part = data[at : at + size]
+        out += hashlib.new(kind, i.to_bytes(4, "big") + part).digest()[: len(part)]
+    return out
+
+
+def _xor(a: bytes, b: bytes) -> bytes:
+    return (int.from_bytes(a, "big") ^ int.from_bytes(b, "big")).to_bytes(len(a), "big")
+
+
+def _merge(material: bytes, size: int, stripes: int, kind: str) -> bytes:
+    """The anti-forensic splitter backwards (specification, section 2.4)."""
+    d = bytes(size)
+    for i in range(stripes - 1):
+        d = _diffuse(_xor(d, material[i * size : (i + 1) * size]), kind)
+    return _xor(d, material[(stripes - 1) * size :])
+
+
+def _split(key: bytes, stripes: int, kind: str) -> bytes:
+    parts, d = [], bytes(len(key))
+    for _ in range(stripes - 1):
+        parts.append(os.urandom(len(key)))
+        d = _diffuse(_xor(d, parts[-1]), kind)
+    return b"".join([*parts, _xor(d, key)])
+
+
+def format_header(passphrase: bytes, *, rounds: int = 200_000) -> bytes:
+    """A new LUKS header with a new key: aes-256 xts-plain64, sha256, one key slot. A multiple of the sector size."""
+    import uuid
+
+    kind, mode, key_bytes = "sha256", "xts-plain64", 64
+    key = os.urandom(key_bytes)
+    sectors = -(-key_bytes * _STRIPES // SECTOR)
+    sectors = -(-sectors // 8) * 8
+    salt, slot_salt = os.urandom(32), os.urandom(32)
+    digest = hashlib.pbkdf2_hmac(kind, key, salt, rounds, 20)
+    slot_key = hashlib.pbkdf2_hmac(kind, passphrase, slot_salt, rounds, key_bytes)
+    material = bytearray(_split(key, _STRIPES, kind))
+    material += bytes(-len(material) % SECTOR)
+    Cipher(mode, slot_key).encrypt(0, memoryview(material))
+    payload, name = 8 + sectors * _SLOTS, str(uuid.uuid4()).encode()
+    head = _HEADER.pack(_MAGIC, 1, b"aes", mode.encode(), kind.encode(), payload, key_bytes, digest, salt, rounds, name)
+    for i in range(_SLOTS):
+        where = 8 + i * sectors
+        head += _SLOT.pack(_DISABLED if i else _ACTIVE, 0 if i else rounds, bytes(32) if i else slot_salt, where, _STRIPES)
+    data = head.ljust(8 * SECTOR, b"\0") + bytes(material)
+    return data.ljust((8 + sectors * _SLOTS) * SECTOR, b"\0")
+
+
+class CryptFile:
+    """Does what HostFile does for guest data, encrypted by host offset. Does not own the file."""
+
+    def __init__(self, file: HostFile, cipher: Cipher) -> None:
+        self._file = file
+        self._cipher = cipher
+        self._edge = threading.Lock()  # sectors that are changed in part: read, changed and written as one
+        self.path = file.path
+        self.fd = file.fd
+        self.direct = file.direct
+        self.alignment = max(file.alignment, SECTOR)
+        self.gate = file.gate
+
+    @property
+    def size(self) -> int:
+        return self._file.size
+
+    def read_some(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Decrypted; a file that ends before reads as encrypted zeroes did, so everything is there."""
+        length = sum(map(len, buffers))
+        start, end = offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
+        data = self._sectors(start, end)
+        Cursor(buffers).copy_from(memoryview(data)[offset - start : offset - start + length])
+        return length
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.read_some(offset, buffers)
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        length = sum(map(len, buffers))
+        start, end = offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
+        if start == offset and end == offset + length:
+            data = bytearray(b"".join(map(bytes, buffers)))
+            self._cipher.encrypt(start // SECTOR, memoryview(data))
+            self._file.pwrite(start, data)
+            return
+        with self._edge:
+            data = self._sectors(start, end)
+            at = offset - start
+            for buffer in buffers:
+                data[at : at + len(buffer)] = buffer
+                at += len(buffer)
+            self._cipher.encrypt(start // SECTOR, memoryview(data))
+            self._file.pwrite(start, data)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        """Zeroes have to be encrypted like anything else."""
+        while length:
+            n = min(length, 1 << 20)
+            self.writev(offset, [memoryview(bytes(n))])
+            offset += n
+            length -= n
+
+    def discard(self, offset: int, length: int) -> None:
+        self._file.discard(offset, length)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def _sectors(self, start: int, end: int) -> bytearray:
+        data = bytearray(end - start)
+        with memoryview(data) as view:
+            self._file.read_some(start, [view])
+            self._cipher.decrypt(start // SECTOR, view)
+        return data
