@@ -244,11 +244,13 @@ def _open(
     except BaseException:
         file.close()
         raise
-    if lock and not for_repair and not read_only and image.needs_repair:
-        from .qcow2.check import repair_if_dirty
-
+    if lock and not for_repair and not read_only:
         try:
-            repair_if_dirty(image)
+            if image.needs_repair:
+                from .qcow2.check import repair_if_dirty
+
+                repair_if_dirty(image)
+            image.follow_bitmaps()
         except BaseException:
             image.close()
             raise

@@ -27,7 +27,11 @@ COMMANDS = {
     "measure": ("look", "measure [-O FMT] [-o OPTIONS] [--output human|json] (--size N | [-f FMT] [--allow-chain] FILE)"),
     "convert": (
         "copy",
-        "convert [-f FMT] [-O FMT] [-o OPTS] [-cnpqU] [-l SNAPSHOT] [-S SIZE] [-m N] [-t CACHE] [--key-file K] [--allow-chain] IN… OUT",
+        "convert [-f FMT] [-O FMT] [-o OPTS] [-cnpqU] [-l NAME] [-S N] [-m N] [-t CACHE] [--key-file K] [--allow-chain] IN… OUT",
+    ),
+    "bitmap": (
+        "chain",
+        "bitmap (--add [-g N] | --remove | --clear | --enable | --disable | --merge SRC [-b FILE [-F FMT]])… [-f FMT] FILE NAME",
     ),
     "dd": ("copy", "dd [-f FMT] [-O FMT] [-U] [--allow-chain] [bs=N] [count=N] [skip=N] if=FILE of=FILE"),
     "commit": ("chain", "commit [-f FMT] [-d] [-p] [-q] --allow-chain FILE"),

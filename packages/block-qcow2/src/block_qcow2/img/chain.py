@@ -1,4 +1,4 @@
-"""Commands on an image and what it is based on: commit, rebase."""
+"""Commands on an image and what goes with it: commit, rebase, bitmap."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import BlockError
 from ..images import open_image, resolve_name
-from .args import UsageError, parse
+from .args import UsageError, parse, size
 from .basic import _one_path, check_format
 from .copy import copy
 from .look import Mapped
@@ -104,3 +104,55 @@ def _keep_part(image: Any, base: Any, at: int, length: int) -> None:
                 image.write_zeroes(at + start, len(part))
             else:
                 image.write(at + start, part)
+
+
+BITMAP = {"f": "value", "F": "value", "b": "value", "g": "value", "granularity": "=g", "q": "", "merge": "value"}
+BITMAP |= {"add": "", "remove": "", "clear": "", "enable": "", "disable": ""}
+
+
+def bitmap(words: list[str]) -> int:
+    """Change a persistent dirty bitmap: the operations named, in the order in which they are first named."""
+    given = parse(words, BITMAP)
+    asked = [o for o in given.options if o in ("add", "remove", "clear", "enable", "disable", "merge")]
+    if len(given.words) != 2:
+        raise UsageError("Expecting image file name and bitmap name")
+    if not asked:
+        raise UsageError("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
+    if given.last("g") is not None and "add" not in asked:
+        raise UsageError("granularity only supported with --add")
+    path, name = given.words
+    with open_image(path, format=check_format(given.last("f")), read_only=False, named=False) as image:
+        if image.format != "qcow2":
+            raise BlockError(f"{path}: a {image.format} image has no bitmaps")
+        from ..qcow2.bitmaps import Bitmaps
+
+        image.release_bitmaps()
+        bitmaps = Bitmaps(image)
+        for operation in asked:
+            if operation == "add":
+                bitmaps.add(name, size(given.last("g") or "65536", "granularity"))
+            elif operation == "merge":
+                _merge(bitmaps, name, given.all("merge"), given.last("b"), check_format(given.last("F")))
+            elif operation in ("enable", "disable"):
+                bitmaps.enable(name, operation == "enable")
+            elif operation == "clear":
+                bitmaps.clear(name)
+            else:
+                bitmaps.remove(name)
+        bitmaps.store()
+    return 0
+
+
+def _merge(bitmaps: Any, name: str, sources: list[str], path: str | None, fmt: str | None) -> None:
+    for source in sources:
+        if path is None:
+            found = bitmaps.find(source)
+            bitmaps.merge(name, found, bitmaps.bits(found))
+            continue
+        from ..qcow2.bitmaps import Bitmaps
+
+        with open_image(path, format=fmt, named=False) as other:
+            if other.format != "qcow2":
+                raise BlockError(f"{path}: a {other.format} image has no bitmaps")
+            theirs = Bitmaps(other)
+            bitmaps.merge(name, theirs.find(source), theirs.bits(theirs.find(source)))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import BlockError
 from ..images import open_image, resolve_name
+from ..qcow2.bitmaps import load as load_bitmaps
 from ..qcow2.format import EXT_BITMAPS
 from . import args
 from .args import UsageError, human_size, parse
@@ -82,6 +83,16 @@ def _describe(image: Any, path: str) -> dict[str, Any]:
             details["data-file"] = image.data_file_name
             details["data-file-raw"] = bool(h.autoclear & 2)
         details["extended-l2"] = h.extended_l2
+        described = [
+            {
+                "flags": [n for bit, n in ((1, "in-use"), (2, "auto")) if b.flags & bit],
+                "name": b.name,
+                "granularity": 1 << b.granularity_bits,
+            }
+            for b in load_bitmaps(image.file, h)
+        ]
+        if described:
+            details["bitmaps"] = described
     else:
         details["compression-type"] = "zlib"
     found["format-specific"] = {"type": "qcow2", "data": details}
@@ -139,8 +150,20 @@ def _human(d: dict[str, Any], snapshots: list[Any]) -> str:
     if "format-specific" in d:
         text += "Format specific information:\n"
         for name, value in d["format-specific"]["data"].items():
+            if name == "bitmaps":
+                text += _bitmap_lines(value)
+                continue
             shown = {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
             text += f"    {name.replace('-', ' ')}: {shown}\n"
+    return text
+
+
+def _bitmap_lines(bitmaps: list[dict[str, Any]]) -> str:
+    text = "    bitmaps:\n"
+    for i, b in enumerate(bitmaps):
+        text += f"        [{i}]:\n            flags:\n"
+        text += "".join(f"                [{n}]: {flag}\n" for n, flag in enumerate(b["flags"]))
+        text += f"            name: {b['name']}\n            granularity: {b['granularity']}\n"
     return text
 
 

@@ -16,6 +16,7 @@ from struct import Struct
 from ..errors import ImageFormatError
 from . import snapshots as snap
 from . import tables
+from .bitmaps import present
 from .counts import Counts
 from .format import (
     COMPRESSED,
@@ -199,7 +200,7 @@ class _Checker:
         if luks is not None and len(luks) == 16:
             self._add("LUKS header", int.from_bytes(luks[:8], "big"), int.from_bytes(luks[8:], "big"))
         data = header.extension(EXT_BITMAPS)
-        if data is None or len(data) < 24:
+        if not present(header) or data is None or len(data) < 24:
             return
         count, size, at = int.from_bytes(data[:4], "big"), int.from_bytes(data[8:16], "big"), int.from_bytes(data[16:24], "big")
         if size > min(MAX_BITMAP_DIRECTORY_BYTES, image.file.size) or not self._add("bitmap directory", at, size):

@@ -85,6 +85,7 @@ class Qcow2Disk:
                 self._locked.append(file)
             self.image.reload()
             repair_if_dirty(self.image)
+            self.image.follow_bitmaps()
         except BaseException:
             self._drop_locks()
             raise
@@ -92,6 +93,7 @@ class Qcow2Disk:
     def unlock(self) -> None:
         """Write back everything, then let go. Raises OSError, and then keeps the locks."""
         if self._locked:
+            self.image.release_bitmaps()
             self.image.flush()
             self._drop_locks()
 

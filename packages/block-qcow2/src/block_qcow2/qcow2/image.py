@@ -13,14 +13,13 @@ from typing import Any, NamedTuple, Self
 
 from ..errors import ImageFormatError, UnsupportedFeatureError
 from ..hostfile import HostFile, read_padded
-from . import tables
+from . import bitmaps, tables
 from .format import (
     AUTOCLEAR_BITMAPS,
     AUTOCLEAR_DATA_FILE_RAW,
     CRYPT_AES,
     CRYPT_LUKS,
     EXT_BACKING_FORMAT,
-    EXT_BITMAPS,
     EXT_DATA_FILE,
     INCOMPAT_CORRUPT,
     INCOMPAT_DATA_FILE,
@@ -68,6 +67,7 @@ class Qcow2Image(Writer):
         self.backing = backing
         self._closed = False
         self.unlocked = False
+        self.bitmaps: bitmaps.Bitmaps | None = None  # followed, while the image is ours to write
         if self.encrypted:
             self.data_file = _Locked(file.path)  # type: ignore[assignment]
         self._mind_marks()
@@ -184,6 +184,7 @@ class Qcow2Image(Writer):
             self.header = header
             self._compressed_at = 0
             self._broken = None
+            self.bitmaps = None
             self._load_tables(self._l2_cache_bytes)
             self._mind_marks()
 
@@ -196,10 +197,44 @@ class Qcow2Image(Writer):
 
     def must_be_writable(self) -> None:
         super().must_be_writable()
-        if self.header.autoclear & AUTOCLEAR_BITMAPS and self.header.extension(EXT_BITMAPS):
-            raise UnsupportedFeatureError(
-                f"{self.path}: the image has persistent dirty bitmaps, which are not kept on writes yet"
-            )
+        if self.bitmaps is None and bitmaps.present(self.header):
+            raise UnsupportedFeatureError(f"{self.path}: the image has dirty bitmaps, which are not followed")
+
+    def follow_bitmaps(self) -> None:
+        """Begin to keep enabled dirty bitmaps right on writes: the image is locked. Raises BlockError, OSError."""
+        if not self.read_only and not self._broken and self.bitmaps is None and bitmaps.present(self.header):
+            followed = bitmaps.Bitmaps(self)
+            for bitmap in followed.list:
+                self.reserved.update(followed._clusters_of(bitmap))
+            followed.follow()
+            self.bitmaps = followed
+
+    def release_bitmaps(self) -> None:
+        """Store the dirty bitmaps that were followed."""
+        followed, self.bitmaps = self.bitmaps, None
+        if followed is not None:
+            followed.release()
+
+    def mark_dirty(self, offset: int, length: int) -> None:
+        if self.bitmaps is not None:
+            self.bitmaps.mark(offset, length)
+
+    def replace_extension(self, kind: int, data: bytes | None, autoclear: int) -> None:
+        """Change a header extension that `autoclear` says is valid: it is said to be invalid meanwhile."""
+        header = self.header
+        header.autoclear &= ~autoclear
+        self.write_header()
+        old = list(header.extensions)
+        header.set_extension(kind, data)
+        try:
+            whole = header.pack()
+        except ImageFormatError:
+            header.extensions = old
+            raise
+        self.file.pwrite(0, whole)
+        if data is not None:
+            header.autoclear |= autoclear
+        self.write_header()
 
     @property
     def needs_repair(self) -> bool:
@@ -213,11 +248,8 @@ class Qcow2Image(Writer):
         self._closed = True
         try:
             if not self.read_only and not self._broken:
+                self.release_bitmaps()
                 self.flush()
-                with self._lock:
-                    late = self.refcounts.dirty
-                if late:
-                    self.commit()  # counts that fell with the first one
         finally:
             self.file.close()
             if self.external:
@@ -257,6 +289,8 @@ class Qcow2Image(Writer):
             old, self.header.size = self.size, size
             self.write_header()
             self.size = size
+            if self.bitmaps is not None:
+                self.bitmaps.resized()
             if self.external and self.header.autoclear & AUTOCLEAR_DATA_FILE_RAW:
                 self.data_file.truncate(size)
         if self.backing is not None and self.backing.size > old:
@@ -363,11 +397,8 @@ def open_qcow2(
         raise UnsupportedFeatureError(f"{path}: the image is encrypted with qcow2's old AES, which is not supported; LUKS is")
     if header.crypt_method == CRYPT_LUKS and header.has_data_file:
         raise UnsupportedFeatureError(f"{path}: encryption with an external data file is not supported")
-    if not read_only:
-        if header.incompatible & INCOMPAT_CORRUPT and not for_repair:
-            raise ImageFormatError(f"{path}: the image is marked corrupt: it can be read, or repaired by check")
-        if header.autoclear & AUTOCLEAR_BITMAPS and header.extension(EXT_BITMAPS) and not for_repair:
-            raise UnsupportedFeatureError(f"{path}: the image has persistent dirty bitmaps, which are not kept on writes yet")
+    if not read_only and header.incompatible & INCOMPAT_CORRUPT and not for_repair:
+        raise ImageFormatError(f"{path}: the image is marked corrupt: it can be read, or repaired by check")
     backing: Source | None = None
     data_file: HostFile | None = None
     try:

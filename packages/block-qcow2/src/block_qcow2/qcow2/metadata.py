@@ -124,6 +124,9 @@ class Metadata:
                 self._exclusive = False
                 self._changed.notify_all()
 
+    def mark_dirty(self, offset: int, length: int) -> None:
+        """A guest range is being written. The lock is held."""
+
     def must_be_writable(self) -> None:
         if self._broken:
             raise ImageCorruptError(f"{self.file.path}: writes are refused: {self._broken}")

@@ -250,6 +250,9 @@ class _Transition:
             image._compressed_at = 0  # that cluster may go with a snapshot
             if self._l1 is not None:
                 image.l1, image.size = self._l1, header.size
+                if image.bitmaps is not None:
+                    image.bitmaps.resized()
+                image.mark_dirty(0, image.size)
         for l1 in self._down:
             add_references(image, l1, -1)
         if self._l1 is not None:

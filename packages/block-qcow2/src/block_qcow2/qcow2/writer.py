@@ -116,6 +116,8 @@ class Writer(Reader):
                     start = host >> self.cluster_bits
                     if start + clusters >= self.refcounts.end or not self.reserved.isdisjoint(range(start, start + clusters + 1)):
                         return None  # the long way reports it
+            if write:
+                self.mark_dirty(offset, length)
             self._next_operation += 1
             self._operations[self._next_operation] = None
             return self._next_operation, host
@@ -128,6 +130,7 @@ class Writer(Reader):
         index_mask = (1 << self.header.l2_bits) - 1
         extended = self.header.extended_l2
         with self._lock:
+            self.mark_dirty(offset, length)
             while offset < end:
                 table = self._table(offset >> self._l2_shift)
                 if table is None or not self.l1[offset >> self._l2_shift] & COPIED:
@@ -362,6 +365,7 @@ class Writer(Reader):
             return
         with self.operation(), self.gate.write(offset, offset + self.cluster_size, exclusive=True):
             with self._lock:
+                self.mark_dirty(offset, length)
                 at = self._allocate_bytes(len(packed))
             # Up to the sector's end: readers take whole sectors, and the file must not end inside one.
             self.file.pwrite(at, packed)
@@ -423,6 +427,8 @@ class Writer(Reader):
         self.must_be_writable()
         mask = self.cluster_size - 1
         end = offset + length
+        with self._lock:
+            self.mark_dirty(offset, length)
         first = (offset + mask) & ~mask
         last = end & ~mask if end != self.size else (end + mask) & ~mask  # nothing is behind the end of the disk
         if part is not None and first >= last:
