@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -50,6 +51,8 @@ class ThreadChannel:
         self._nowait = _RWF_NOWAIT if not disk.file.direct else 0
         self._detect_zeroes = disk.detect_zeroes != "off"
         self._done: deque[tuple[Any, int]] = deque()
+        # Held from appending to signalling: who finds everything finished and closes waits for the signal of the last one.
+        self._signal = threading.Lock()
         self.in_flight = 0
         self.completion_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -147,7 +150,8 @@ class ThreadChannel:
         self._done.clear()
         self.in_flight = 0
         self.completion_fd = -1
-        os.close(fd)
+        with self._signal:
+            os.close(fd)
         self._disk.forget(self)
 
     # --- for the asynchronous engines ---
@@ -166,7 +170,7 @@ class ThreadChannel:
 
     def _run(self, token: Any, work: Callable[[], None]) -> int | None:
         """Do `work` on the pool and complete `token` with its result."""
-        done, fd = self._done, self.completion_fd
+        done, fd, signal = self._done, self.completion_fd, self._signal
 
         def job() -> None:
             try:
@@ -176,8 +180,9 @@ class ThreadChannel:
                 result = -(e.errno or errno.EIO)
             except MemoryError:
                 result = -errno.ENOMEM
-            done.append((token, result))
-            os.eventfd_write(fd, 1)
+            with signal:
+                done.append((token, result))
+                os.eventfd_write(fd, 1)
 
         self.in_flight += 1
         try:
