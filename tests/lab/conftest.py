@@ -23,7 +23,10 @@ from lab.probe import probe
 from lab.vmm import Qmp, Vmm, end_session, session_processes
 
 _HERE = Path(__file__).parent
-_WATCHED = ("/tmp", "/dev/shm", "/run", "/var/tmp")
+# Where programs put temporary files. In the lab a view of what was written there: in /tmp itself, files that others make
+# outside show through.
+_WRITTEN = "/run/lab/written" if "LAB" in os.environ else ""
+_WATCHED = (f"{_WRITTEN}/tmp", f"{_WRITTEN}/var/tmp", "/dev/shm", "/run")
 # What is known to be harmless: kvm-amd asks the emulated CPU for a performance counter that it does not have.
 _HARMLESS = re.compile(r"(Unhandled|ignored) (WRMSR|wrmsr).*0xc0010007")
 _COMPLAINT = re.compile(r"\bkvm\b.*|SVM:.*|BUG:.*|Oops.*|Call Trace.*|Out of memory.*|general protection.*", re.IGNORECASE)
@@ -214,7 +217,10 @@ def _kernel_messages(log: int) -> Iterator[str]:
 def _temporary_files() -> set[str]:
     # Folders of fixtures with a longer life, and of pytest itself, are not a test's leavings.
     ours = re.compile(r"/(pytest-of-.*|direct-.*)$")
-    return {str(path) for folder in _WATCHED for path in Path(folder).iterdir() if not ours.search(str(path))}
+    folders = [Path(folder) for folder in _WATCHED if Path(folder).is_dir()]
+    # A character device there is the mark of a deleted file (Linux, Documentation/filesystems/overlayfs.rst).
+    found = (path for folder in folders for path in folder.iterdir())
+    return {str(path) for path in found if not ours.search(str(path)) and not path.is_char_device()}
 
 
 def _failed(item: pytest.Item) -> bool:

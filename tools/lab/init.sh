@@ -35,6 +35,9 @@ $b mount -t tmpfs -o mode=1777 shm dev/shm
 $b mount -t tmpfs -o mode=755 run run
 $b mkdir -p run/lab run/lock
 $b cp -a /bin/busybox /lab/. run/lab/
+# What was written in the lab and nothing else: below, files that others make outside meanwhile show through.
+$b mkdir run/lab/written
+$b mount -o bind /rw/upper run/lab/written
 # At the same path as outside, so that a command need not know where it runs.
 [ -z "$LAB_SHARE" ] || $b mount -t virtiofs out "/root$LAB_SHARE" || $b reboot -f
 if [ -d "/root$LAB_MODULES" ]; then

@@ -110,7 +110,8 @@ class Vmm:
         """
         self._count += 1
         mark = f"{self.pid}-{self._count}"
-        self.send(f"echo begin-''{mark}; {command}; echo end-''{mark}=$?=")
+        between = "" if command.rstrip().endswith("&") else ";"  # what runs in the background has its separator already
+        self.send(f"echo begin-''{mark}; {command}{between} echo end-''{mark}=$?=")
         self.expect(f"^begin-{mark}\n", timeout)
         start = self._seen
         match = self.expect(rf"end-{mark}=(\d+)=", timeout)

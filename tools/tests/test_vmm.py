@@ -25,6 +25,7 @@ def test_a_command_in_the_guest_gives_its_output_and_not_its_echo(guest: Vmm) ->
     guest.expect("# ")
     assert guest.run("echo hello; echo world") == "hello\nworld\n"
     assert guest.run("printf x") == "x"
+    assert guest.run("true &") == ""
 
 
 def test_a_command_that_fails_in_the_guest_fails_the_test(guest: Vmm) -> None:
