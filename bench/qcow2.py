@@ -1,6 +1,6 @@
 """stratovirt-img against qemu-img on the same files in the same run: medians of 5, page cache warm.
 
-Run: python bench/qcow2.py [NAME…]    (convert compressed check snapshot info)
+Run: python bench/qcow2.py [NAME…]    (convert compressed check snapshot info nbd)
 Needs qemu-utils, numpy, and 8 GB of disk where it runs.
 """
 
@@ -57,10 +57,42 @@ def mapped(folder: Path) -> Path:
     return path
 
 
+def nbd(folder: Path) -> None:
+    """4 KiB requests through each server with the same client, qemu-img bench: requests a second."""
+    image = folder / "nbd.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "256M"], check=True)
+    subprocess.run(["qemu-io", "-c", "write -P 1 0 256M", str(image)], check=True, capture_output=True)
+    socket = folder / "socket"
+    servers = {
+        "ours": [*OURS, "serve", "-k", str(socket), str(image)],
+        "qemu-nbd": ["qemu-nbd", "-t", "-e", "16", "-f", "qcow2", "--cache=writeback", "-k", str(socket), str(image)],
+    }
+    count = 20_000
+    for words in (["-d", "1"], ["-d", "32"], ["-d", "1", "-w"], ["-d", "32", "-w"]):
+        rates: dict[str, list[float]] = {name: [] for name in servers}
+        for _ in range(RUNS):
+            for name, command in servers.items():
+                server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+                while not socket.exists():
+                    time.sleep(0.01)
+                start = time.perf_counter()
+                # A step that is coprime to the size makes sequential requests random.
+                run = ["qemu-img", "bench", "-f", "raw", "-c", str(count), "-s", "4096", "-S", "40419328", *words]
+                subprocess.run([*run, f"nbd+unix:///?socket={socket}"], check=True, capture_output=True)
+                rates[name].append(count / (time.perf_counter() - start))
+                server.terminate()
+                server.wait()
+                socket.unlink(missing_ok=True)
+        a, b = (statistics.median(rates[name]) for name in servers)
+        print(f"NBD 4 KiB {' '.join(words):24} ours {a:8.0f} /s  qemu-nbd {b:8.0f} /s  {a / b:5.2f}x", flush=True)
+
+
 def main() -> None:
-    names = set(sys.argv[1:]) or {"convert", "compressed", "check", "snapshot", "info"}
+    names = set(sys.argv[1:]) or {"convert", "compressed", "check", "snapshot", "info", "nbd"}
     folder = Path(tempfile.mkdtemp(prefix="bench-qcow2-", dir=Path.cwd()))
     try:
+        if "nbd" in names:
+            nbd(folder)
         if names & {"convert", "compressed"}:
             raw, out = source(folder, 2 * GiB), folder / "out"
 

@@ -14,7 +14,7 @@ def qemu_img(*words: Any, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def qemu_io(path: Path, *commands: str, fmt: str = "qcow2") -> str:
+def qemu_io(path: Path | str, *commands: str, fmt: str = "qcow2") -> str:
     """Run qemu-io commands on an image; none may fail."""
     words = ["qemu-io", "-f", fmt]
     for command in commands:

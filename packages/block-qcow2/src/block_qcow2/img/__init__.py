@@ -33,6 +33,10 @@ COMMANDS = {
         "chain",
         "bitmap (--add [-g N] | --remove | --clear | --enable | --disable | --merge SRC [-b FILE [-F FMT]])… [-f FMT] FILE NAME",
     ),
+    "serve": (
+        "export",
+        "serve [-f FMT] [-r] [-k SOCKET | -b HOST -p PORT] [-x NAME] [-e N] [--discard] [--direct] [--allow-chain] FILE",
+    ),
     "dd": ("copy", "dd [-f FMT] [-O FMT] [-U] [--allow-chain] [bs=N] [count=N] [skip=N] if=FILE of=FILE"),
     "commit": ("chain", "commit [-f FMT] [-d] [-p] [-q] --allow-chain FILE"),
     "rebase": ("chain", "rebase [-f FMT] [-u] [-p] [-q] [--allow-chain] -b BACKING [-F FMT] FILE"),

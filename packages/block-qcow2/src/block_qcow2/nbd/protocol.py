@@ -1,0 +1,223 @@
+"""The NBD wire format, server side, and the handshake as a state machine without I/O.
+
+Source: NetworkBlockDevice/nbd doc/proto.md, sections "Fixed newstyle negotiation", "Transmission", "Structured replies",
+"Metadata querying". Not here: sockets, images.
+"""
+
+from __future__ import annotations
+
+import errno
+from struct import Struct
+from typing import NamedTuple
+
+NBDMAGIC, IHAVEOPT = 0x4E42444D41474943, 0x49484156454F5054
+_OPTION_REPLY_MAGIC, _REQUEST_MAGIC = 0x3E889045565A9, 0x25609513
+_SIMPLE_MAGIC, _STRUCTURED_MAGIC = 0x67446698, 0x668E33EF
+
+_OPTION = Struct(">QII")  # magic, option, length
+_OPTION_REPLY = Struct(">QIII")  # magic, option, type, length
+REQUEST = Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
+_SIMPLE = Struct(">IIQ")  # magic, error, cookie
+_STRUCTURED = Struct(">IHHQI")  # magic, flags, type, cookie, length
+
+FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES = 1, 2
+OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_INFO, OPT_GO = 1, 2, 3, 6, 7
+OPT_STRUCTURED_REPLY, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT = 8, 9, 10
+REP_ACK, REP_SERVER, REP_INFO, REP_META_CONTEXT = 1, 2, 3, 4
+_ERROR = 1 << 31
+REP_ERR_UNSUP, REP_ERR_INVALID, REP_ERR_UNKNOWN, REP_ERR_TOO_BIG = _ERROR + 1, _ERROR + 3, _ERROR + 6, _ERROR + 9
+INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
+
+HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_FUA = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+SEND_TRIM, SEND_WRITE_ZEROES, SEND_DF, CAN_MULTI_CONN = 1 << 5, 1 << 6, 1 << 7, 1 << 8
+
+CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM, _, CMD_WRITE_ZEROES, CMD_BLOCK_STATUS = range(8)
+CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_DF, CMD_FLAG_REQ_ONE = 1, 2, 4, 8
+
+CHUNK_NONE, CHUNK_OFFSET_DATA, CHUNK_BLOCK_STATUS, CHUNK_ERROR = 0, 1, 5, (1 << 15) + 1
+CHUNK_DONE = 1
+STATE_HOLE, STATE_ZERO = 1, 2
+
+BASE_ALLOCATION = b"base:allocation"
+CONTEXT_ID = 1
+MAX_PAYLOAD = 32 << 20  # bytes: what the protocol wants a server to take at least
+_MAX_OPTION = 64 << 10
+_MAX_OPTIONS = 64  # of one handshake
+
+_ERRORS = {errno.EPERM: 1, errno.EROFS: 1, errno.EIO: 5, errno.ENOMEM: 12, errno.EINVAL: 22, errno.ENOSPC: 28, errno.EDQUOT: 28}
+_ERRORS |= {errno.EOVERFLOW: 75, errno.EOPNOTSUPP: 95, errno.ESHUTDOWN: 108}
+
+
+class ProtocolError(Exception):
+    """The client broke the protocol, or is done: the connection ends."""
+
+
+class Request(NamedTuple):
+    """One command of the transmission phase. For writes, `length` bytes of payload follow on the wire."""
+
+    flags: int
+    kind: int
+    cookie: int
+    offset: int
+    length: int
+
+
+class Handshake:
+    """Fixed newstyle negotiation. Feed it bytes; send what `output` holds; `done` says that transmission begins."""
+
+    def __init__(self, name: str, size: int, flags: int, block: tuple[int, int, int]) -> None:
+        self._name = name.encode()
+        self._size = size
+        self._flags = flags
+        self._block = block  # minimum, preferred, maximum, in bytes
+        self._input = bytearray()
+        self._client_flags: int | None = None
+        self._options = 0
+        self.output = bytearray(
+            NBDMAGIC.to_bytes(8, "big") + IHAVEOPT.to_bytes(8, "big") + (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES).to_bytes(2, "big")
+        )
+        self.structured = False
+        self.block_status = False
+        self.done = False
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the client. ProtocolError ends the connection, after `output` was sent."""
+        self._input += data
+        if self._client_flags is None:
+            if len(self._input) < 4:
+                return
+            self._client_flags = int.from_bytes(self._take(4), "big")
+            if self._client_flags & ~(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES):
+                raise ProtocolError(f"unknown client flags {self._client_flags:#x}")
+        while not self.done and len(self._input) >= _OPTION.size:
+            magic, option, length = _OPTION.unpack_from(self._input)
+            if magic != IHAVEOPT or length > _MAX_OPTION:
+                raise ProtocolError(f"option with magic {magic:#x} and {length} bytes")
+            if len(self._input) < _OPTION.size + length:
+                return
+            self._options += 1
+            if self._options > _MAX_OPTIONS:
+                raise ProtocolError("too many options")
+            self._take(_OPTION.size)
+            self._option(option, self._take(length))
+
+    def rest(self) -> bytes:
+        """What the client sent behind the handshake."""
+        return self._take(len(self._input))
+
+    def _take(self, n: int) -> bytes:
+        data = bytes(self._input[:n])
+        del self._input[:n]
+        return data
+
+    def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
+        self.output += _OPTION_REPLY.pack(_OPTION_REPLY_MAGIC, option, kind, len(data)) + data
+
+    def _option(self, option: int, data: bytes) -> None:
+        if option == OPT_EXPORT_NAME:
+            if data != self._name:
+                raise ProtocolError("no such export")  # this option has no way to say so
+            self.output += self._size.to_bytes(8, "big") + self._flags.to_bytes(2, "big")
+            if not (self._client_flags or 0) & FLAG_NO_ZEROES:
+                self.output += bytes(124)
+            self.done = True
+        elif option == OPT_ABORT:
+            self._reply(option, REP_ACK)
+            raise ProtocolError("the client gave up")
+        elif option == OPT_LIST:
+            if data:
+                self._reply(option, REP_ERR_INVALID)
+                return
+            self._reply(option, REP_SERVER, len(self._name).to_bytes(4, "big") + self._name)
+            self._reply(option, REP_ACK)
+        elif option in (OPT_INFO, OPT_GO):
+            self._info(option, data)
+        elif option == OPT_STRUCTURED_REPLY:
+            if data:
+                self._reply(option, REP_ERR_INVALID)
+                return
+            self.structured = True
+            self._reply(option, REP_ACK)
+        elif option in (OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT):
+            self._contexts(option, data)
+        else:
+            self._reply(option, REP_ERR_UNSUP)
+
+    def _info(self, option: int, data: bytes) -> None:
+        length = int.from_bytes(data[:4], "big")
+        if len(data) < 6 or 6 + length > len(data):
+            self._reply(option, REP_ERR_INVALID)
+            return
+        if data[4 : 4 + length] != self._name:
+            self._reply(option, REP_ERR_UNKNOWN)
+            return
+        self._reply(
+            option, REP_INFO, INFO_EXPORT.to_bytes(2, "big") + self._size.to_bytes(8, "big") + self._flags.to_bytes(2, "big")
+        )
+        sizes = b"".join(n.to_bytes(4, "big") for n in self._block)
+        self._reply(option, REP_INFO, INFO_BLOCK_SIZE.to_bytes(2, "big") + sizes)
+        self._reply(option, REP_ACK)
+        self.done = option == OPT_GO
+
+    def _contexts(self, option: int, data: bytes) -> None:
+        length = int.from_bytes(data[:4], "big")
+        if not self.structured or len(data) < 8 + length:
+            self._reply(option, REP_ERR_INVALID)
+            return
+        if data[4 : 4 + length] != self._name:
+            self._reply(option, REP_ERR_UNKNOWN)
+            return
+        at = 4 + length
+        count = int.from_bytes(data[at : at + 4], "big")
+        at += 4
+        wanted = option == OPT_LIST_META_CONTEXT and count == 0
+        for _ in range(count):
+            size = int.from_bytes(data[at : at + 4], "big")
+            if at + 4 + size > len(data):
+                self._reply(option, REP_ERR_INVALID)
+                return
+            query = data[at + 4 : at + 4 + size]
+            wanted = wanted or query == BASE_ALLOCATION or (option == OPT_LIST_META_CONTEXT and query == b"base:")
+            at += 4 + size
+        if wanted:
+            number = CONTEXT_ID if option == OPT_SET_META_CONTEXT else 0
+            self._reply(option, REP_META_CONTEXT, number.to_bytes(4, "big") + BASE_ALLOCATION)
+        if option == OPT_SET_META_CONTEXT:
+            self.block_status = wanted
+        self._reply(option, REP_ACK)
+
+
+def parse_request(data: bytes | bytearray | memoryview) -> Request:
+    """The header of a request: REQUEST.size bytes. ProtocolError if it is none, or its payload is too large."""
+    magic, flags, kind, cookie, offset, length = REQUEST.unpack_from(data)
+    if magic != _REQUEST_MAGIC:
+        raise ProtocolError(f"request with magic {magic:#x}")
+    if kind == CMD_WRITE and length > MAX_PAYLOAD:
+        raise ProtocolError(f"a write of {length} bytes, at most {MAX_PAYLOAD}")
+    return Request(flags, kind, cookie, offset, length)
+
+
+def wire_error(result: int) -> int:
+    """A negative errno as an NBD error."""
+    return _ERRORS.get(-result, 5) if result else 0
+
+
+def answer(request: Request, result: int, *, structured: bool, data: bytes | bytearray | None = None) -> list[bytes | bytearray]:
+    """The reply to anything but block status, in pieces to be sent one after the other."""
+    error = wire_error(result)
+    if not structured:
+        head = _SIMPLE.pack(_SIMPLE_MAGIC, error, request.cookie)
+        return [head, data] if data is not None and not error else [head]
+    if error:
+        payload = error.to_bytes(4, "big") + bytes(2)
+        return [_STRUCTURED.pack(_STRUCTURED_MAGIC, CHUNK_DONE, CHUNK_ERROR, request.cookie, len(payload)) + payload]
+    if data is None:
+        return [_STRUCTURED.pack(_STRUCTURED_MAGIC, CHUNK_DONE, CHUNK_NONE, request.cookie, 0)]
+    head = _STRUCTURED.pack(_STRUCTURED_MAGIC, CHUNK_DONE, CHUNK_OFFSET_DATA, request.cookie, 8 + len(data))
+    return [head + request.offset.to_bytes(8, "big"), data]
+
+
+def answer_status(request: Request, extents: list[tuple[int, int]]) -> list[bytes | bytearray]:
+    """The reply to block status: (length, STATE_ flags) of adjacent extents."""
+    payload = CONTEXT_ID.to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") + f.to_bytes(4, "big") for n, f in extents)
+    return [_STRUCTURED.pack(_STRUCTURED_MAGIC, CHUNK_DONE, CHUNK_BLOCK_STATUS, request.cookie, len(payload)) + payload]
