@@ -60,7 +60,9 @@ def convert(words: list[str]) -> int:
     sparse = args.size(given.last("S") or str(_SPARSE), "sparse size")
     if sparse % 512:
         raise UsageError("Invalid sparse size: expected a multiple of 512, or 0")
-    threads = args.number(given.last("m") or str(min(os.cpu_count() or 1, 8)), "number of threads", 1, 16)
+    # One reader and one writer keep a disk busy; more of them only fight over the page cache. Compression scales.
+    usual = min(os.cpu_count() or 1, 8) if packed else 1
+    threads = args.number(given.last("m") or str(usual), "number of threads", 1, 16)
     opened: list[Any] = []
     try:
         for name in sources:

