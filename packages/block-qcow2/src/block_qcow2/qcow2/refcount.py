@@ -245,7 +245,7 @@ class Refcounts:
         with memoryview(data) as view:
             read_padded(self.file, self.block_offset(index), [view])
         if len(self._blocks) >= _CACHED_BLOCKS:
-            for old in list(self._blocks):
+            for old in self._blocks:
                 if old not in self._dirty and old not in self._writing:
                     del self._blocks[old]
                     break

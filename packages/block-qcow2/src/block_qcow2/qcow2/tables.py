@@ -90,11 +90,14 @@ class L2Cache:
         self._tables[table.offset] = table
         if len(self._tables) <= self.limit:
             return
-        for offset, old in list(self._tables.items()):
+        for _ in range(len(self._tables)):
+            offset, old = next(iter(self._tables.items()))
+            if old.dirty or old.pinned or old is table:
+                self._tables.move_to_end(offset)  # looked at again when its turn comes: no scan past the same ones each time
+                continue
+            del self._tables[offset]
             if len(self._tables) <= self.limit:
                 break
-            if not old.dirty and not old.pinned and old is not table:
-                del self._tables[offset]
 
     @property
     def crowded(self) -> bool:
