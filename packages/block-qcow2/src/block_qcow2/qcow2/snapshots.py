@@ -13,7 +13,7 @@ from array import array
 from struct import Struct
 from typing import NamedTuple, Self
 
-from ..errors import BlockError, ImageFormatError
+from ..errors import BlockError, ImageCorruptError, ImageFormatError
 from ..hostfile import HostFile, read_padded
 from . import tables
 from .counts import Counts
@@ -362,7 +362,14 @@ def add_references(image: Qcow2Image, l1: array[int], delta: int) -> None:
         for index, bad in found.outside + found.misaligned:
             raise image._corrupt(f"L2 table at {offset:#x}, entry {index}: cluster at {bad & OFFSET_MASK:#x}")
     with image._lock:
-        image.refcounts.add_many(counts.found, delta)
+        try:
+            image.refcounts.add_many(counts.found, delta)
+        except ImageCorruptError as e:
+            if delta < 0:
+                raise
+            # Nothing is wrong with the image: its counts are only too narrow.
+            bits = 1 << image.header.refcount_order
+            raise SnapshotError(f"{image.path}: {bits} bits a refcount are too few for another snapshot: {e}") from None
 
 
 def fix_copied(image: Qcow2Image) -> None:
