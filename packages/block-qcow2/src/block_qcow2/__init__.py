@@ -43,6 +43,7 @@ def open_disk(
 
     Raises OpenError (the file, or an option), EngineError (the host lacks the engine), ImageFormatError.
     """
+    from .errors import OpenError
     from .hostfile import HostFile
     from .raw import RawDisk, check_options
 
@@ -65,6 +66,8 @@ def open_disk(
         try:
             if isinstance(image, RawImage):
                 disk = RawDisk(image.file, aio=aio, discard=discard, detect_zeroes=detect_zeroes)
+            elif image.format != "qcow2":
+                raise OpenError(f"{image.path}: {image.format} images cannot be disks of a machine: convert them")
             else:
                 from .qcow2.disk import Qcow2Disk
 

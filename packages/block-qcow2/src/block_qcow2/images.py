@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .qcow2.image import Extent
 
 Allow = bool | Callable[[str], bool]
-FORMATS = ("raw", "qcow2")
+FORMATS = ("raw", "qcow2")  # read and written
+READ_FORMATS = (*FORMATS, "vdi", "vpc", "vmdk")
 MAX_CHAIN = 64  # images; more are a mistake, and each costs descriptors
 
 
@@ -139,11 +140,15 @@ class RawImage:
 
 
 def probe(file: HostFile) -> str:
-    """ "qcow2" if the file begins like one, else "raw"."""
+    """The format that the file looks like: "raw" if it is none of the others. ("vpc" of fixed size looks like raw.)"""
     start = bytearray(4)
     with memoryview(start) as view:
         read_padded(file, 0, [view])
-    return "qcow2" if int.from_bytes(start, "big") == MAGIC else "raw"
+    if int.from_bytes(start, "big") == MAGIC:
+        return "qcow2"
+    from . import foreign
+
+    return foreign.probe(file) or "raw"
 
 
 def open_image(
@@ -163,10 +168,10 @@ def open_image(
 ) -> Any:
     """Open an image; use it as a context manager, or close() it.
 
-    `format`: "raw", "qcow2", or None to look at its first bytes. `allow`: whether what the image names may be opened: False,
-    True, or a function of the absolute path. `lock`: take QEMU-compatible locks; `force_share` reads what somebody else may be
-    writing. `passphrase`: of a LUKS image; without it its metadata can be looked at. `named=False`: open a qcow2 image without
-    what it names (for looking at its metadata only).
+    `format`: "raw", "qcow2", "vdi", "vpc", "vmdk" (these three are only read), or None to look at the first bytes. `allow`:
+    whether what the image names may be opened: False, True, or a function of the absolute path. `lock`: take QEMU-compatible
+    locks; `force_share` reads what somebody else may be writing. `passphrase`: of a LUKS image; without it its metadata can be
+    looked at. `named=False`: open a qcow2 image without what it names (for looking at its metadata only).
 
     Raises OpenError, ImageInUseError, ImageFormatError, UnsupportedFeatureError; ImageFormatError also for a loop in the chain.
     """
@@ -175,8 +180,8 @@ def open_image(
     )
     if passphrase is not None:
         try:
-            if image.format == "raw":
-                raise OpenError(f"{image.path}: a raw image has no passphrase")
+            if image.format != "qcow2":
+                raise OpenError(f"{image.path}: a {image.format} image has no passphrase")
             image.unlock(passphrase)
         except BaseException:
             image.close()
@@ -198,8 +203,8 @@ def _open(
     l2_cache_bytes: int,
     above: tuple[tuple[int, int], ...],
 ) -> Any:
-    if fmt is not None and fmt not in FORMATS:
-        raise OpenError(f"{path}: format {fmt!r} is not supported; there are: {', '.join(FORMATS)}")
+    if fmt is not None and fmt not in READ_FORMATS:
+        raise OpenError(f"{path}: format {fmt!r} is not supported; there are: {', '.join(READ_FORMATS)}")
     file = HostFile(path, read_only=read_only, direct=direct)
     try:
         status = os.fstat(file.fd)
@@ -210,8 +215,15 @@ def _open(
             raise ImageFormatError(f"{path}: a chain of more than {MAX_CHAIN} backing files")
         if lock:
             locks.lock(file.fd, path, write=not read_only, share=force_share)
-        if (fmt or probe(file)) == "raw":
+        found = fmt or probe(file)
+        if found == "raw":
             return RawImage(file)
+        if found != "qcow2":
+            if not read_only:
+                raise OpenError(f"{path}: {found} images are only read")
+            from .foreign import open_foreign
+
+            return open_foreign(file, found)
         from .qcow2.image import open_qcow2
 
         def resolve(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BlockError
-from ..images import create_image, open_image, resolve_name
+from ..images import READ_FORMATS, create_image, open_image, resolve_name
 from ..qcow2.create import Options
 from . import args
 from .args import UsageError, parse
@@ -18,7 +18,15 @@ CREATE = {"f": "value", "o": "value", "b": "value", "F": "value", "q": "", "u": 
 _COMPAT = {"0.10": 2, "1.1": 3, "v2": 2, "v3": 3}
 
 
+def read_format(name: str | None) -> str | None:
+    """A format that can at least be read."""
+    if name not in (None, *READ_FORMATS):
+        raise UsageError(f"Unknown format type '{name}'")
+    return name
+
+
 def check_format(name: str | None) -> str | None:
+    """A format that can be written."""
     if name not in (None, "raw", "qcow2"):
         raise UsageError(f"Unknown format type '{name}'")
     return name
@@ -144,7 +152,7 @@ def check(words: list[str]) -> int:
     fmt = check_format(given.last("f"))
     image = open_image(path, format=fmt, read_only=repair == "none", force_share=given.flag("U"), for_repair=True, named=False)
     with image:
-        if image.format == "raw":
+        if image.format != "qcow2":
             print("stratovirt-img: This image format does not support checks", file=sys.stderr)
             return 63
         from ..qcow2.check import check as check_qcow2

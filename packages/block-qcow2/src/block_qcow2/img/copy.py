@@ -18,7 +18,7 @@ from ..images import create_image, open_image
 from ..zeroes import is_zero
 from . import args
 from .args import UsageError, parse
-from .basic import check_format, key_file, qcow2_options
+from .basic import check_format, key_file, qcow2_options, read_format
 from .look import Mapped, joined, mapped
 from .progress import Progress
 
@@ -70,7 +70,7 @@ def convert(words: list[str]) -> int:
                 raise UsageError(f"{target} is a source and the target")
             image = open_image(
                 name,
-                format=check_format(given.last("f")),
+                format=read_format(given.last("f")),
                 allow=given.flag("allow-chain"),
                 force_share=given.flag("U"),
                 passphrase=key_file(given),
@@ -300,7 +300,7 @@ def dd(words: list[str]) -> int:
         raise UsageError("Invalid bs '0': expected at least 1")
     fmt = check_format(given.last("O")) or "raw"
     with open_image(
-        pairs["if"], format=check_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
+        pairs["if"], format=read_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
     ) as source:
         start = min(args.size(pairs.get("skip", "0"), "skip") * block, source.size)
         length = source.size - start

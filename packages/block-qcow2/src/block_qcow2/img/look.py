@@ -15,7 +15,7 @@ from ..qcow2.bitmaps import load as load_bitmaps
 from ..qcow2.format import EXT_BITMAPS
 from . import args
 from .args import UsageError, human_size, parse
-from .basic import _one_path, _output, check_format, listing, qcow2_options
+from .basic import _one_path, _output, check_format, listing, qcow2_options, read_format
 from .progress import Progress
 
 _COMMON = {"f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": "", "q": "", "p": ""}
@@ -28,7 +28,7 @@ def info(words: list[str]) -> int:
     given = parse(words, {**_COMMON, "backing-chain": ""})
     path = _one_path(given.words, "Image info requires path")
     output = _output(given.last("output"))
-    fmt, share = check_format(given.last("f")), given.flag("U")
+    fmt, share = read_format(given.last("f")), given.flag("U")
     found: list[dict[str, Any]] = []
     names: list[Any] = []
     seen: set[tuple[int, int]] = set()
@@ -222,7 +222,7 @@ def map(words: list[str]) -> int:
     output = _output(given.last("output"))
     start = args.size(given.last("start-offset") or "0", "start offset")
     with open_image(
-        path, format=check_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
+        path, format=read_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
     ) as image:
         length = args.size(given.last("max-length") or str(image.size), "length")
         parts = joined(mapped(image, start, length))
@@ -264,8 +264,8 @@ def compare(words: list[str]) -> int:
 
     try:
         with (
-            open_image(given.words[0], format=check_format(given.last("f")), allow=allow, force_share=share) as a,
-            open_image(given.words[1], format=check_format(given.last("F")), allow=allow, force_share=share) as b,
+            open_image(given.words[0], format=read_format(given.last("f")), allow=allow, force_share=share) as a,
+            open_image(given.words[1], format=read_format(given.last("F")), allow=allow, force_share=share) as b,
             Progress(max(a.size, b.size), shown=given.flag("p")) as progress,
         ):
             if a.size != b.size:
@@ -350,7 +350,7 @@ def measure(words: list[str]) -> int:
     else:
         path = _one_path(given.words, "Either --size N or one filename must be specified")
         with open_image(
-            path, format=check_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
+            path, format=read_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
         ) as image:
             size = image.size
             bitmaps = target == image.format == "qcow2" and image.header.version >= 3
