@@ -352,6 +352,35 @@ def test_an_encrypted_image_is_made_and_converted(img: Any, source: bytes) -> No
     assert '"encrypted": true' in img("info", "--output", "json", "secret").out
 
 
+def test_amend(img: Any) -> None:
+    img("create", "-f", "qcow2", "-o", "compat=0.10", "a", "1M")
+    qemu_io(Path("a"), "write -P 5 0 1M")
+    assert img("amend", "-o", "lazy_refcounts=on", "a").status == 1
+    assert img("amend", "-o", "compat=1.1,lazy_refcounts=on,size=2M", "a") == (0, "", "")
+    data = json.loads(qemu_img("info", "--output", "json", "a"))
+    assert data["virtual-size"] == 2 * MiB
+    details = data["format-specific"]["data"]
+    assert (details["compat"], details["lazy-refcounts"]) == ("1.1", True)
+    qemu_io(Path("a"), "read -P 5 0 1M", "read -P 0 1M 1M")
+    is_clean(Path("a"))
+    assert "not supported yet" in img("amend", "-o", "refcount_bits=8", "a").err
+    assert img("amend", "-o", "backing_file=b,backing_fmt=raw", "a").status == 0
+    assert json.loads(img("info", "--output", "json", "a").out)["backing-filename"] == "b"
+
+
+def test_bench(img: Any) -> None:
+    img("create", "-f", "qcow2", "a", "4M")
+    said = img("bench", "-c", "500", "-d", "8", "-w", "--pattern", "7", "--flush-interval", "100", "a")
+    assert said.status == 0
+    assert said.out.startswith(
+        "Sending 500 write requests, 4096 bytes each, 8 in parallel (starting at offset 0, step size 4096)\nRun "
+    )
+    qemu_io(Path("a"), "read -P 7 0 2000k")
+    is_clean(Path("a"))
+    assert img("bench", "-c", "1000", "-s", "64k", "--aio", "threads", "a").status == 0
+    assert "flush-interval needs -w" in img("bench", "--flush-interval", "5", "a").err
+
+
 def test_dd(img: Any, source: bytes) -> None:
     assert img("dd", "-f", "raw", "if=source", "of=out", "bs=512", "skip=3", "count=100").status == 0
     assert Path("out").read_bytes() == source[1536 : 1536 + 51200]

@@ -24,7 +24,9 @@ def workload(rng: random.Random, image: Any, snapshots: Snapshots, model: bytear
     size, cluster = len(model), image.cluster_size
     offset = rng.randrange(size // SECTOR) * SECTOR
     length = min(rng.choice([SECTOR, 4 * SECTOR, cluster, 3 * cluster]), size - offset)
-    kind = rng.choice(["write"] * 6 + ["zero", "unmap", "discard", "compressed", "create", "apply", "delete", "flush", "flush"])
+    kind = rng.choice(
+        ["write"] * 6 + ["zero", "unmap", "discard", "compressed", "create", "apply", "delete", "resize", "flush", "flush"]
+    )
     if kind == "write":
         data = rng.randbytes(length)
         image.write(offset, data)
@@ -55,6 +57,10 @@ def workload(rng: random.Random, image: Any, snapshots: Snapshots, model: bytear
         name = rng.choice(sorted(saved))
         snapshots.delete(snapshots.find(name))
         del saved[name]
+    elif kind == "resize":
+        new = max(size + rng.choice([-3, -1, 1, 4, 40]) * cluster, 1) // SECTOR * SECTOR + SECTOR
+        image.resize(new, shrink=True)
+        model[:] = (model + bytes(max(new - size, 0)))[:new]
     elif kind == "flush":
         image.flush()
     return kind
@@ -78,7 +84,10 @@ def run(seed: int, cuts: int, *, steps: int = 60) -> None:
     versions: list[tuple[int, bytes]] = [(0, bytes(model))]
     acknowledged = [(0, 0)]  # (entries logged, index in versions)
     for _ in range(steps):
+        before = bytes(model)
         kind = workload(rng, image, snapshots, model, saved)
+        if len(model) < len(before):  # what is cut off may be gone before the size says so
+            versions.append((len(log), bytes(model) + bytes(len(before) - len(model))))
         versions.append((len(log), bytes(model)))
         if kind == "flush":
             acknowledged.append((len(log), len(versions) - 1))

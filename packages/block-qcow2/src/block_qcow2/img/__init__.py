@@ -29,6 +29,14 @@ COMMANDS = {
         "copy",
         "convert [-f FMT] [-O FMT] [-o OPTS] [-cnpqU] [-l NAME] [-S N] [-m N] [-t CACHE] [--key-file K] [--allow-chain] IN… OUT",
     ),
+    "amend": (
+        "chain",
+        "amend [-f FMT] [-q] [--allow-chain] -o OPTIONS FILE    (backing_file backing_fmt compat lazy_refcounts size)",
+    ),
+    "bench": (
+        "export",
+        "bench [-f FMT] [-c COUNT] [-d DEPTH] [-o OFFSET] [-s SIZE] [-S STEP] [-w] [--direct] [--aio ENGINE] FILE",
+    ),
     "bitmap": (
         "chain",
         "bitmap (--add [-g N] | --remove | --clear | --enable | --disable | --merge SRC [-b FILE [-F FMT]])… [-f FMT] FILE NAME",

@@ -1,8 +1,12 @@
-"""The command serve: an image for other programs, over NBD, until it is interrupted."""
+"""Commands that drive an image as a machine would: serve exports it over NBD until it is interrupted, bench measures it."""
 
 from __future__ import annotations
 
+import mmap
+import os
+import select
 import signal
+import time
 from importlib import import_module
 from typing import Any
 
@@ -102,3 +106,101 @@ def _status_of(disk: Any) -> Any:
         return found
 
     return status
+
+
+BENCH = {
+    "f": "value",
+    "c": "value",
+    "d": "value",
+    "o": "value",
+    "s": "value",
+    "S": "value",
+    "w": "",
+    "aio": "value",
+    "direct": "",
+    "q": "",
+}
+BENCH |= {"U": "", "pattern": "value", "flush-interval": "value", "allow-chain": "", "key-file": "value"}
+
+
+def bench(words: list[str]) -> int:
+    """Send requests of one size, some in parallel, and say how long they took. Writing destroys what is in the image."""
+    given = parse(words, BENCH)
+    path = _one_path(given.words, "Image bench requires path")
+    count = args.number(given.last("c") or "75000", "request count", 1, 1 << 31)
+    depth = args.number(given.last("d") or "64", "queue depth", 1, 1 << 16)
+    block = args.size(given.last("s") or "4096", "buffer size")
+    offset = args.size(given.last("o") or "0", "offset")
+    write = given.flag("w")
+    interval = args.number(given.last("flush-interval") or "0", "flush interval", 0, 1 << 31)
+    if interval and not write:
+        raise UsageError("--flush-interval needs -w")
+    pattern = args.number(given.last("pattern") or "0", "pattern", 0, 255)
+    disk: Any = open_disk(
+        path,
+        format=check_format(given.last("f")),
+        read_only=not write,
+        direct=given.flag("direct"),
+        aio=given.last("aio") or ("native" if given.flag("direct") else "off"),
+        allow=given.flag("allow-chain"),
+        passphrase=key_file(given),
+    )
+    try:
+        if not given.flag("U"):
+            disk.lock()
+        step = args.size(given.last("S") or "0", "step size") or block
+        if not 0 < block <= disk.size:
+            raise UsageError(f"Invalid buffer size {block}: expected 1 to {disk.size}")
+        if not given.flag("q"):
+            print(
+                f"Sending {count} {'write' if write else 'read'} requests, {block} bytes each, {depth} in parallel "
+                f"(starting at offset {offset}, step size {step})",
+                flush=True,
+            )
+        seconds = _run_bench(disk, count, depth, block, offset, step, write, pattern, interval)
+        if not given.flag("q"):
+            print(f"Run completed in {seconds:.3f} seconds.")
+    finally:
+        disk.close()
+    return 0
+
+
+def _run_bench(
+    disk: Any, count: int, depth: int, block: int, offset: int, step: int, write: bool, pattern: int, interval: int
+) -> float:
+    channel = disk.channel()
+    poll = select.poll()
+    poll.register(channel.completion_fd, select.POLLIN)
+    depth = min(depth, max((64 << 20) // block, 1))
+    memory = memoryview(mmap.mmap(-1, depth * block))
+    if pattern:
+        memory[:] = bytes([pattern]) * len(memory)
+    free = [memory[i * block : (i + 1) * block] for i in range(depth)]
+    start = time.perf_counter()
+    sent = 0
+
+    def done(buffer: Any, result: int) -> None:
+        if result:
+            raise OSError(-result, f"{disk.path}: a request failed: {os.strerror(-result)}")
+        if buffer is not None:
+            free.append(buffer)
+
+    while sent < count or channel.in_flight:
+        while free and sent < count:
+            buffer = free.pop()
+            at = (offset + sent * step) % (disk.size - block + 1)
+            result = channel.writev(at, [buffer], buffer) if write else channel.readv(at, [buffer], buffer)
+            sent += 1
+            if result is not None:
+                done(buffer, result)
+            if interval and sent % interval == 0:
+                result = channel.flush(None)
+                if result is not None:
+                    done(None, result)
+        channel.submit()
+        if channel.in_flight:
+            poll.poll()
+            for buffer, result in channel.completions():
+                done(buffer, result)
+    channel.close()
+    return time.perf_counter() - start

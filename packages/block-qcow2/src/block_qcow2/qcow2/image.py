@@ -17,6 +17,7 @@ from . import bitmaps, tables
 from .format import (
     AUTOCLEAR_BITMAPS,
     AUTOCLEAR_DATA_FILE_RAW,
+    COMPAT_LAZY_REFCOUNTS,
     CRYPT_AES,
     CRYPT_LUKS,
     EXT_BACKING_FORMAT,
@@ -27,6 +28,8 @@ from .format import (
     INCOMPAT_EXTENDED_L2,
     MAX_L1_BYTES,
     MAX_VIRTUAL_SIZE,
+    V2_LENGTH,
+    V3_FULL_LENGTH,
     Header,
 )
 from .reader import COMPRESSED_DATA, NORMAL, UNALLOCATED, ZERO_PLAIN, Source
@@ -199,6 +202,33 @@ class Qcow2Image(Writer):
         super().must_be_writable()
         if self.bitmaps is None and bitmaps.present(self.header):
             raise UnsupportedFeatureError(f"{self.path}: the image has dirty bitmaps, which are not followed")
+
+    def set_lazy_refcounts(self, on: bool) -> None:
+        """Let other programs put off counting (they then mark the image dirty). This one never does. Version 3 only."""
+        self.must_be_writable()
+        if self.header.version < 3:
+            raise ImageFormatError(f"{self.path}: lazy_refcounts needs compat=1.1")
+        with self.exclusive():
+            self.header.compatible &= ~COMPAT_LAZY_REFCOUNTS
+            self.header.compatible |= COMPAT_LAZY_REFCOUNTS if on else 0
+            self.write_header()
+
+    def upgrade(self) -> None:
+        """Make a version 2 image one of version 3."""
+        self.must_be_writable()
+        header = self.header
+        if header.version >= 3:
+            return
+        with self.exclusive():
+            header.version, header.header_length = 3, V3_FULL_LENGTH
+            try:
+                data = header.pack()
+            except ImageFormatError:
+                header.version, header.header_length = 2, V2_LENGTH
+                raise
+            self.file.flush()
+            self.file.pwrite(0, data)
+            self.file.flush()
 
     def follow_bitmaps(self) -> None:
         """Begin to keep enabled dirty bitmaps right on writes: the image is locked. Raises BlockError, OSError."""
