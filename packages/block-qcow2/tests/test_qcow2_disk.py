@@ -146,6 +146,21 @@ def test_what_another_process_did_meanwhile_is_seen_after_locking(image: Path) -
     is_clean(image)
 
 
+def test_a_snapshot_after_drain_does_not_wait_for_the_owner_of_a_channel(image: Path) -> None:
+    disk = open_disk(image, format="qcow2", aio="threads")
+    disk.lock()
+    driver = Driver(disk)
+    assert driver.write(0, b"1" * 4096) == 0
+    assert driver.channel.writev(0, [memoryview(bytearray(b"2" * 4096))], "late") is None
+    disk.drain()
+    disk.snapshot_create("while it stands still")
+    assert driver.channel.in_flight == 1
+    assert driver.wait_for(1) == [("late", 0)]
+    assert driver.channel.in_flight == 0
+    disk.close()
+    is_clean(image)
+
+
 def test_an_image_that_was_replaced_is_not_taken_for_the_old_one(image: Path) -> None:
     disk = open_disk(image, format="qcow2")
     cluster = disk.image.cluster_size

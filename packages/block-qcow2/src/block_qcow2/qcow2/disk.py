@@ -9,6 +9,7 @@ Not here: the engine (`image`), how a file does asynchronous I/O (`engines`).
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,13 +57,16 @@ class Qcow2Disk:
             )
         self._data = _DataDisk(image, aio)
         self._locked: list[Any] = []
+        self._channels: list[Qcow2Channel] = []
 
     @property
     def size(self) -> int:
         return self.image.size
 
     def channel(self) -> Channel:
-        return Qcow2Channel(self, self._data.channel())
+        channel = Qcow2Channel(self, self._data.channel())
+        self._channels = [c for c in self._channels if c.completion_fd >= 0] + [channel]
+        return channel
 
     def lock(self) -> None:
         """Lock the image, its data file for what it is opened for, and its backing files for reading; then read the metadata
@@ -105,10 +109,13 @@ class Qcow2Disk:
         self.image.flush()
 
     def drain(self) -> None:
-        self._data.drain()
+        for channel in self._channels:
+            channel.drain()
 
     def close(self) -> None:
         try:
+            for channel in self._channels:
+                channel.close()
             self._data.close_channels()
         finally:
             self.image.close()
@@ -158,11 +165,13 @@ class Qcow2Channel:
         self._image = disk.image
         self._inner = inner
         self._detect_zeroes = disk.detect_zeroes != "off"
+        self._ready: list[tuple[Any, int]] = []  # finished, and collected by drain()
         self.completion_fd: int = inner.completion_fd
 
     @property
     def in_flight(self) -> int:
-        return self._inner.in_flight  # type: ignore[no-any-return]
+        in_flight: int = self._inner.in_flight
+        return in_flight + len(self._ready)
 
     def readv(self, offset: int, buffers: Sequence[memoryview], token: Any) -> int | None:
         image = self._image
@@ -219,7 +228,7 @@ class Qcow2Channel:
         self._inner.submit()
 
     def completions(self) -> list[tuple[Any, int]]:
-        done = []
+        done, self._ready = self._ready, []
         for token, result in self._inner.completions():
             if type(token) is _Direct:
                 self._image.end(token.operation)
@@ -233,15 +242,20 @@ class Qcow2Channel:
         return done
 
     def drain(self) -> None:
-        self._inner.drain()
+        """Ends the operations too: a snapshot while the owner of the channel stands still must not wait for it."""
+        if self.completion_fd < 0:
+            return
+        while self._inner.in_flight:
+            self._inner.drain()
+            self._ready = self.completions()
+        if self._ready:
+            os.eventfd_write(self.completion_fd, 1)
 
     def close(self) -> None:
         if self.completion_fd < 0:
             return
-        self._inner.drain()
-        while self._inner.in_flight:
-            self.completions()
-            self._inner.drain()
+        self.drain()
+        self._ready.clear()
         self._inner.close()
         self.completion_fd = -1
 
