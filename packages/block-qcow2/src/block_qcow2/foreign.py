@@ -1,10 +1,10 @@
-"""Images from elsewhere, to be read and converted: VDI, VHD (fixed and dynamic), VMDK (monolithic sparse, streamOptimized).
+"""Images from elsewhere, to be read and converted: VDI, VHD (fixed, dynamic), VHDX, VMDK (monolithicSparse, streamOptimized).
 
 Each is a table from blocks to places in the file. Read-only; images that need another file (differencing, split) are refused by
 name, so nothing here opens anything. Every number is checked before it is used.
 
 Sources: VirtualBox VDICore.h as described in QEMU's block/vdi.c comments; Virtual Hard Disk Image Format Specification 1.0;
-VMware Virtual Disk Format 5.0. Not here: writing, VHDX.
+[MS-VHDX]; VMware Virtual Disk Format 5.0. Not here: writing.
 """
 
 from __future__ import annotations
@@ -288,7 +288,74 @@ class VmdkImage(ForeignImage):
         return data.ljust(self.block_size, b"\0")
 
 
-_OPENERS = {"vdi": VdiImage, "vpc": VhdImage, "vmdk": VmdkImage}
+class VhdxImage(ForeignImage):
+    """Hyper-V's format, closed cleanly: a log that would have to be replayed is refused."""
+
+    format = "vhdx"
+    _REGION = Struct("<16sQII")
+    _ITEM = Struct("<16sII8x")
+    _BAT = bytes.fromhex("6677c22d23f600429d64115e9bfd4a08")  # 2DC27766-F623-4200-9D64-115E9BFD4A08
+    _METADATA = bytes.fromhex("06a27c8b90479a4bb8fe575f050f886e")  # 8B7CA206-4790-4B9A-B8FE-575F050F886E
+    _PARAMETERS = bytes.fromhex("3767a1ca36fa434db3b633f0aa44e76b")  # CAA16737-FA36-4D43-B3B6-33F0AA44E76B
+    _SIZE = bytes.fromhex("2442a52f1bcd7648b2115dbed83bf4b8")  # 2FA54224-CD1B-4876-B211-5DBED83BF4B8
+    _SECTOR = bytes.fromhex("1dbf41816fa90947ba47f233a8faab5f")  # 8141BF1D-A96F-4709-BA47-F233A8FAAB5F
+    _PRESENT = 6
+
+    def __init__(self, file: HostFile) -> None:
+        super().__init__(file)
+        if bytes(file.pread(0, 8)) != b"vhdxfile":
+            raise self._refuse("no vhdx file identifier")
+        headers = [bytes(file.pread(at, 4096)) for at in (64 << 10, 128 << 10)]
+        headers = [h for h in headers if h[:4] == b"head"]
+        if not headers:
+            raise self._refuse("no vhdx header")
+        newest = max(headers, key=lambda h: int.from_bytes(h[8:16], "little"))
+        if any(newest[48:64]):  # the log's identifier
+            raise UnsupportedFeatureError(f"{self.path}: the vhdx image was not closed: its log has to be replayed first")
+        regions = self._entries(192 << 10, b"regi", 8, 16, self._REGION)
+        if self._BAT not in regions or self._METADATA not in regions:
+            raise self._refuse("vhdx region table without block table or metadata")
+        base = regions[self._METADATA][0]
+        items = self._entries(base, b"metadata", 10, 32, self._ITEM)
+
+        def number(item: bytes, length: int) -> int:
+            if item not in items:
+                raise self._refuse("vhdx metadata are not complete")
+            return int.from_bytes(file.pread(base + items[item][0], length), "little")
+
+        parameters = number(self._PARAMETERS, 8)
+        if parameters >> 32 & 2:
+            raise UnsupportedFeatureError(f"{self.path}: a vhdx image that depends on another one is not supported")
+        self.size, self.block_size, sector = number(self._SIZE, 8), parameters & 0xFFFFFFFF, number(self._SECTOR, 4)
+        if sector not in (512, 4096):
+            raise self._refuse(f"vhdx logical sectors of {sector} bytes")
+        blocks = -(-self.size // self.block_size) if self.block_size else 0
+        self._check_shape(2 * blocks)
+        self._ratio = max((sector << 23) // self.block_size, 1)
+        where, length = regions[self._BAT]
+        entries = blocks + (blocks - 1) // self._ratio
+        if length < 8 * entries:
+            raise self._refuse(f"vhdx block table of {length} bytes, expected at least {8 * entries}")
+        words = self._table(where, 2 * entries, "little")
+        self._blocks = [words[2 * i] | words[2 * i + 1] << 32 for i in range(entries)]
+
+    def _entries(self, at: int, magic: bytes, count_at: int, first: int, shape: Struct) -> dict[bytes, tuple[int, int]]:
+        table = bytes(self.file.pread(at, 64 << 10))
+        count = int.from_bytes(table[count_at : count_at + 2], "little")
+        if not table.startswith(magic) or first + count * shape.size > len(table):
+            raise self._refuse(f"vhdx table at {at:#x}: {count} entries")
+        found = {}
+        for i in range(count):
+            identifier, offset, length, *_ = shape.unpack_from(table, first + i * shape.size)
+            found[identifier] = (offset, length)
+        return found
+
+    def _block(self, index: int) -> int | None:
+        entry = self._blocks[index + index // self._ratio]
+        return entry >> 20 << 20 if entry & 7 == self._PRESENT else None
+
+
+_OPENERS = {"vhdx": VhdxImage, "vdi": VdiImage, "vpc": VhdImage, "vmdk": VmdkImage}
 FORMATS = tuple(_OPENERS)
 
 
@@ -304,7 +371,7 @@ def probe(file: HostFile) -> str | None:
     if start[:8] == b"conectix":
         return "vpc"
     if start[:8] == b"vhdxfile":
-        raise UnsupportedFeatureError(f"{file.path}: vhdx images are not supported yet")
+        return "vhdx"
     return None
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Allow = bool | Callable[[str], bool]
 FORMATS = ("raw", "qcow2")  # read and written
-READ_FORMATS = (*FORMATS, "vdi", "vpc", "vmdk")
+READ_FORMATS = (*FORMATS, "vdi", "vhdx", "vpc", "vmdk")
 MAX_CHAIN = 64  # images; more are a mistake, and each costs descriptors
 
 
@@ -168,7 +168,7 @@ def open_image(
 ) -> Any:
     """Open an image; use it as a context manager, or close() it.
 
-    `format`: "raw", "qcow2", "vdi", "vpc", "vmdk" (these three are only read), or None to look at the first bytes. `allow`:
+    `format`: "raw", "qcow2", or "vdi", "vhdx", "vpc", "vmdk" (only read), or None to look at the first bytes. `allow`:
     whether what the image names may be opened: False, True, or a function of the absolute path. `lock`: take QEMU-compatible
     locks; `force_share` reads what somebody else may be writing. `passphrase`: of a LUKS image; without it its metadata can be
     looked at. `named=False`: open a qcow2 image without what it names (for looking at its metadata only).
