@@ -367,3 +367,33 @@ def test_one_byte_makes_a_buffer_not_zero(at: int) -> None:
     assert is_zero(memoryview(data))
     data[at] = 1
     assert not is_zero(memoryview(data))
+
+
+def test_misaligned_writes_at_the_end_do_not_cut_off_what_others_write_behind_it(tmp_path: Path) -> None:
+    if not offered("threads", True, tmp_path):
+        pytest.skip("this file system has no direct I/O")
+    path = tmp_path / "growing"
+    path.write_bytes(b"")
+    file = HostFile(path, direct=True)
+    rounds = 300
+    barrier = threading.Barrier(2)
+    problems: list[BaseException] = []
+
+    def odd() -> None:
+        try:
+            for i in range(rounds):
+                barrier.wait(60)
+                file.pwrite(i * 16384, b"o" * 100)
+        except BaseException as e:
+            problems.append(e)
+
+    thread = threading.Thread(target=odd)
+    thread.start()
+    for i in range(rounds):
+        barrier.wait(60)
+        file.pwrite(i * 16384 + 8192, b"a" * 8192)
+    thread.join()
+    file.close()
+    assert not problems
+    data = path.read_bytes()
+    assert data == (b"o" * 100 + bytes(8092) + b"a" * 8192) * rounds

@@ -19,6 +19,7 @@ from .ranges import RangeGate
 
 _IOV_MAX = 1024  # linux/uio.h, UIO_MAXIOV
 _U64_PAIR = Struct("=QQ")
+_FAR = 1 << 63  # behind every byte of every file
 _BOUNCE = 1 << 20  # bytes of one bounce buffer: requests that need one are rare and copied anyway
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.ENODEV})
 # What a file system says of O_DIRECT when it does not say it through statx: tried in this order.
@@ -260,7 +261,9 @@ class HostFile:
         start, end = offset - offset % align, -(-(offset + total) // align) * align
         source = Cursor(buffers)
         bounce = _aligned(min(_BOUNCE, end - start))
-        with self.gate.write(start, end, exclusive=True):
+        # Padding behind the end of the file is cut off again: nobody may be writing anything behind it meanwhile.
+        at_end = not self.is_block and end > os.fstat(self.fd).st_size
+        with self.gate.write(start, _FAR if at_end else end, exclusive=True):
             size = os.fstat(self.fd).st_size
             at = start
             while at < end:
@@ -272,8 +275,7 @@ class HostFile:
                 source.copy_to(part[max(offset - at, 0) : min(offset + total, part_end) - at])
                 _all(os.pwritev, self.fd, at, [part], len(part))
                 at = part_end
-            if not self.is_block and end > size:
-                # The padding of the last block made the file longer than anybody asked for.
+            if at_end and end > size:
                 os.ftruncate(self.fd, max(size, offset + total))
 
 
