@@ -161,6 +161,17 @@ def test_a_snapshot_after_drain_does_not_wait_for_the_owner_of_a_channel(image: 
     is_clean(image)
 
 
+def test_small_caches_change_nothing_but_speed(tmp_path: Path) -> None:
+    path = tmp_path / "small.qcow2"
+    create_image(path, 8 * MiB, options=Options(cluster_size=512))
+    disk: Any = open_disk(path, format="qcow2", l2_cache_bytes=1024, refcount_cache_bytes=1024)
+    disk.lock()
+    assert (disk.image.l2.limit, disk.image.refcounts.cached_blocks) == (2, 4)
+    stress(disk, seed=1, threads=2, steps=100)
+    disk.close()
+    is_clean(path)
+
+
 def test_an_image_that_was_replaced_is_not_taken_for_the_old_one(image: Path) -> None:
     disk = open_disk(image, format="qcow2")
     cluster = disk.image.cluster_size

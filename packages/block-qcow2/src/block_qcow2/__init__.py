@@ -31,6 +31,7 @@ def open_disk(
     detect_zeroes: str = "off",
     allow: bool | Callable[[str], bool] = False,
     l2_cache_bytes: int = 0,
+    refcount_cache_bytes: int = 0,
     passphrase: bytes | None = None,
 ) -> Disk:
     """Open an image for guest I/O. Takes no lock: see `Disk.lock`.
@@ -38,8 +39,9 @@ def open_disk(
     `format`: "raw", "qcow2", or None to look (a guest can make a raw disk look like anything: say what it is). `aio`: "off" (in
     the caller where it does not block, else threads), "threads", "native" (libaio) or "io_uring". `discard`: pass discards to
     the host. `detect_zeroes`: "on" turns written zeroes into zeroed ranges, "unmap" into holes (if `discard`). `allow`:
-    whether files that a qcow2 image names may be opened; a function is asked about each path. `l2_cache_bytes`: of a qcow2
-    image, 0 for 32 MiB. `passphrase`: of a LUKS image. A qcow2 image that was not closed properly is repaired when it is locked.
+    whether files that a qcow2 image names may be opened; a function is asked about each path. `l2_cache_bytes` and
+    `refcount_cache_bytes` bound the metadata caches of a qcow2 image, 0 for 32 MiB each. `passphrase`: of a LUKS image. A
+    qcow2 image that was not closed properly is repaired when it is locked.
 
     Raises OpenError (the file, or an option), EngineError (the host lacks the engine), ImageFormatError.
     """
@@ -71,6 +73,7 @@ def open_disk(
             else:
                 from .qcow2.disk import Qcow2Disk
 
+                image.refcount_cache_bytes = refcount_cache_bytes
                 disk = Qcow2Disk(image, aio=aio, discard=discard, detect_zeroes=detect_zeroes)
         except BaseException:
             image.close()

@@ -63,6 +63,7 @@ class Metadata:
         self._exclusive = False
         self._loading: dict[int, threading.Event] = {}
         self._broken: str | None = None
+        self.refcount_cache_bytes = 0  # 0: the usual limit
         self._load_tables(l2_cache_bytes or _L2_CACHE_BYTES)
 
     def _load_tables(self, l2_cache_bytes: int) -> None:
@@ -77,6 +78,8 @@ class Metadata:
         self._pending: list[tuple[int, int, int]] = []  # (operation number, first cluster, count): to be freed when it may be
         table = tables.load(file, header.refcount_table_offset, (header.refcount_table_clusters << self.cluster_bits) // 8)
         self.refcounts = Refcounts(file, header, table, self._check_free)
+        if self.refcount_cache_bytes:
+            self.refcounts.cached_blocks = max(self.refcount_cache_bytes // header.cluster_size, 4)
         self.reserved: set[int] = set()  # clusters of metadata, which no guest write may touch
         self.refcounts.on_block = self.reserved.add
         if not self.read_only:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .counts import Counts
 
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}  # by refcount_order; smaller counts are unpacked to bytes
-_CACHED_BLOCKS = 512  # of 64 KiB, that is what counts 1 TiB
+_CACHED_BLOCKS = 512  # of 64 KiB, that is what counts 1 TiB; the usual limit
 
 
 def unpack(data: bytes | bytearray, order: int) -> array[int]:
@@ -80,6 +80,7 @@ class Refcounts:
         self.order = header.refcount_order
         self.maximum = (1 << (1 << self.order)) - 1
         self.block_bits = header.cluster_bits + 3 - self.order  # log2 of the counts in a block
+        self.cached_blocks = _CACHED_BLOCKS
         self.hint = 0  # no free cluster is below
         self.end = -(-file.size >> header.cluster_bits)  # clusters: nothing was ever written from here on
         self.on_block: Callable[[int], None] = lambda cluster: None
@@ -244,7 +245,7 @@ class Refcounts:
         data = bytearray(self.header.cluster_size)
         with memoryview(data) as view:
             read_padded(self.file, self.block_offset(index), [view])
-        if len(self._blocks) >= _CACHED_BLOCKS:
+        if len(self._blocks) >= self.cached_blocks:
             for old in self._blocks:
                 if old not in self._dirty and old not in self._writing:
                     del self._blocks[old]
@@ -280,7 +281,7 @@ class Refcounts:
     @property
     def crowded(self) -> bool:
         """Most of the cached blocks are dirty: time to write them."""
-        return len(self._dirty) * 2 > _CACHED_BLOCKS
+        return len(self._dirty) * 2 > self.cached_blocks
 
     def grow_table(self, needed: int) -> tuple[int, int]:
         """Move the table to the end of the file with room for `needed` entries; return (offset, clusters) of the old one.
