@@ -7,6 +7,7 @@ lines of a failed test are kept in $LAB_OUT (or lab-results/), in a folder with 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -74,6 +75,23 @@ def usable_kvm() -> None:
     answer = probe()
     if not answer.native:
         pytest.skip(f"{answer.reason}; use 'tox -e lab'")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def idle_machine(usable_kvm: None) -> Iterator[None]:
+    """Keep one idle VM with a vCPU for as long as the tests run.
+
+    The first VM of a host and the end of its last one patch the running kernel's code (a static key of KVM). QEMU 7.2, which
+    emulates the lab, can go on executing the old instruction on another CPU for ever, and the whole lab hangs.
+    """
+    create_vm, create_irqchip, create_vcpu = 0xAE01, 0xAE60, 0xAE41
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    vm = fcntl.ioctl(kvm, create_vm, 0)
+    fcntl.ioctl(vm, create_irqchip, 0)
+    vcpu = fcntl.ioctl(vm, create_vcpu, 0)
+    yield
+    for fd in (vcpu, vm, kvm):
+        os.close(fd)
 
 
 @pytest.fixture(scope="session")
