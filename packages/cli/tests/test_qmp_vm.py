@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pystratovirt.qmp_handlers import docs
+from pystratovirt.qmp_handlers.debug import print_patiently
 from pystratovirt.qmp_handlers.human import snapshot_table
 from pystratovirt.trace import POINTS
 from qmp_protocol.commands import COMMANDS, STRATOVIRT
@@ -342,6 +343,14 @@ class _Snapshot(NamedTuple):
     date_sec: int
     vm_clock_nsec: int
     icount: int = 2**64 - 1
+
+
+def test_a_standard_output_that_nobody_reads_is_not_waited_for() -> None:
+    reader, writer = os.pipe()
+    print_patiently("x" * 1_000_000, writer, 10)
+    os.close(reader)
+    print_patiently("x", writer, 10)
+    os.close(writer)
 
 
 def test_the_table_of_commands_is_up_to_date() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from typing import Any
 
@@ -31,6 +32,8 @@ from qmp_protocol import (
     encode,
 )
 from qmp_protocol.commands import GREETING
+from qmp_protocol.commands.device import DeviceDel
+from qmp_protocol.commands.lifecycle import QueryStatus
 from qmp_protocol.connection import CLIENT, SERVER, STRICT_SERVER, Input, _next_state
 
 
@@ -234,6 +237,53 @@ def test_a_client_negotiates_and_matches_replies_by_id() -> None:
     assert isinstance(orjson.loads(line)["id"], str)  # StratoVirt takes no other id
     replies = connection.receive(encode(Return(2, "3")) + encode(Return(1, "2")))
     assert replies == [Reply(second, "stop", Return(2, "3")), Reply(first, "query-status", Return(1, "2"))]
+
+
+def test_typed_commands_have_typed_results() -> None:
+    connection = ready_client()
+    command = QueryStatus()
+    number, line = connection.call(command)
+    assert "arguments" not in orjson.loads(line)
+    (reply,) = connection.receive(encode(Return({"running": True, "status": "running"}, "2")))
+    assert isinstance(reply, Reply)
+    assert reply.request == number
+    assert isinstance(reply.message, Return)
+    assert command.parse_result(reply.message.value).running is True
+    _, line = connection.call(DeviceDel(id="d"))
+    assert orjson.loads(line)["arguments"] == {"id": "d"}
+
+
+pieces = st.lists(
+    st.binary(max_size=40)
+    | st.sampled_from(
+        [b'{"execute":', b'"qmp_capabilities"', b"}", b'{"return":{}', b',"id":"1"}', b'{"QMP":{', b'{"event":', b"\n"]
+    )
+    | st.dictionaries(
+        st.sampled_from(["execute", "arguments", "id", "return", "error", "event", "data", "timestamp", "QMP", "class", "desc"]),
+        st.none() | st.integers() | st.text(max_size=3) | st.just({}) | st.just([]) | st.just({"enable": [1]}),
+    ).map(lambda value: json.dumps(value).encode()),
+    max_size=12,
+)
+
+
+@given(pieces, st.booleans())
+def test_a_server_survives_whatever_a_client_sends(pieces: list[bytes], strict: bool) -> None:
+    connection = server(strict=strict)
+    for piece in pieces:
+        if piece:
+            connection.receive(piece)
+    assert connection.receive(b"")[-1] == PeerClosed()
+
+
+@given(pieces, st.integers(0, 2))
+def test_a_client_survives_whatever_a_server_sends(pieces: list[bytes], stage: int) -> None:
+    connection = (ClientConnection, client, ready_client)[stage]()
+    if stage == 2:
+        connection.execute("query-status")
+    for piece in pieces:
+        if piece:
+            connection.receive(piece)
+    assert connection.receive(b"")[-1] == PeerClosed()
 
 
 def test_replies_without_an_id_are_matched_in_order() -> None:

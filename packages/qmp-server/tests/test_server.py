@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.from_thread
+import anyio.to_thread
 import pytest
 
 from qmp_protocol import Greeting, QmpError, SchemaError
@@ -222,6 +222,24 @@ class TestHandlers:
                 await peer.send(b'{"execute":"stop"}')
                 await started.wait()
                 await running.end()
+
+    async def test_that_hang_in_a_thread_do_not_keep_the_server(self, serve: Any) -> None:
+        server = QmpServer(drain_time=0.05)
+        started, release = threading.Event(), threading.Event()
+
+        def stop(_: object, call: Call) -> None:
+            started.set()
+            release.wait()
+
+        server.register("stop", stop, in_thread=True)
+        try:
+            async with serve(server) as running:
+                with await running.connect() as peer:
+                    await peer.send(b'{"execute":"stop"}')
+                    await anyio.to_thread.run_sync(started.wait)
+                    await running.end()
+        finally:
+            release.set()
 
     async def test_for_a_command_that_the_schema_lacks_are_refused(self) -> None:
         with pytest.raises(SchemaError):

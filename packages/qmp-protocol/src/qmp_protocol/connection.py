@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from qmp_protocol import messages
 from qmp_protocol.errors import COMMAND_NOT_FOUND, GENERIC_ERROR, LocalProtocolError
 from qmp_protocol.framing import CLIENT_LIMIT, SERVER_LIMIT, Frame, Framer
 from qmp_protocol.messages import ABSENT, Absent, Error, Event, Execute, Greeting, Json, Malformed, Return, encode
+
+if TYPE_CHECKING:
+    from qmp_protocol.schema import Command
 
 CAPABILITIES: Final = "qmp_capabilities"
 
@@ -272,6 +275,10 @@ class ClientConnection:
         """Return a number for the command and its bytes; the Reply carries the number. Raises LocalProtocolError unless ready."""
         self._move(Input.COMMAND)
         return self._send(command, arguments)
+
+    def call(self, command: Command[Any]) -> tuple[int, bytes]:
+        """Return what `execute` does, for a typed command. `command.parse_result` makes the typed result of its Reply."""
+        return self.execute(command.name, command.to_json() or ABSENT)
 
     def receive(self, data: bytes) -> list[ClientEvent]:
         """Take bytes and return what they mean. Empty `data` is the end of the stream; after it LocalProtocolError is raised."""

@@ -127,7 +127,7 @@ class Dispatcher:
             self._running.add(scope)
             try:
                 if entry.in_thread:
-                    return await anyio.to_thread.run_sync(entry.function, command, call)
+                    return await anyio.to_thread.run_sync(entry.function, command, call, abandon_on_cancel=True)
                 return await result
             except anyio.get_cancelled_exc_class():
                 if scope.cancel_called:

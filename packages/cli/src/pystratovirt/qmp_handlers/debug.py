@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import select
 from typing import TYPE_CHECKING
 
 from pystratovirt.trace import TraceError, registry
@@ -21,7 +22,7 @@ def register(server: QmpServer, runtime: Runtime) -> None:
     """Register the debugging commands."""
     vm = runtime.vm
 
-    # In a thread: whoever reads standard output may not do so for a while, and the machine must not wait for him.
+    # In a thread: who reads standard output may not do so for a while, and the machine must not wait for him.
     @server.handler(QueryMem, in_thread=True, concurrent=True)
     def query_mem(_: QueryMem, call: Call) -> None:
         machine = vm.machine
@@ -30,8 +31,7 @@ def register(server: QmpServer, runtime: Runtime) -> None:
         for bus in (machine.mmio, machine.pio):
             lines.append(f"{bus.name}:")
             lines += [f"  {each.base:#018x}-{each.base + each.length - 1:#018x} {each.name}" for each in bus.mappings]
-        sys.stdout.write("\n".join(lines) + "\n")
-        sys.stdout.flush()
+        print_patiently("\n".join(lines) + "\n")
 
     @server.handler(QueryMemGpa, concurrent=True)
     def query_mem_gpa(arguments: QueryMemGpa, call: Call) -> str:
@@ -57,3 +57,19 @@ def register(server: QmpServer, runtime: Runtime) -> None:
             registry.set_states(arguments.name_, arguments.enable)
         except TraceError as error:
             raise QmpError(GENERIC_ERROR, f"Failed to set trace state: {error}") from None
+
+
+def print_patiently(text: str, fd: int = 1, patience: int = 1000) -> None:
+    """Write to standard output as far as somebody reads it: what is not taken within `patience` ms is dropped.
+
+    A write that waits for ever would keep the process from ending.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    data = memoryview(text.encode())
+    while data and poll.poll(patience):
+        try:
+            count = os.write(fd, data[: select.PIPE_BUF])  # a pipe that is writable takes this much without waiting
+        except OSError:  # nobody reads it any more
+            return
+        data = data[count:]
