@@ -120,7 +120,11 @@ def test_a_timeout_ends_everything() -> None:
 def sleeper() -> Iterator[tuple[subprocess.Popen[bytes], set[int]]]:
     """A lab in which a command sleeps, and the processes that it consists of."""
     command = [sys.executable, LAB, "run", "--", "sh", "-c", "echo up; sleep 1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    # A shell's background job ignores SIGINT, and so would what is started here; that would be the test's mistake.
+    def take_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=take_interrupts) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         children = descendants(process.pid)
