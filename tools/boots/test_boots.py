@@ -120,6 +120,7 @@ def test_a_timeout_ends_everything() -> None:
 def sleeper() -> Iterator[tuple[subprocess.Popen[bytes], set[int]]]:
     """A lab in which a command sleeps, and the processes that it consists of."""
     command = [sys.executable, LAB, "run", "--", "sh", "-c", "echo up; sleep 1000"]
+
     # A shell's background job ignores SIGINT, and so would what is started here; that would be the test's mistake.
     def take_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
