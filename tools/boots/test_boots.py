@@ -125,7 +125,7 @@ def sleeper() -> Iterator[tuple[subprocess.Popen[bytes], set[int]]]:
     def take_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=take_interrupts) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=take_interrupts) as process:  # noqa: PLW1509
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         children = descendants(process.pid)
