@@ -13,10 +13,13 @@ import pytest
 
 from pystratovirt.cmdline import CommandLineError, Config, Information, parse, parse_or_exit
 from pystratovirt.cmdline.backends import Drive, FileChardev, IoThread, PtyChardev, RngRandom, SocketChardev, StdioChardev
-from pystratovirt.cmdline.devices import Virtconsole, VirtioBlk, VirtioRng, VirtioSerial
+from pystratovirt.cmdline.drivers.blk import VirtioBlk
+from pystratovirt.cmdline.drivers.rng import VirtioRng
+from pystratovirt.cmdline.drivers.serial import Virtconsole, VirtioSerial
 from pystratovirt.cmdline.options import LATER, OPTIONS
 from pystratovirt.cmdline.values import GiB, MiB
 from pystratovirt.main import main
+from pystratovirt.slots import ACPI_END, place
 
 KERNEL = ["-kernel", "vmlinuz"]
 SPINE = [
@@ -288,13 +291,32 @@ def test_control_characters_in_a_value_do_not_reach_the_terminal() -> None:
     assert str(caught.value) == "-smp \\x1b[31m\\r\\n\\udcff: not a whole decimal number"
 
 
-def test_a_second_serial_controller_and_a_fifth_disk_have_no_room() -> None:
-    disks = [
-        text for n in range(5) for text in ("-drive", f"id=d{n},file=f{n}", "-device", f"virtio-blk-device,id=d{n},drive=d{n}")
+def disks(count: int) -> list[str]:
+    return [
+        text
+        for n in range(count)
+        for text in ("-drive", f"id=d{n},file=f{n}", "-device", f"virtio-blk-device,id=d{n},drive=d{n}")
     ]
-    with pytest.raises(CommandLineError, match="id=d4: a microvm has room for 4 disks"):
-        kernel(*disks)
-    with pytest.raises(CommandLineError, match="one virtio-serial-device"):
+
+
+def test_a_fifth_disk_has_no_room_without_acpi() -> None:
+    with pytest.raises(CommandLineError, match="id=d4: a microvm without ACPI has room for 4 disks"):
+        kernel("-machine", "microvm,acpi=off", *disks(5))
+
+
+def test_a_fifth_disk_goes_behind_the_replaceable_slots_with_acpi() -> None:
+    config = kernel(*disks(6))
+    assert place(config.devices, acpi=True) == [0, 1, 2, 3, 6, 7]
+
+
+def test_a_machine_with_acpi_is_full_when_its_interrupts_are_used_up() -> None:
+    room = ACPI_END - 6
+    with pytest.raises(CommandLineError, match=f"id=d{room + 4}: a microvm has room for {room} devices beside 4 disks and 2"):
+        kernel(*disks(room + 5))
+
+
+def test_there_is_one_serial_controller() -> None:
+    with pytest.raises(CommandLineError, match="id=b: one virtio-serial-device per machine"):
         kernel("-device", "virtio-serial-device,id=a", "virtio-serial-device,id=b")
 
 

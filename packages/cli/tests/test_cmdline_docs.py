@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pystratovirt.cmdline import docs, notyet
-from pystratovirt.cmdline.devices import DRIVERS
+from pystratovirt.cmdline.drivers import DRIVERS
 from pystratovirt.cmdline.options import OPTIONS
 
 PAGE = Path(__file__).parents[3] / "docs" / "compatibility.md"

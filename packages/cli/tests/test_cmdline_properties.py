@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pystratovirt.cmdline import CommandLineError, Config, Information, parse
 from pystratovirt.cmdline.backends import CHARDEVS, OBJECTS, Drive, Mon, Qmp
 from pystratovirt.cmdline.declare import Parameters
-from pystratovirt.cmdline.devices import DRIVERS
+from pystratovirt.cmdline.drivers import DRIVERS
 from pystratovirt.cmdline.machine import Accel, Cpu, Machine, MemorySize, Smp
 from pystratovirt.cmdline.options import LATER, OPTIONS
 from pystratovirt.cmdline.render import render

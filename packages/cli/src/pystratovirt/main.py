@@ -81,7 +81,7 @@ def _run(config: Config, stack: contextlib.ExitStack) -> int:
 
 
 def _listen(where: MonitorAddress, stack: contextlib.ExitStack) -> Listener:
-    from pystratovirt.vm import VmError
+    from pystratovirt.errors import VmError
     from qmp_server.sockets import listen_tcp, listen_unix
 
     name = f"unix:{where.path}" if where.path is not None else f"tcp:{where.host}:{where.port}"
@@ -96,7 +96,7 @@ def _listen(where: MonitorAddress, stack: contextlib.ExitStack) -> Listener:
 def _connect_test_socket(path: str) -> socket.socket:
     import socket
 
-    from pystratovirt.vm import VmError
+    from pystratovirt.errors import VmError
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

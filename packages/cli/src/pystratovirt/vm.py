@@ -7,13 +7,13 @@ This is the only place where devices meet their back ends. Not here: what a Conf
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pystratovirt import log
-from pystratovirt.cmdline.backends import FileChardev, PtyChardev, SocketChardev, StdioChardev
-from pystratovirt.cmdline.devices import Virtconsole, VirtioBlk, VirtioRng, VirtioSerial
-from pystratovirt.errors import StartError
+from pystratovirt.devices import BUILDERS
+from pystratovirt.errors import VmError, blame
+from pystratovirt.slots import DISK_SLOTS, NET_SLOTS, place
 from virtio_devices.mmio import MmioTransport
 from vmm_core.clock import MonotonicClock, VirtualClock
 from vmm_core.errors import VmmError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from block_qcow2.disk import Disk
     from pystratovirt.cmdline.backends import Chardev, Drive
     from pystratovirt.cmdline.config import Config
+    from pystratovirt.cmdline.drivers.base import Device
     from virtio_devices.device import VirtioDevice
     from vmm_core.devices.chardev import CharBackend
     from vmm_core.hypervisor import Hypervisor
@@ -34,15 +35,14 @@ if TYPE_CHECKING:
 
 IO_THREAD = "vmm-io"  # serves what no -object iothread is named for
 FLUSH_INTERVAL = 100_000_000  # ns; a guest that writes to its serial port and never again leaves the guest waits this long
-
-BLK_SLOTS = range(4)  # replaceable disks (reference machine-x86_64, section 8.1)
-NET_SLOTS = range(4, 6)  # replaceable network devices
-OTHER_SLOTS = range(6, Layout.LEGACY_SLOTS)
 PREALLOC_THREADS = 16
 
 
-class VmError(StartError):
-    """A virtual machine that cannot be built as asked; one line that names the option and the reason."""
+class Plugged(NamedTuple):
+    """What is in a slot: the declaration it was made from (None: a placeholder for one that may come), and the device."""
+
+    declaration: Device | None
+    device: VirtioDevice | None
 
 
 class VirtualMachine:
@@ -54,11 +54,13 @@ class VirtualMachine:
     def __init__(self, config: Config, post: Callable[[MachineEvent], None]) -> None:
         """Build everything, start nothing but I/O threads. Raises VmError, and leaves nothing behind then."""
         self.config = config
+        self.drives: dict[str, Drive] = {}  # declarations of the disks below
         self.disks: dict[str, Disk] = {}
         self.io_threads: dict[str, IoThread] = {}
         self.chardevs: dict[str, CharBackend] = {}
         self.clock = VirtualClock() if config.test_socket else MonotonicClock()
         self.transports: dict[int, MmioTransport] = {}
+        self.slots: dict[int, Plugged] = {}
         self._stack = contextlib.ExitStack()
         self._post = post
         try:
@@ -101,11 +103,11 @@ class VirtualMachine:
         for name in config.iothreads:
             self.io_threads[name] = self._io_thread(name)
         for drive in config.drives.values():
-            self._open_drive(drive)
-        with _blame(""):
+            self.open_drive(drive)
+        with blame(""):
             hypervisor = self._hypervisor()
         try:
-            with _blame("-m"):
+            with blame("-m"):
                 memory = self._memory()
         except BaseException:
             hypervisor.close()
@@ -129,7 +131,7 @@ class VirtualMachine:
             self.machine.add_pausable(thread)
         if isinstance(self.clock, MonotonicClock):
             self.machine.add_pausable(self.clock)
-        with _blame("-kernel"):
+        with blame("-kernel"):
             self.machine.finish()
 
     def _io_thread(self, name: str) -> IoThread:
@@ -161,7 +163,8 @@ class VirtualMachine:
         threads = min(PREALLOC_THREADS, self.config.smp.cpus) if wanted.prealloc else 0
         return GuestMemory(Layout.ram(wanted.size), path=wanted.path, share=wanted.share, prealloc=threads, dump=wanted.dump)
 
-    def _open_drive(self, drive: Drive) -> None:
+    def open_drive(self, drive: Drive) -> None:
+        """Open and lock an image, from here to close(). Raises VmError."""
         from block_qcow2 import open_disk
         from block_qcow2.errors import BlockError
 
@@ -181,25 +184,21 @@ class VirtualMachine:
             disk.lock()
         except BlockError as error:
             raise VmError(f"-drive id={drive.id}: {error}") from None
+        self.drives[drive.id] = drive
         self.disks[drive.id] = disk
 
-    def _chardev(self, chardev: Chardev, option: str) -> CharBackend:
-        """Open a character device. Its user closes it."""
-        from vmm_core.devices import chardev as backends
+    def open_chardev(self, chardev: Chardev, option: str) -> CharBackend:
+        """Open a character device for the user that `option` names, who closes it. Raises VmError."""
+        from pystratovirt.chardevs import open_chardev
 
-        report = log.info
-        with _blame(option):
-            backend: CharBackend
-            if isinstance(chardev, StdioChardev):
-                backend = backends.StdioBackend(report)
-            elif isinstance(chardev, FileChardev):
-                backend = backends.FileBackend(chardev.path, report)
-            elif isinstance(chardev, PtyChardev):
-                backend = backends.PtyBackend(report)
-            else:
-                backend = _socket_backend(chardev, report)
+        with blame(option):
+            backend = open_chardev(chardev, log.info)
         self.chardevs[chardev.id] = backend
         return backend
+
+    def loops(self, iothread: str | None) -> list[IoThread]:
+        """Return the threads that serve a device which names `iothread`."""
+        return [self.io_threads[iothread] if iothread else self.main_loop]
 
     def _add_serial(self, chardev: Chardev) -> None:
         from vmm_core.devices.debugport import boot_time_hook
@@ -208,8 +207,8 @@ class VirtualMachine:
         serial = Serial(self.machine.interrupt_line(Layout.COM1_GSI), self.main_loop, log.warn)
         serial.on_scratch(boot_time_hook(log.info))
         self.machine.add_serial(serial)
-        with _blame("-serial"):
-            serial.connect(self._chardev(chardev, "-serial"))
+        with blame("-serial"):
+            serial.connect(self.open_chardev(chardev, "-serial"))
         if not self.config.test_socket:  # nothing is collected there
             self._flush_serial()
 
@@ -218,88 +217,26 @@ class VirtualMachine:
         self.main_loop.call_later(FLUSH_INTERVAL, self._flush_serial, host=True)
 
     def _add_devices(self) -> None:
-        """Fill the slots in StratoVirt's order: disks, network devices, then everything else as the command line has it."""
-        disks = iter(BLK_SLOTS)
-        others = iter(OTHER_SLOTS)
-        devices: dict[int, VirtioDevice] = {}
-        for number, device in enumerate(self.config.devices):
-            if isinstance(device, VirtioBlk):
-                devices[next(disks)] = self._blk(device)
-            elif isinstance(device, VirtioRng):
-                devices[next(others)] = self._rng(device, device.id or f"rng{number}")
-            elif isinstance(device, VirtioSerial):
-                devices[next(others)] = self._console(device.id or f"serial{number}")
-        for slot in disks:
-            from virtio_devices.blk.device import BlkDevice
+        """Fill the slots (see `slots`)."""
+        slots = place(self.config.devices, acpi=self.config.machine.acpi)
+        for number, (device, slot) in enumerate(zip(self.config.devices, slots, strict=True)):
+            if slot is not None:
+                name = device.id or f"{device.selector}.{number}"
+                self._plug(slot, device, BUILDERS[device.selector](self, device, name))
+        for slot in DISK_SLOTS:
+            if slot not in self.slots:
+                from pystratovirt.devices.blk import empty_blk
 
-            # A disk that is not there yet: clients may fill the slot later, guests see a capacity of 0 until then.
-            devices[slot] = BlkDevice(f"blk-slot{slot}", [self.main_loop], self.clock)
-        for slot in sorted({*devices, *NET_SLOTS}):
-            self._plug(slot, devices.get(slot))
+                self._plug(slot, None, empty_blk(self, slot))
+        for slot in NET_SLOTS:
+            if slot not in self.slots:
+                self._plug(slot, None, None)
 
-    def _plug(self, slot: int, device: VirtioDevice | None) -> None:
-        transport = MmioTransport(
-            device, self.machine.memory, self.machine.interrupt_line(Layout.slot(slot).gsi), report=log.warn
-        )
+    def _plug(self, slot: int, declaration: Device | None, device: VirtioDevice | None) -> None:
+        self.slots[slot] = Plugged(declaration, device)
+        line = self.machine.interrupt_line(Layout.slot(slot).gsi)
+        transport = MmioTransport(device, self.machine.memory, line, report=log.warn)
         self.transports[slot] = transport
         self.machine.plug(slot, transport, f"virtio-mmio{slot}")
         if device:
             self.machine.add_component(f"virtio{slot}", device)
-
-    def _loops(self, iothread: str | None) -> list[IoThread]:
-        return [self.io_threads[iothread] if iothread else self.main_loop]
-
-    def _blk(self, device: VirtioBlk) -> VirtioDevice:
-        from virtio_devices.blk.device import BlkDevice
-
-        drive = self.config.drives[device.drive]
-        return BlkDevice(
-            device.id,
-            self._loops(device.iothread),
-            self.clock,
-            disk=self.disks[device.drive],
-            serial=device.serial or "",
-            num_queues=device.num_queues,
-            queue_size=device.queue_size,
-            read_only=drive.readonly,
-            discard=drive.discard,
-            # StratoVirt offers it only with detect-zeroes; every disk can do it, and guests fall back to writing zeroes.
-            write_zeroes=not drive.readonly,
-            iops=drive.iops_total or 0,
-        )
-
-    def _rng(self, device: VirtioRng, name: str) -> VirtioDevice:
-        from virtio_devices.rng import RngDevice, open_source
-
-        with _blame(f"-object rng-random,id={device.rng}"):
-            source = open_source(self.config.rngs[device.rng].filename)
-        return RngDevice(name, self.main_loop, self.clock, source, rate=device.rate or 0, report=log.warn)
-
-    def _console(self, name: str) -> VirtioDevice:
-        from virtio_devices.console import ConsoleDevice
-
-        console = ConsoleDevice(name, self.main_loop)
-        for device in self.config.devices:
-            if isinstance(device, Virtconsole):
-                option = f"-device virtconsole,id={device.id}"
-                with _blame(option):
-                    console.port.connect(self._chardev(self.config.chardevs[device.chardev], option))
-        return console
-
-
-def _socket_backend(chardev: SocketChardev, report: Callable[[str], None]) -> CharBackend:
-    from vmm_core.devices.chardev_socket import listen_tcp, listen_unix
-
-    if chardev.path is not None:
-        return listen_unix(chardev.path, report)
-    assert chardev.port is not None  # the command line has either
-    return listen_tcp(chardev.host, chardev.port, report)
-
-
-@contextlib.contextmanager
-def _blame(option: str) -> Iterator[None]:
-    """Say which option a failure of the parts comes from."""
-    try:
-        yield
-    except (VmmError, OSError) as error:
-        raise VmError(f"{option}: {error}" if option else str(error)) from None

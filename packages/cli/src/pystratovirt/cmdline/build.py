@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from pystratovirt.slots import place
+
 from .backends import CHARDEVS, MAX_IOTHREADS, OBJECTS, Drive, IoThread, Listener, Mon, Qmp, SocketChardev, StdioChardev
 from .config import Config
 from .declare import Parameters, items, word_in_front
-from .devices import DRIVERS, Virtconsole, VirtioBlk, VirtioSerial
+from .drivers import DRIVERS
 from .errors import BadKey, CommandLineError, listing, show
 from .lexer import lex
 from .machine import Accel, Cpu, Machine, Memory, MemorySize, Smp
@@ -20,13 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from .backends import Chardev, Object, RngRandom
-    from .devices import Device
+    from .drivers.base import Device
 
 P = TypeVar("P", bound=Parameters)
 
-# The microvm's virtio-mmio slots (reference command-line, section 5.2): four for disks, and five beside the replaceable ones.
-MAX_DISKS = 4
-MAX_OTHER_DEVICES = 5
 _CHARDEV = Reference("chardev")
 SERIAL_ID = "serial_chardev"
 _COMMAND_LINE = Text(1 << 16)  # what a guest's architecture takes is checked by the boot loader
@@ -50,7 +49,7 @@ def build(argv: Sequence[str]) -> Config:
     monitors = _monitors(given, users)
     serial = _serial(given, users)
     devices = [_device(text) for text in given.get("device", ())]
-    _check_devices(devices, users)
+    _check_devices(devices, users, machine)
     config = Config(
         machine=machine,
         cpu=_one(given, "cpu", Cpu) or Cpu(),
@@ -255,41 +254,25 @@ def _monitors(given: Mapping[str, list[str]], users: _Users) -> tuple[Listener, 
     return tuple(found)
 
 
-def _check_devices(devices: list[Device], users: _Users) -> None:
+def _check_devices(devices: list[Device], users: _Users, machine: Machine) -> None:
     ids: set[str] = set()
-    disks = others = controllers = ports = 0
-    for device in devices:
+    for number, device in enumerate(devices):
         where = f"{device.selector}: "
         for key in device.keys.values():
             value = getattr(device, key.attribute)
             if isinstance(key.kind, Reference) and value is not None:
-                users.use("-device", f"{where}{key.name}={show(value)}", key.kind, value, f"{where}id={show(device.id)}")
+                what = f"{where}{key.name}={show(value)}"
+                users.use("-device", what, key.kind, value, f"{where}id={show(device.id)}")
+                if key.kind.to == "chardev":
+                    _listens("-device", what, users.chardevs[value])
         if device.id and device.id in ids:
             raise CommandLineError("-device", f"{where}id={show(device.id)}", "another device has this id")
         ids.add(device.id)
-        if isinstance(device, Virtconsole):
-            if not controllers:
-                raise CommandLineError("-device", f"{where}id={show(device.id)}", "needs a virtio-serial-device in front of it")
-            ports += 1
-            if ports > 1:
-                raise CommandLineError(
-                    "-device", f"{where}id={show(device.id)}", "the virtio-serial-device has one port, it is taken"
-                )
-            _listens("-device", f"{where}chardev={show(device.chardev)}", users.chardevs[device.chardev])
-        elif isinstance(device, VirtioBlk):
-            disks += 1
-        else:
-            others += 1
-            controllers += isinstance(device, VirtioSerial)
-        limit = "a microvm has room for"
-        if disks > MAX_DISKS:
-            raise CommandLineError("-device", f"{where}id={show(device.id)}", f"{limit} {MAX_DISKS} disks")
-        if others > MAX_OTHER_DEVICES:
-            raise CommandLineError(
-                "-device", f"{where}id={show(device.id)}", f"{limit} {MAX_OTHER_DEVICES} devices that are not disks"
-            )
-        if controllers > 1:
-            raise CommandLineError("-device", f"{where}id={show(device.id)}", "one virtio-serial-device per machine")
+        try:
+            device.join(devices[:number])
+        except BadKey as error:
+            raise CommandLineError("-device", where + (error.name or f"id={show(device.id)}"), error.reason) from None
+    place(devices, acpi=machine.acpi)
 
 
 def _check_whole(config: Config) -> None:

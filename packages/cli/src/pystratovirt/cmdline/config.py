@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vmm_core.topology import CpuTopology
 
     from .backends import Chardev, Drive, IoThread, Listener, RngRandom
-    from .devices import Device
+    from .drivers.base import Device
 
 
 class Config(Record):

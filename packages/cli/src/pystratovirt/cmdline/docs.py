@@ -14,7 +14,7 @@ from pathlib import Path
 from . import notyet
 from .backends import CHARDEVS, OBJECTS
 from .declare import Key, Parameters
-from .devices import DRIVERS
+from .drivers import DRIVERS
 from .options import IGNORED, LATER, OPTIONS, Option
 
 _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import backends, devices, machine
+from . import backends, drivers, machine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +89,7 @@ _TABLE = (
     Option("incoming", ONE, "URI", BOOT, "start from a saved state", state=LATER),
     Option("smbios", MANY, "type=N,...", BOOT, "SMBIOS tables", state=LATER),
     Option("drive", MANY, "id=ID,file=FILE[,...]", BACKENDS, "disk image for a -device", schema=backends.Drive),
-    Option("device", MANY, "DRIVER[,KEY=VALUE...]", BACKENDS, "add a device", schema=devices.DRIVERS),
+    Option("device", MANY, "DRIVER[,KEY=VALUE...]", BACKENDS, "add a device", schema=drivers.DRIVERS),
     Option("object", MANY, "TYPE,id=ID[,...]", BACKENDS, "I/O thread or source of random bytes", schema=backends.OBJECTS),
     Option("chardev", MANY, "BACKEND,id=ID[,...]", BACKENDS, "where a console or monitor leads", schema=backends.CHARDEVS),
     Option(
