@@ -36,6 +36,13 @@ class Notifier(Protocol):
         """Send a used buffer notification for queue `index` (2.3)."""
         ...
 
+    def used_fd(self, index: int) -> int:
+        """Return the event descriptor that does the same when 1 is added to it, for who serves a queue outside of this process.
+
+        The transport's; valid until the device is reset. For `_start()` of a device.
+        """
+        ...
+
     def config_changed(self) -> None:
         """Send a configuration change notification (2.3), if the driver is ready for one."""
         ...
@@ -74,6 +81,8 @@ class VirtioDevice:
         self.negotiated = 0
         self.queues: list[SplitQueue | None] = [None] * len(self.queue_sizes)
         self._loops = [loops[index % len(loops)] for index in range(len(self.queue_sizes))]
+        # Queues that no loop of ours may touch, because somebody else serves them (vhost). Set in _start().
+        self.handed_over: frozenset[int] = frozenset()
         self._kicks: Sequence[int] = ()
         self._notifier: Notifier | None = None
         self._lock = threading.RLock()  # life cycle; held while waiting for loops, so never taken on one
@@ -136,6 +145,7 @@ class VirtioDevice:
             if self._running:
                 self._halt()
             self._stop()
+            self.handed_over = frozenset()
             self.active = self.broken = False
             self.negotiated = 0
             self.queues = [None] * len(self.queue_sizes)
@@ -239,10 +249,10 @@ class VirtioDevice:
         os.eventfd_write(self._kicks[index], 1)
 
     def _owned(self) -> dict[Loop, list[int]]:
-        """Return the enabled queues by loop."""
+        """Return the enabled queues that loops serve, by loop."""
         owned: dict[Loop, list[int]] = {}
         for index, queue in enumerate(self.queues):
-            if queue is not None:
+            if queue is not None and index not in self.handed_over:
                 owned.setdefault(self._loops[index], []).append(index)
         return owned
 

@@ -106,6 +106,9 @@ class MmioTransport:
         self._state = threading.Lock()
         self._status = 0
         self._interrupt_status = 0
+        # Who interrupts by itself cannot set USED_BUFFER, so while there is such a one it always reads as set. A driver that
+        # looks at its rings for nothing finds nothing (4.2.2: the bit says that at least one queue has used a buffer).
+        self._always_pending = 0
         self._device_features_sel = self._driver_features_sel = self._driver_features = self._queue_sel = 0
         self._unknown_features = False
         self._queues = [_QueueRegisters(size) for size in device.queue_sizes] if device else []
@@ -142,7 +145,7 @@ class MmioTransport:
         if size != 4:
             return 0
         if offset == 0x060:
-            return self._interrupt_status
+            return self._interrupt_status | self._always_pending
         if offset == 0x000:
             return _MAGIC
         if offset == 0x004:
@@ -289,6 +292,11 @@ class MmioTransport:
             self._interrupt_status |= USED_BUFFER
         self._line.trigger()
 
+    def used_fd(self, index: int) -> int:
+        """Return the descriptor of the one line, for a queue that is served outside."""
+        self._always_pending = USED_BUFFER
+        return self._line.fileno()
+
     def config_changed(self) -> None:
         """Interrupt the driver for a configuration change, once it is ready (2.3: not before DRIVER_OK)."""
         with self._state:
@@ -315,6 +323,7 @@ class MmioTransport:
         with self._control:
             if self.device:
                 self.device.reset()
+            self._always_pending = 0
             for queue in self._queues:
                 queue.clear()
             self._device_features_sel = self._driver_features_sel = self._driver_features = self._queue_sel = 0
