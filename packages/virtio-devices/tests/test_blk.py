@@ -489,30 +489,50 @@ def test_a_malformed_request_breaks_the_device_until_reset(make: Make, buffers: 
 # Limits
 
 
-def test_an_iops_limit_lets_a_second_s_worth_through_at_once_and_then_its_rate(make: Make, loop: DirectLoop) -> None:
-    driver = make(MemoryDisk(), iops=10, num_queues=2).start(size=64)
-    for _ in range(20):
+def passed(loop: DirectLoop, driver: Driver, seconds: float) -> int:
+    """Let time pass, in steps as short as a host's timers; return how many requests were served."""
+    count = 0
+    for _ in range(round(seconds * 100)):
+        loop.clock.advance(SECOND // 100)
+        loop.poll()
+        count += sum(len(ring.collect()) for ring in driver.rings)
+    return count
+
+
+def test_an_iops_limit_lets_a_tenth_of_a_second_s_worth_through_at_once_and_then_its_rate(make: Make, loop: DirectLoop) -> None:
+    driver = make(MemoryDisk(), iops=50, num_queues=2).start(size=128)
+    for _ in range(64):
         driver.offer(header(FLUSH), 1, queue=0)
         driver.offer(header(FLUSH), 1, queue=1)
     driver.kick(0)
     driver.kick(1)
-
-    def served() -> int:
-        loop.poll()
-        return len(driver.rings[0].collect()) + len(driver.rings[1].collect())
-
-    assert served() == 11, "both queues share one limit"
-    loop.clock.advance(SECOND)
-    assert served() == 10
-    loop.clock.advance(SECOND // 10)
-    assert served() == 1
-    loop.clock.advance(10 * SECOND)
-    assert served() == 18
+    assert len(driver.rings[0].collect()) + len(driver.rings[1].collect()) == 6, "both queues share one limit"
+    assert passed(loop, driver, 1) == 50
+    assert passed(loop, driver, 0.1) == 5
+    assert passed(loop, driver, 5) == 67
     assert loop.next_deadline() is None
 
 
+def test_a_bandwidth_limit_counts_bytes_of_data(make: Make, loop: DirectLoop) -> None:
+    driver = make(MemoryDisk(), bps=50 * 4096).start(size=256)
+    for _ in range(60):
+        driver.offer(header(IN), 4096, 1)
+    driver.kick()
+    assert len(driver.rings[0].collect()) == 6
+    assert passed(loop, driver, 1) == 50
+
+
+def test_the_narrower_of_two_limits_counts(make: Make, loop: DirectLoop) -> None:
+    driver = make(MemoryDisk(), bps=50 * 4096, iops=25).start(size=256)
+    for _ in range(60):
+        driver.offer(header(IN), 4096, 1)
+    driver.kick()
+    assert len(driver.rings[0].collect()) == 3
+    assert passed(loop, driver, 2) == 50
+
+
 def test_a_limited_device_can_be_paused_reset_and_closed_with_requests_waiting(make: Make, loop: DirectLoop) -> None:
-    driver = make(MemoryDisk(), iops=1).start()
+    driver = make(MemoryDisk(), iops=10).start()
 
     def offer_4() -> None:
         for _ in range(4):
@@ -577,7 +597,7 @@ def test_a_disk_can_be_put_in_and_taken_out_under_an_active_driver(make: Make) -
 
 def test_a_disk_brings_its_serial_number_and_its_limit(make: Make, loop: DirectLoop) -> None:
     driver = make(serial="slot", iops=1).start(size=16)
-    driver.device.attach(MemoryDisk(), serial="first", iops=2)
+    driver.device.attach(MemoryDisk(), serial="first", iops=20)
     for _ in range(5):
         driver.offer(header(GET_ID), 20, 1)
     driver.kick()

@@ -177,6 +177,9 @@ class VirtualMachine:
                 aio=drive.engine,
                 discard=drive.discard,
                 detect_zeroes=drive.detect_zeroes,
+                allow=drive.external_files,
+                l2_cache_bytes=drive.l2_cache_size or 0,
+                refcount_cache_bytes=drive.refcount_cache_size or 0,
             )
             self._stack.callback(disk.close)
             # From here to the end, pauses included: StratoVirt lets go of a paused machine's images, and whoever opens one

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from .declare import Parameters, Record, key
 from .errors import BadKey
-from .values import FLAG, ID, PATH, SOCKET_PATH, SWITCH, UNMAP, Choice, Integer, Kind, MiB, Reference, Size
+from .values import ALLOW, FLAG, ID, PATH, SOCKET_PATH, SWITCH, UNMAP, Choice, Integer, Kind, MiB, Reference, Size
 
 MAX_IOTHREADS = 8
 MAX_IOPS = 1_000_000
+MAX_BPS = 1 << 40
 _CACHE = Size(0, 32 * MiB)
 
 
@@ -19,20 +20,39 @@ class Drive(Parameters):
 
     id: str = key(ID, doc="the name that a device uses")
     file: str = key(PATH, doc="image file or block device")
-    format: str = key(Choice("raw", later=("qcow2",)), default="raw", doc="image format", note="`qcow2` is not supported yet")
+    format: str = key(Choice("raw", "qcow2"), default="raw", doc="image format", note="a microvm of StratoVirt has raw only")
     readonly: bool = key(SWITCH, default=False, doc="the guest cannot write")
     direct: bool = key(SWITCH, default=True, doc="bypass the host's page cache (O_DIRECT)")
     aio: str | None = key(
         Choice("off", "native", "io_uring", "threads"), default=None, doc="how I/O is done; default native with direct, else off"
     )
     discard: bool = key(UNMAP, default=False, doc="discarded blocks are freed in the image")
-    detect_zeroes: str = key(Choice("off", "on", "unmap"), default="off", later=True, doc="turn writes of zeroes into holes")
+    detect_zeroes: str = key(
+        Choice("off", "on", "unmap"), default="off", doc="turn writes of zeroes into zeroed ranges, or holes"
+    )
     iops_total: int | None = key(
-        Integer(0, MAX_IOPS), default=None, later=True, name="throttling.iops-total", doc="operations per second; 0: unlimited"
+        Integer(0, MAX_IOPS),
+        default=None,
+        name="throttling.iops-total",
+        doc="operations per second; 0: unlimited",
+        note="of all queues together, a tenth of a second's worth at once (StratoVirt: of each queue, a second's worth)",
+    )
+    bps_total: int | None = key(
+        Integer(0, MAX_BPS),
+        default=None,
+        name="throttling.bps-total",
+        doc="bytes per second; 0: unlimited",
+        note="not in StratoVirt",
+    )
+    external_files: bool = key(
+        ALLOW,
+        default=False,
+        doc="qcow2: whether the backing or data file that the image names may be opened",
+        note="not in StratoVirt, which opens them; leave it at `deny` for images of others",
     )
     media: str = key(Choice("disk", "cdrom"), default="disk", later=True, doc="what a USB drive looks like")
-    l2_cache_size: int | None = key(_CACHE, default=None, later=True, doc="qcow2: bytes of mapping tables kept in memory")
-    refcount_cache_size: int | None = key(_CACHE, default=None, later=True, doc="qcow2: bytes of reference counts kept in memory")
+    l2_cache_size: int | None = key(_CACHE, default=None, doc="qcow2: bytes of mapping tables kept in memory")
+    refcount_cache_size: int | None = key(_CACHE, default=None, doc="qcow2: bytes of reference counts kept in memory")
     interface: str = key(
         Choice("none", later=("pflash",)),
         default="none",
@@ -46,6 +66,12 @@ class Drive(Parameters):
             raise BadKey("aio=native", "needs direct=on")
         if self.aio == "off" and self.direct:
             raise BadKey("aio=off", "needs direct=off")
+        if self.format != "qcow2":
+            for name in ("l2-cache-size", "refcount-cache-size", "external-files"):
+                found = self.keys[name]
+                value = getattr(self, found.attribute)
+                if value != found.default:
+                    raise BadKey(f"{name}={found.kind.render(value)}", "only with format=qcow2")
 
     @property
     def engine(self) -> str:

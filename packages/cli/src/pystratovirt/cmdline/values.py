@@ -126,6 +126,7 @@ class Bool(Kind[bool]):
 
 SWITCH = Bool(("on", "true", "yes"), ("off", "false", "no"))
 UNMAP = Bool(("unmap", "on", "true", "yes"), ("ignore", "off", "false", "no"))
+ALLOW = Bool(("allow",), ("deny",))
 ON_OFF = Bool(("on",), ("off",))
 FLAG = Bool(("on", "true", "yes"), ("off", "false", "no"), alone=True)
 

@@ -28,6 +28,7 @@ def build_blk(vm: VirtualMachine, device: VirtioBlk, name: str) -> BlkDevice:
         # StratoVirt offers it only with detect-zeroes; every disk can do it, and guests fall back to writing zeroes.
         write_zeroes=not drive.readonly,
         iops=drive.iops_total or 0,
+        bps=drive.bps_total or 0,
     )
 
 

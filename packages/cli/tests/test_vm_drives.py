@@ -1,0 +1,67 @@
+"""Drives of a machine, in test mode: image formats, their caches, and the files that an image names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from block_qcow2 import create_image
+from block_qcow2.qcow2.create import Options
+from pystratovirt.cmdline import parse
+from pystratovirt.errors import VmError
+from pystratovirt.vm import VirtualMachine
+from vmm_core.machine.core import MachineEvent
+
+CAPACITY = 0xF010_0100
+SIZE = 1 << 20
+
+
+def post(event: MachineEvent) -> None:
+    raise AssertionError(f"nobody asked for {event}")
+
+
+def machine(folder: Path, drive: str) -> VirtualMachine:
+    options = ["-mod-test", str(folder / "unused"), "-drive", f"id=d,direct=off,{drive}"]
+    return VirtualMachine(parse([*options, "-device", "virtio-blk-device,drive=d,id=d"]), post)
+
+
+@pytest.mark.parametrize("caches", ["", ",l2-cache-size=1M,refcount-cache-size=64K"])
+def test_a_qcow2_image_is_the_disk_that_it_describes(tmp_path: Path, caches: str) -> None:
+    create_image(tmp_path / "disk", SIZE)
+    assert os.path.getsize(tmp_path / "disk") < SIZE
+    with machine(tmp_path, f"file={tmp_path}/disk,format=qcow2{caches}") as vm:
+        vm.start()
+        assert int.from_bytes(vm.test_access().read(CAPACITY, 8), "little") == SIZE // 512
+
+
+def test_a_backing_file_is_opened_only_when_the_drive_allows_it(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    create_image(tmp_path / "disk", SIZE, options=Options(backing_file=str(tmp_path / "base"), backing_format="raw"))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(VmError, match="-drive id=d: .*base"):
+        machine(tmp_path, f"file={tmp_path}/disk,format=qcow2")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    with machine(tmp_path, f"file={tmp_path}/disk,format=qcow2,external-files=allow") as vm:
+        assert vm.disks["d"].size == SIZE
+
+
+def test_a_qcow2_image_in_a_raw_drive_is_just_bytes(tmp_path: Path) -> None:
+    create_image(tmp_path / "disk", 1 << 30)
+    size = os.path.getsize(tmp_path / "disk")
+    with machine(tmp_path, f"file={tmp_path}/disk") as vm:
+        assert vm.disks["d"].size == size
+
+
+def test_what_is_no_qcow2_image_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    with pytest.raises(VmError, match="-drive id=d: .*disk"):
+        machine(tmp_path, f"file={tmp_path}/disk,format=qcow2")
+
+
+def test_a_qcow2_image_is_locked_for_as_long_as_the_machine_has_it(tmp_path: Path) -> None:
+    create_image(tmp_path / "disk", SIZE)
+    with machine(tmp_path, f"file={tmp_path}/disk,format=qcow2"), pytest.raises(VmError, match="-drive id=d: .*lock"):
+        machine(tmp_path, f"file={tmp_path}/disk,format=qcow2")
+    machine(tmp_path, f"file={tmp_path}/disk,format=qcow2").close()
