@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,14 @@ def machine(folder: Path, drive: str) -> VirtualMachine:
     return VirtualMachine(parse([*options, "-device", "virtio-blk-device,drive=d,id=d"]), post)
 
 
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 @pytest.mark.parametrize("caches", ["", ",l2-cache-size=1M,refcount-cache-size=64K"])
 def test_a_qcow2_image_is_the_disk_that_it_describes(tmp_path: Path, caches: str) -> None:
     create_image(tmp_path / "disk", SIZE)
-    assert os.path.getsize(tmp_path / "disk") < SIZE
+    assert (tmp_path / "disk").stat().st_size < SIZE
     with machine(tmp_path, f"file={tmp_path}/disk,format=qcow2{caches}") as vm:
         vm.start()
         assert int.from_bytes(vm.test_access().read(CAPACITY, 8), "little") == SIZE // 512
@@ -39,29 +42,29 @@ def test_a_qcow2_image_is_the_disk_that_it_describes(tmp_path: Path, caches: str
 def test_a_backing_file_is_opened_only_when_the_drive_allows_it(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(bytes(SIZE))
     create_image(tmp_path / "disk", SIZE, options=Options(backing_file=str(tmp_path / "base"), backing_format="raw"))
-    before = os.listdir("/proc/self/fd")
-    with pytest.raises(VmError, match="-drive id=d: .*base"):
+    before = descriptors()
+    with pytest.raises(VmError, match=r"-drive id=d: .*base"):
         machine(tmp_path, f"file={tmp_path}/disk,format=qcow2")
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert descriptors() == before
     with machine(tmp_path, f"file={tmp_path}/disk,format=qcow2,external-files=allow") as vm:
         assert vm.disks["d"].size == SIZE
 
 
 def test_a_qcow2_image_in_a_raw_drive_is_just_bytes(tmp_path: Path) -> None:
     create_image(tmp_path / "disk", 1 << 30)
-    size = os.path.getsize(tmp_path / "disk")
+    size = (tmp_path / "disk").stat().st_size
     with machine(tmp_path, f"file={tmp_path}/disk") as vm:
         assert vm.disks["d"].size == size
 
 
 def test_what_is_no_qcow2_image_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(SIZE))
-    with pytest.raises(VmError, match="-drive id=d: .*disk"):
+    with pytest.raises(VmError, match=r"-drive id=d: .*disk"):
         machine(tmp_path, f"file={tmp_path}/disk,format=qcow2")
 
 
 def test_a_qcow2_image_is_locked_for_as_long_as_the_machine_has_it(tmp_path: Path) -> None:
     create_image(tmp_path / "disk", SIZE)
-    with machine(tmp_path, f"file={tmp_path}/disk,format=qcow2"), pytest.raises(VmError, match="-drive id=d: .*lock"):
+    with machine(tmp_path, f"file={tmp_path}/disk,format=qcow2"), pytest.raises(VmError, match=r"-drive id=d: .*lock"):
         machine(tmp_path, f"file={tmp_path}/disk,format=qcow2")
     machine(tmp_path, f"file={tmp_path}/disk,format=qcow2").close()

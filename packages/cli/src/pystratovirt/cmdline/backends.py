@@ -27,9 +27,7 @@ class Drive(Parameters):
         Choice("off", "native", "io_uring", "threads"), default=None, doc="how I/O is done; default native with direct, else off"
     )
     discard: bool = key(UNMAP, default=False, doc="discarded blocks are freed in the image")
-    detect_zeroes: str = key(
-        Choice("off", "on", "unmap"), default="off", doc="turn writes of zeroes into zeroed ranges, or holes"
-    )
+    detect_zeroes: str = key(Choice("off", "on", "unmap"), default="off", doc="turn writes of zeroes into zeroed ranges or holes")
     iops_total: int | None = key(
         Integer(0, MAX_IOPS),
         default=None,
