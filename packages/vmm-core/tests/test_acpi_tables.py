@@ -23,10 +23,15 @@ ALL = [Microvm.slot(number) for number in range(Microvm.SLOTS)]
 
 
 def machine(
-    apic_ids: Sequence[int] = (0, 1), slots: Sequence[object] = LEGACY, *, serial: bool = True, rtc: bool = True
+    apic_ids: Sequence[int] = (0, 1),
+    slots: Sequence[object] = LEGACY,
+    *,
+    serial: bool = True,
+    rtc: bool = True,
+    empty: Sequence[int] = (),
 ) -> GuestMemory:
     memory = GuestMemory(Microvm.ram(2 << 20))
-    write_acpi_tables(memory, acpi_tables(apic_ids, slots, serial=serial, rtc=rtc))  # type: ignore[arg-type]
+    write_acpi_tables(memory, acpi_tables(apic_ids, slots, serial=serial, rtc=rtc, empty=empty))  # type: ignore[arg-type]
     return memory
 
 
@@ -88,7 +93,7 @@ def test_the_root_pointer_is_where_scanning_guests_look_and_where_the_loader_is_
 @pytest.mark.parametrize("serial", [False, True])
 @pytest.mark.parametrize("rtc", [False, True])
 def test_iasl_reads_every_table_without_complaint(tmp_path: Path, slots: Sequence[object], serial: bool, rtc: bool) -> None:
-    found = find(machine([0, 1, 300], slots, serial=serial, rtc=rtc))
+    found = find(machine([0, 1, 300], slots, serial=serial, rtc=rtc, empty=(4, 5)))
     assert set(found) == {"XSDT", "FACP", "APIC", "DSDT"}
     for table in found.values():
         disassemble(table, tmp_path)
@@ -125,6 +130,20 @@ def test_only_devices_that_exist_are_described(tmp_path: Path) -> None:
     assert re.findall(r"Device \((\w+)\)", text) == ["GED", "PWRB"]
     text = disassemble(find(machine(slots=LEGACY[2:3]))["DSDT"], tmp_path)
     assert re.findall(r"Device \((\w+)\)", text) == ["VR02", "COM1", "RTC", "GED", "PWRB"]
+
+
+def test_an_empty_slot_is_a_container_that_comes_with_its_bit_and_is_looked_into_on_its_event(tmp_path: Path) -> None:
+    text = disassemble(find(machine(empty=[4, 5]))["DSDT"], tmp_path)
+    assert "OperationRegion (SREG, SystemMemory, 0xF0000020, 0x04)" in text
+    assert re.search(r"Field \(SREG, DWordAcc, NoLock, WriteAsZeros\)\s*{\s*SPRE,   32", text)
+    for number, bit in ((4, "0x10"), (5, "0x20")):
+        container = text[text.index(f"Device (SL0{number})") :].partition("\n        }\n")[0]
+        assert '"ACPI0004" /* Module Device */' in container
+        status = rf"Method \(_STA.*If \(\(SPRE & {bit}\)\)\s*{{\s*Return \(0x0F\)\s*}}\s*Return \(Zero\)"
+        assert re.search(status, container, re.DOTALL)
+        assert f"Device (VR0{number})" in container
+        assert re.search(rf"If \(\(Local0 & 0x0*{0x100 << number:X}\)\)\s*{{\s*Notify \(SL0{number}, One\)", text)
+    assert re.findall(r"\n        Device \(VR(..)\)", text) == [f"{number:02X}" for number in range(11) if number not in (4, 5)]
 
 
 def test_soft_off_is_sleep_type_five(tmp_path: Path) -> None:
@@ -182,9 +201,17 @@ def test_the_second_io_apic_is_there_when_a_slot_needs_it() -> None:
     assert io_apics(18) == [first, second]
 
 
-@given(cpus=st.integers(1, 254), slots=st.lists(st.sampled_from(ALL), unique=True), serial=st.booleans(), rtc=st.booleans())
-def test_tables_are_found_whole_for_every_machine(cpus: int, slots: list[object], serial: bool, rtc: bool) -> None:
-    found = find(machine(range(cpus), slots, serial=serial, rtc=rtc))
+@given(
+    cpus=st.integers(1, 254),
+    slots=st.lists(st.sampled_from(ALL), unique=True),
+    serial=st.booleans(),
+    rtc=st.booleans(),
+    empty=st.lists(st.integers(0, 23)),
+)
+def test_tables_are_found_whole_for_every_machine(
+    cpus: int, slots: list[object], serial: bool, rtc: bool, empty: list[int]
+) -> None:
+    found = find(machine(range(cpus), slots, serial=serial, rtc=rtc, empty=empty))
     assert set(found) == {"XSDT", "FACP", "APIC", "DSDT"}
     assert found["DSDT"].count(b"LNRO0005") == len(slots)
 

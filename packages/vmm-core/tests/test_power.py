@@ -85,7 +85,7 @@ def test_soft_off_is_a_request_to_power_off(pm: AcpiPm, owner: Owner) -> None:
 @given(st.integers(0, 255).filter(lambda value: value & 0x3C != S5))
 def test_any_other_sleep_type_and_a_type_without_enable_do_nothing(value: int) -> None:
     owner = Owner()
-    AcpiPm(owner, RecordedLine(16)).registers.write(CONTROL, 1, value)
+    AcpiPm(owner, RecordedLine(16), reset_value=0x42).registers.write(CONTROL, 1, value)
     assert owner.asked == []
 
 
@@ -135,7 +135,7 @@ def test_a_reset_forgets_the_button(pm: AcpiPm) -> None:
 def test_events_are_state(pm: AcpiPm, owner: Owner, line: RecordedLine) -> None:
     pm.press_power_button()
     state = pm.save()
-    fresh = AcpiPm(owner, line)
+    fresh = AcpiPm(owner, line, reset_value=0x42)
     fresh.restore(decode(encode(state), AcpiPmState, "acpi"))
     assert fresh.save() == state
     assert fresh.events.read(0, 4) == 1

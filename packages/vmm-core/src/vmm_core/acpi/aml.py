@@ -178,3 +178,8 @@ def if_(condition: bytes, *terms: bytes) -> bytes:
 def notify(target: str, value: int) -> bytes:
     """Tell the operating system about a device (20.2.5.3, DefNotify)."""
     return b"\x86" + name_string(target) + integer(value)
+
+
+def return_(value: bytes) -> bytes:
+    """End a method with a value (20.2.5.3, DefReturn)."""
+    return b"\xa4" + value

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vmm_core.acpi import aml
 from vmm_core.acpi.resources import interrupt, memory, resource_template
+from vmm_core.devices.acpi_pm import FIRST_SLOT, POWER_BUTTON
 
-POWER_BUTTON_EVENT = 1 << 0  # bits of the generic event device's register; StratoVirt's numbers
-_STATUS_CHANGED = 0x80  # 5.6.6: the notification of a power button
+# 5.6.6: notifications
+_DEVICE_CHECK = 1
+_STATUS_CHANGED = 0x80  # of a power button
+_PRESENT = 0xF  # 6.3.7: present, enabled, shown, working
 
 
 def virtio_mmio(number: int, base: int, size: int, gsi: int) -> bytes:
@@ -20,16 +25,50 @@ def virtio_mmio(number: int, base: int, size: int, gsi: int) -> bytes:
     )
 
 
+def empty_slot(number: int, window: bytes) -> bytes:
+    """A slot that a device may come into: a container (9.11) around `window`, which is there when its bit in SPRE is set.
+
+    Linux looks for new devices on a notification only in devices of a few kinds; a container is one of them.
+    """
+    return aml.device(
+        slot_name(number),
+        aml.name("_HID", aml.string("ACPI0004")),
+        aml.name("_UID", aml.integer(number)),
+        aml.method(
+            "_STA",
+            0,
+            aml.if_(aml.and_(aml.name_string("SPRE"), aml.integer(1 << number)), aml.return_(aml.integer(_PRESENT))),
+            aml.return_(aml.integer(0)),
+        ),
+        window,
+    )
+
+
+def slot_name(number: int) -> str:
+    """The name of an empty slot's container."""
+    return f"SL{number:02X}"
+
+
+def slot_register(address: int) -> bytes:
+    """The register that says which empty slots were filled, as the 32-bit field SPRE."""
+    return aml.operation_region("SREG", aml.SYSTEM_MEMORY, address, 4) + aml.field(
+        "SREG", aml.DWORD_ACCESS | aml.WRITE_AS_ZEROS, ("SPRE", 32)
+    )
+
+
 def power_button() -> bytes:
     """A control method power button (4.8.2.2.1.2), pressed through the generic event device."""
     return aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")), aml.name("_UID", aml.integer(0)))
 
 
-def generic_event_device(register: int, gsi: int) -> bytes:
+def generic_event_device(register: int, gsi: int, slots: Iterable[int] = ()) -> bytes:
     """The device that stands in for ACPI's fixed events on hardware-reduced machines (5.6.9).
 
-    Its interrupt says that the 32-bit register at `register`, which reading clears, has pending events.
+    Its interrupt says that the 32-bit register at `register`, which reading clears, has pending events. `slots` are the
+    numbers of the empty ones.
     """
+    targets = [(POWER_BUTTON, "PWRB", _STATUS_CHANGED)]
+    targets += [(FIRST_SLOT << number, slot_name(number), _DEVICE_CHECK) for number in slots]
     return aml.device(
         "GED",
         aml.name("_HID", aml.string("ACPI0013")),
@@ -41,7 +80,7 @@ def generic_event_device(register: int, gsi: int) -> bytes:
             "_EVT",
             1,
             aml.store(aml.name_string("ESEL"), aml.LOCAL0),
-            aml.if_(aml.and_(aml.LOCAL0, aml.integer(POWER_BUTTON_EVENT)), aml.notify("PWRB", _STATUS_CHANGED)),
+            *(aml.if_(aml.and_(aml.LOCAL0, aml.integer(event)), aml.notify(name, value)) for event, name, value in targets),
             serialized=True,
         ),
     )

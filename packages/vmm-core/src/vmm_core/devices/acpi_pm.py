@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from vmm_core.bus import BusDevice
     from vmm_core.interrupt import InterruptLine
 
-POWER_BUTTON = 1 << 0  # events; StratoVirt's numbers (reference machine-x86_64, section 16.5)
+# Events. StratoVirt's have bits 0 to 4 (reference machine-x86_64, section 16.5).
+POWER_BUTTON = 1 << 0
+FIRST_SLOT = 1 << 8  # slot n was filled: this, shifted by n
+SLOTS = 24  # that have an event
 
 SLEEP_CONTROL, SLEEP_STATUS, RESET = range(3)  # offsets of the one-byte registers
 _SLP_EN, _SLP_TYP_SHIFT, _SLP_TYP_MASK = 1 << 5, 2, 0x7
@@ -46,7 +49,7 @@ class AcpiPmState(NamedTuple):
 class AcpiPm:
     """The registers, as two devices of the memory bus: `registers` (3 bytes) and `events` (4 bytes)."""
 
-    def __init__(self, listener: PowerListener, line: InterruptLine, *, reset_value: int = 0x42) -> None:
+    def __init__(self, listener: PowerListener, line: InterruptLine, *, reset_value: int) -> None:
         """`line` is the event device's interrupt; a guest resets by writing `reset_value`."""
         self._line = line
         self._lock = Lock()

@@ -8,7 +8,8 @@ Not here: which devices a machine has and where they are (`microvm`), and what a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
@@ -120,6 +121,10 @@ class Machine:
         """Close `part` with the machine; the last one added is closed first."""
         self._closable.append(part)
 
+    def remove_closable(self, part: Closable) -> None:
+        """Forget a part that was unplugged; whoever unplugged it closes it."""
+        self._closable.remove(part)
+
     # Requests from vCPU threads
 
     def vcpu_exited(self, index: int, reason: ExitReason, report: str) -> None:
@@ -209,21 +214,20 @@ class Machine:
         """Put kernel, tables and whatever else a power-on finds in RAM there again. Raises BootError when that fails."""
 
     def shutdown(self) -> None:
-        """End the guest: no vCPU runs after this. The machine stays to be looked at until close()."""
+        """End the guest: no vCPU runs after this. The machine stays to be looked at until close().
+
+        Raises HypervisorError when a vCPU cannot be stopped; all the others are.
+        """
         if self.status is not VmStatus.SHUTDOWN:
             self.status = VmStatus.SHUTDOWN
-            for vcpu in self.vcpus:
-                vcpu.stop()
+            failures = _each(vcpu.stop for vcpu in self.vcpus)
+            if failures:
+                raise failures[0]
 
     def close(self) -> None:
         """Give everything back: threads, descriptors, guest memory. Twice is fine; every part is closed even if one fails."""
-        self.shutdown()
-        failures: list[Exception] = []
-        for part in [*reversed(self._closable), self.hypervisor, self.memory]:
-            try:
-                part.close()
-            except Exception as error:
-                failures.append(error)
+        parts = [*reversed(self._closable), self.hypervisor, self.memory]
+        failures = _each([self.shutdown, *(part.close for part in parts)])
         self._closable.clear()
         self._pausable.clear()
         self.components.clear()
@@ -254,12 +258,30 @@ class Machine:
         for name, component in stateful.items():
             component.restore(states[name])
 
-    def _stop_the_world(self) -> None:
+    @contextmanager
+    def _no_vcpu_inside(self) -> Iterator[None]:
+        """Hold the vCPUs of a running machine outside of every device meanwhile: one may be taken away."""
+        if self.status is not VmStatus.RUNNING:
+            yield
+            return
+        self._stop_vcpus()
+        try:
+            yield
+        finally:
+            for vcpu in self.vcpus:
+                vcpu.resume()
+
+    def _stop_vcpus(self) -> None:
         for vcpu in self.vcpus:
             vcpu.request_pause()
         for vcpu in self.vcpus:
             if not vcpu.wait_paused(PAUSE_LIMIT):
                 raise LifecycleError(f"CPU {vcpu.index} did not leave the guest within {PAUSE_LIMIT:.0f} s")
+
+    def _stop_the_world(self) -> None:
+        self._stop_vcpus()
+        # What the guest wrote and the hypervisor has not told yet belongs to the time before the pause.
+        self.hypervisor.flush_coalesced()
         for part in self._pausable:
             part.pause()
         self.hypervisor.pause_clock()
@@ -267,3 +289,14 @@ class Machine:
     def _expect(self, status: VmStatus) -> None:
         if self.status is not status:
             raise LifecycleError(f"the machine is in state {self.status.value}, not {status.value}")
+
+
+def _each(actions: Iterable[Callable[[], None]]) -> list[Exception]:
+    """Carry out every action, also when others fail; return the failures."""
+    failures: list[Exception] = []
+    for action in actions:
+        try:
+            action()
+        except Exception as error:
+            failures.append(error)
+    return failures

@@ -10,22 +10,24 @@ makes, and addresses (`vmm_core.x86_64.layout`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from vmm_core.bus import BusDevice
 from vmm_core.clock import Clock
 from vmm_core.devices.acpi_pm import AcpiPm
+from vmm_core.devices.acpi_slots import AcpiSlots
 from vmm_core.devices.i8042 import I8042
 from vmm_core.devices.rtc import Rtc
 from vmm_core.guestmem import GuestMemory
 from vmm_core.hypervisor import Hypervisor
 from vmm_core.interrupt import InterruptLine
 from vmm_core.loop import Loop
-from vmm_core.machine.core import Closable, Component, Machine, MachineEvent, Pausable
+from vmm_core.machine.core import Closable, Component, Machine, MachineEvent, Pausable, VmStatus
 from vmm_core.topology import CpuTopology
 from vmm_core.x86_64.acpi_tables import acpi_tables, write_acpi_tables
 from vmm_core.x86_64.boot import load_kernel
+from vmm_core.x86_64.io_apic import IoApic
 from vmm_core.x86_64.layout import Microvm as Layout
 from vmm_core.x86_64.layout import Slot
 from vmm_core.x86_64.mp_table import command_line_words, mp_table, write_mp_table
@@ -41,7 +43,7 @@ class MmioDevice(BusDevice, Component, Pausable, Closable, Protocol):
     def notify_fds(self) -> tuple[int, ...]: ...
 
 
-class SerialPort(BusDevice, Component, Closable, Protocol):
+class SerialPort(BusDevice, Component, Pausable, Closable, Protocol):
     """What goes to COM1."""
 
 
@@ -75,9 +77,9 @@ class Microvm(Machine):
         super().__init__(hypervisor, memory, post)
         self.topology = topology
         self.acpi = acpi
-        self.slots: dict[int, MmioDevice] = {}
         self._kernel = kernel
         self._has_serial = False
+        self._windows: dict[int, _Window] = {}
         self.i8042 = I8042(self)
         self.pio.add(*Layout.I8042_DATA, self.i8042.data_port, "keyboard controller data")
         self.pio.add(*Layout.I8042_COMMAND, self.i8042, "keyboard controller command")
@@ -90,12 +92,22 @@ class Microvm(Machine):
         self.add_closable(self.rtc)
         # Kernels with PCI look for it with thousands of writes to a port that nothing has (`pci=off` keeps them from it).
         hypervisor.coalesce(*Layout.PCI_CONFIG_ADDRESS, port=True)
+        self.io_apic: IoApic | None = None  # the second one; the first is the hypervisor's
         self.power: AcpiPm | None = None
+        self._appearing: AcpiSlots | None = None
         if acpi:
-            self.power = AcpiPm(self, hypervisor.interrupt_line(Layout.GED_GSI))
+            self.power = AcpiPm(self, hypervisor.interrupt_line(Layout.GED_GSI), reset_value=Layout.RESET_VALUE)
             self.mmio.add(*Layout.GED_EVENT, self.power.events, "ACPI events")
             self.mmio.add(Layout.SLEEP_CONTROL.base, 3, self.power.registers, "ACPI sleep and reset")
             self.add_component("acpi", self.power)
+            self._appearing = AcpiSlots(self.power.raise_event)
+            self.mmio.add(*Layout.SLOTS_PRESENT, self._appearing, "ACPI slots")
+            self.add_component("acpi-slots", self._appearing)
+
+    @property
+    def slots(self) -> Mapping[int, MmioDevice]:
+        """The devices in the slots."""
+        return {number: window.device for number, window in self._windows.items()}
 
     def interrupt_line(self, gsi: int) -> InterruptLine:
         """Return the wire of an interrupt of the layout."""
@@ -107,22 +119,69 @@ class Microvm(Machine):
         # Linux writes its console byte by byte: collecting the bytes in the kernel saves an exit each.
         self.hypervisor.coalesce(Layout.COM1.base, 1, port=True)
         self.add_component("serial", port)
+        self.add_pausable(port)
         self.add_closable(port)
         self._has_serial = True
 
     def plug(self, number: int, device: MmioDevice, name: str) -> None:
-        """Put a virtio-mmio window into slot `number`. `name` is its component name. The machine owns the device from here on."""
+        """Put a virtio-mmio window into slot `number`, at any time before the end. `name` is its component name.
+
+        The machine owns the device from here on. Raises ValueError for a slot that this machine does not have or that is taken,
+        HypervisorError when the hypervisor refuses; the device is the caller's then.
+        """
         slot = Layout.slot(number)
-        self.mmio.add(slot.base, slot.size, device, name)
-        self.slots[number] = device
+        if number in self._windows:
+            raise ValueError(f"slot {number} is taken")
+        if not self.acpi and number >= Layout.LEGACY_SLOTS:
+            raise ValueError(f"a machine without ACPI has no slot {number}; it has 0 to {Layout.LEGACY_SLOTS - 1}")
+        if slot.gsi >= Layout.SECOND_IO_APIC_GSI and self.io_apic is None:
+            self._add_io_apic()
+        window = _Window(self.hypervisor, slot, device, name)
         self.add_component(name, device)
+        try:
+            window.open()
+            self.mmio.add(slot.base, slot.size, device, name)
+        except BaseException:
+            window.hang_up()
+            self.remove_component(name)
+            raise
+        self._windows[number] = window
         self.add_pausable(device)
-        self.add_closable(_Window(self.hypervisor, slot, device))
-        for index, fd in enumerate(device.notify_fds):
-            self.hypervisor.add_ioeventfd(slot.base + QUEUE_NOTIFY, 4, fd, match=index)
+        self.add_closable(window)
+        if self.status in (VmStatus.PAUSED, VmStatus.FAILED):
+            device.pause()
+
+    def unplug(self, number: int) -> None:
+        """Take the window out of slot `number` and close its device. From then on nothing answers there.
+
+        Of a running machine, vCPUs stand still meanwhile, so that none is inside the device. A driver that still uses it reads
+        ones and is not told (see `AcpiSlots`). Raises ValueError when the slot is empty.
+        """
+        window = self._windows.get(number)
+        if window is None:
+            raise ValueError(f"slot {number} is empty")
+        with self._no_vcpu_inside():
+            self.mmio.remove(window.slot.base)
+            del self._windows[number]
+            self.remove_component(window.name)
+            self.remove_pausable(window.device)
+            self.remove_closable(window)
+            window.close()
+
+    def fill(self, number: int) -> None:
+        """Say that the device of a slot is of use, which a guest with ACPI finds out at once."""
+        if self._appearing:
+            self._appearing.fill(number)
+
+    def clear(self, number: int) -> None:
+        """Say that the device of a slot is of no use for now. From the next power-on, ACPI says that the slot is empty."""
+        if self._appearing:
+            self._appearing.clear(number)
 
     def finish(self) -> None:
         """Load kernel and tables, and make the vCPUs. Raises BootError or HypervisorError."""
+        if self._appearing:
+            self._appearing.reset()
         boot = self._load()
         for index in range(self.topology.cpus):
             self.vcpus.append(self.hypervisor.create_vcpu(index, self.pio, self.mmio, self, boot))
@@ -138,11 +197,22 @@ class Microvm(Machine):
         """Put tables and kernel into RAM again, as a power-on finds them."""
         self._load()
 
+    def _add_io_apic(self) -> None:
+        """Plug in the second I/O APIC, for the wires that the first has no pin for. The tables tell of it."""
+        if self.status is not VmStatus.CREATED:
+            raise ValueError("this machine has started without a second I/O APIC")
+        self.io_apic = IoApic(self.hypervisor, 1, Layout.SECOND_IO_APIC_GSI, Layout.IO_APIC_PINS)
+        self.mmio.add(*Layout.SECOND_IO_APIC, self.io_apic, "second I/O APIC")
+        self.add_component("io-apic", self.io_apic)
+
     def _load(self) -> VcpuBoot | None:
-        memory, slots = self.memory, [Layout.slot(number) for number in sorted(self.slots)]
+        memory, slots = self.memory, [Layout.slot(number) for number in sorted(self._windows)]
         apic_ids = [self.topology.apic_id(index) for index in range(self.topology.cpus)]
         write_mp_table(memory, mp_table(apic_ids))
-        rsdp = write_acpi_tables(memory, acpi_tables(apic_ids, slots, serial=self._has_serial)) if self.acpi else None
+        rsdp = None
+        if self._appearing:
+            empty = self._appearing.empty
+            rsdp = write_acpi_tables(memory, acpi_tables(apic_ids, slots, serial=self._has_serial, empty=empty))
         if self._kernel is None:
             return None
         path, initrd, words = self._kernel
@@ -152,12 +222,26 @@ class Microvm(Machine):
 
 
 class _Window:
-    """A slot's part of the machine's end: doorbells are taken from the hypervisor before the device closes them."""
+    """A device in a slot, and its doorbells: they are taken from the hypervisor before the device closes them."""
 
-    def __init__(self, hypervisor: Hypervisor, slot: Slot, device: MmioDevice) -> None:
-        self._hypervisor, self._slot, self._device = hypervisor, slot, device
+    def __init__(self, hypervisor: Hypervisor, slot: Slot, device: MmioDevice, name: str) -> None:
+        self.slot, self.device, self.name = slot, device, name
+        self._hypervisor = hypervisor
+        self._doorbells: list[int] = []  # by queue
+
+    def open(self) -> None:
+        for fd in self.device.notify_fds:
+            address = self.slot.base + QUEUE_NOTIFY
+            self._hypervisor.add_ioeventfd(address, 4, fd, match=len(self._doorbells))
+            self._doorbells.append(fd)
+
+    def hang_up(self) -> None:
+        while self._doorbells:
+            fd = self._doorbells.pop()
+            self._hypervisor.remove_ioeventfd(self.slot.base + QUEUE_NOTIFY, 4, fd, match=len(self._doorbells))
 
     def close(self) -> None:
-        for index, fd in enumerate(self._device.notify_fds):
-            self._hypervisor.remove_ioeventfd(self._slot.base + QUEUE_NOTIFY, 4, fd, match=index)
-        self._device.close()
+        try:
+            self.hang_up()
+        finally:
+            self.device.close()

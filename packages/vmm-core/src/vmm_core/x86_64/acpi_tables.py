@@ -7,12 +7,12 @@ Not here: the registers that they name (the machine's devices).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from struct import pack
 from typing import Final
 
 from vmm_core.acpi import aml, tables
-from vmm_core.acpi.devices import generic_event_device, power_button, soft_off, virtio_mmio
+from vmm_core.acpi.devices import empty_slot, generic_event_device, power_button, slot_register, soft_off, virtio_mmio
 from vmm_core.acpi.resources import interrupt, io_ports, resource_template
 from vmm_core.errors import BootError
 from vmm_core.guestmem import GuestMemory
@@ -32,20 +32,25 @@ _XAPIC_IDS = 255  # 0 to 254; 255 addresses all
 _ALL_PROCESSORS_8, _ALL_PROCESSORS_32 = 0xFF, 0xFFFF_FFFF
 
 
-def acpi_tables(apic_ids: Sequence[int], slots: Iterable[Slot], *, serial: bool, rtc: bool = True) -> bytes:
+def acpi_tables(
+    apic_ids: Sequence[int], slots: Iterable[Slot], *, serial: bool, rtc: bool = True, empty: Container[int] = ()
+) -> bytes:
     """Return everything that belongs at the layout's ACPI_TABLES; the root pointer comes first.
 
-    `apic_ids` are those of vCPU 0, 1 and so on; `slots` are the virtio-mmio slots that exist, used or waiting for a device;
-    `serial` and `rtc` say whether COM1 and the clock do. Raises BootError when that is more than there is room for.
+    `apic_ids` are those of vCPU 0, 1 and so on; `slots` are the virtio-mmio slots that exist, and `empty` the numbers of those
+    among them that wait for a device; `serial` and `rtc` say whether COM1 and the clock exist. Raises BootError when that is
+    more than there is room for.
     """
     slots = list(slots)
+    waiting = [slot.number for slot in slots if slot.number in empty]
     definition = tables.dsdt(
         aml.scope(
             "\\_SB",
-            *(virtio_mmio(*slot) for slot in slots),
+            *([slot_register(Microvm.SLOTS_PRESENT.base)] if waiting else []),
+            *(empty_slot(slot.number, virtio_mmio(*slot)) if slot.number in waiting else virtio_mmio(*slot) for slot in slots),
             *([_com1()] if serial else []),
             *([_clock()] if rtc else []),
-            generic_event_device(Microvm.GED_EVENT.base, Microvm.GED_GSI),
+            generic_event_device(Microvm.GED_EVENT.base, Microvm.GED_GSI, waiting),
             power_button(),
         ),
         soft_off(),

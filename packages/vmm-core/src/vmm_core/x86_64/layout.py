@@ -5,7 +5,7 @@ Source: reference machine-x86_64, sections 2, 3, 8 and 9. What StratoVirt's mach
 
     0x0000_0000  RAM; what the loader leaves in its first MiB is in `Microvm` below
     0xC000_0000  nothing                                        (or the end of RAM, if that comes first)
-    0xF000_0000  ACPI: events, sleep, reset
+    0xF000_0000  ACPI: events, sleep, reset, slots that were filled
     0xF010_0000  virtio-mmio slots, 512 bytes each
     0xFEC0_0000  I/O APIC, and 64 KiB on the second one
     0xFEE0_0000  local APIC
@@ -84,6 +84,7 @@ class Microvm:
     SLEEP_STATUS: Final = Range(0xF000_0011, 0x1)
     RESET: Final = Range(0xF000_0012, 0x1)  # ACPI 6.5, section 4.8.3.6
     RESET_VALUE: Final = 0x42  # not a value that a stray store of zeros or ones makes
+    SLOTS_PRESENT: Final = Range(0xF000_0020, 0x4)  # bit n: slot n, which was empty at power-on, has a device now
 
     # One slot a virtio-mmio device. Clients count slots: their order, addresses and first eleven interrupts are an interface.
     VIRTIO_MMIO: Final = Range(0xF010_0000, 41 * 0x200)
