@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmm_core import guestmem
 from vmm_core.errors import GuestMemoryError
 from vmm_core.guestmem import PAGE_SIZE, GuestMemory, Region
 
 LOW = 16 * PAGE_SIZE
 HIGH_BASE = 1 << 32
 HIGH = 4 * PAGE_SIZE
+MiB = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +294,43 @@ def test_expected_writes_are_ram_and_change_nothing(memory: GuestMemory) -> None
     assert memory.read(0x1234, 4) == b"kept"
     with pytest.raises(GuestMemoryError):
         memory.expect_writes(LOW - 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "memfd", "shared file", "private file"])
+def test_whole_pages_of_discarded_ram_go_back_to_the_host(tmp_path: Path, kind: str) -> None:
+    path = str(tmp_path / "ram") if "file" in kind else None
+    ram = GuestMemory([(HIGH_BASE, 4 * MiB)], path=path, share=kind in ("memfd", "shared file"))
+    ram.view(HIGH_BASE, 4 * MiB)[:] = b"\xaa" * (4 * MiB)
+    before = resident(ram)
+    assert ram.discard(ram.view(HIGH_BASE + 100, MiB)) == MiB - PAGE_SIZE
+    assert resident(ram) == before - (MiB - PAGE_SIZE)
+    assert not any(ram.view(HIGH_BASE + PAGE_SIZE, MiB - PAGE_SIZE))
+    assert set(ram.read(HIGH_BASE, PAGE_SIZE) + ram.read(HIGH_BASE + MiB, 3 * MiB)) == {0xAA}
+    assert ram.discard(ram.view(HIGH_BASE + 1, PAGE_SIZE)) == 0
+    if ram.shared:
+        assert not any(os.pread(ram.fd, MiB - PAGE_SIZE, PAGE_SIZE)), "the page itself is gone, not only our mapping of it"
+    ram.write(HIGH_BASE + PAGE_SIZE, b"again")
+    assert ram.read(HIGH_BASE + PAGE_SIZE, 6) == b"again\0"
+    ram.close()
+
+
+def test_huge_pages_are_kept_because_the_pool_may_not_give_them_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guestmem, "_huge_page_size", lambda fd: 2 * MiB)
+    ram = GuestMemory([(0, 4 * MiB)], path=str(tmp_path))
+    ram.view(0, 4 * MiB)[:] = b"\xaa" * (4 * MiB)
+    assert ram.discard(ram.view(0, 4 * MiB)) == 0
+    assert set(ram.read(0, 4 * MiB)) == {0xAA}
+    ram.close()
+
+
+def test_a_refusal_to_take_ram_back_is_an_os_error() -> None:
+    ram = GuestMemory([(0, MiB)])
+    address = ram.host_address(ram.regions[0])
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(PAGE_SIZE)) == 0
+    with pytest.raises(OSError, match="Invalid argument"):
+        ram.discard(ram.view(0, MiB))
+    ram.close()
 
 
 def test_ram_can_be_left_out_of_core_dumps() -> None:

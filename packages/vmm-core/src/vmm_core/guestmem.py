@@ -8,16 +8,18 @@ Not here: what the RAM is used for, the guest-physical map (`layout`), and devic
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vmm_core.errors import GuestMemoryError
 
 PAGE_SIZE = mmap.PAGESIZE
 
+_MADV_REMOVE = 9  # madvise(2); in `mmap` only where the C library names it
 _MAP_NORESERVE = 0x4000  # mmap(2); a name in `mmap` only since Python 3.13
 _THP_SIZE = 2 << 20  # what one entry of the second page table level maps, on x86_64 and on aarch64 with 4 KiB pages
 _MAX_SIZE = 1 << 52  # physical address width of the architectures; keeps every sum below far from ssize_t's end
@@ -63,12 +65,14 @@ class GuestMemory:
         self.size = sum(region.size for region in self.regions)
         self.shared = share
         self.fd = -1
+        self.page_size = PAGE_SIZE  # of what holds the RAM: larger on hugetlbfs
         self._maps: list[memoryview] = []
+        self._madvise: Any = None  # the C library's, once discard() was called
         self._first_base, self._first_size, self._first = 0, 0, memoryview(b"")
         self._rest: tuple[tuple[int, int, memoryview], ...] = ()
         try:
             if path is not None:
-                self.fd = _open_backing(path, self.size, self.regions)
+                self.fd, self.page_size = _open_backing(path, self.size, self.regions)
             elif share:
                 self.fd = _open_memfd(self.size)
             for region in self.regions:
@@ -142,8 +146,36 @@ class GuestMemory:
         with suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE, start - skip, length + skip)
 
+    def discard(self, view: memoryview) -> int:
+        """Give the whole pages within `view` (a view of RAM from here) back to the host; return how many bytes that were.
+
+        The guest finds zeros there, or what a private mapping's file holds, and memory comes back when it writes. Nothing is
+        given back of huge pages: the host's pool may have none left then, and a guest's write would be a SIGBUS here.
+
+        Raises OSError when the system refuses (memory that is locked, a file system that cannot).
+        """
+        if self.page_size != PAGE_SIZE:
+            return 0
+        import ctypes
+
+        start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        end = (start + len(view)) & -PAGE_SIZE
+        start = (start + PAGE_SIZE - 1) & -PAGE_SIZE
+        if start >= end:
+            return 0
+        # Of a private mapping only our copy of the page goes; of a shared one the page itself, or every peer would hold it.
+        advice = _MADV_REMOVE if self.shared else mmap.MADV_DONTNEED
+        if (madvise := self._madvise) is None:  # this one releases the GIL, which mmap.madvise does not
+            madvise = self._madvise = ctypes.CDLL(None, use_errno=True).madvise
+            madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        while madvise(start, end - start, advice):
+            number = ctypes.get_errno()
+            if number not in (errno.EINTR, errno.EAGAIN):
+                raise OSError(number, os.strerror(number))
+        return end - start
+
     def host_address(self, region: Region) -> int:
-        """Return where `region` is mapped in this process. For the hypervisor's memory slots and nothing else."""
+        """Return where `region` is mapped in this process. For the memory tables of hypervisor and vhost, and nothing else."""
         from ctypes import addressof, c_char
 
         return addressof(c_char.from_buffer(self.view(region.base, region.size)))
@@ -200,8 +232,10 @@ def _open_memfd(size: int) -> int:
     return fd
 
 
-def _open_backing(path: str, size: int, regions: Sequence[Region]) -> int:
-    """Open or make the file of `-mem-path`, at least `size` bytes long. An existing file is never grown unless empty."""
+def _open_backing(path: str, size: int, regions: Sequence[Region]) -> tuple[int, int]:
+    """Open or make the file of `-mem-path`, at least `size` bytes long. An existing file is never grown unless empty.
+
+    Return its descriptor and the size of its pages."""
     try:
         fd = _open_temporary(path) if os.path.isdir(path) else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)  # noqa: PTH112
     except OSError as error:
@@ -225,7 +259,7 @@ def _open_backing(path: str, size: int, regions: Sequence[Region]) -> int:
     except GuestMemoryError:
         os.close(fd)
         raise
-    return fd
+    return fd, page
 
 
 def _open_temporary(folder: str) -> int:
