@@ -23,7 +23,16 @@ VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian 13 a
 _APT = ("apt-get", "-q", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300")
 _NEEDED = {"qemu-system-x86_64": "qemu-system-x86", "depmod": "kmod", "mke2fs": "e2fsprogs", "dpkg": "dpkg"}
 # What tests compare with and talk to.
-_PEERS = {"qemu-img": "qemu-utils", "nbdinfo": "libnbd-bin", "iasl": "acpica-tools", "socat": "socat", "ncat": "ncat"}
+_PEERS = {
+    "qemu-img": "qemu-utils",
+    "nbdinfo": "libnbd-bin",
+    "iasl": "acpica-tools",
+    "socat": "socat",
+    "ncat": "ncat",
+    "lz4": "lz4",
+    "fio": "fio",
+    "iperf3": "iperf3",
+}
 # The flavour's meta package, whose dependency names the current kernel package. Cloud: the lab host and the usual guest.
 _FLAVOURS = {
     "debian": {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"},

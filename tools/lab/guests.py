@@ -16,7 +16,7 @@ from . import cache, debian
 from .debian import Kernel, SetupError, tool
 from .initrd import Archive, module_bytes, module_files, module_name
 
-__all__ = ["MODULES", "Kernel", "busybox", "copy_image", "initrd", "kernel", "rootfs"]
+__all__ = ["MODULES", "Kernel", "busybox", "copy_image", "initrd", "kernel", "programs", "rootfs"]
 
 # What a guest of either machine may need to reach its root, and the power button. Built-in ones are left out by themselves.
 MODULES = (
@@ -100,6 +100,24 @@ def rootfs(size: int = 256, script: str | None = None, files: Mapping[str, bytes
 
     key = cache.digest(str(size), str(shell), *base, *contents, Path(__file__))
     return cache.file(f"guests/rootfs-{key}.ext4", build)
+
+
+def programs(*names: str) -> dict[str, bytes]:
+    """These programs of this machine with the shared libraries that they need, for `files` of a root image or initrd.
+
+    Raises SetupError when one is not installed.
+    """
+    found: dict[str, bytes] = {}
+    for name in names:
+        program = Path(tool(name)).resolve()
+        found[f"usr/bin/{name}"] = program.read_bytes()
+        # Lines are "name => path (address)", or "path (address)" for the loader; the kernel's own library has no path.
+        listing = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
+        for line in listing.splitlines():
+            path = next((word for word in line.split() if word.startswith("/")), None)
+            if path is not None:
+                found[path.lstrip("/")] = Path(path).read_bytes()
+    return found
 
 
 def copy_image(image: Path, target: Path) -> Path:
