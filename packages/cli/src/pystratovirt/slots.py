@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DISK_SLOTS = range(4)
 NET_SLOTS = range(4, 6)
 LEGACY_END = 11  # of StratoVirt's machine, and of one without ACPI
-ACPI_END = 17  # each of them has a pin of the first I/O APIC
+ACPI_END = 41  # as many as have an interrupt of their own (`vmm_core.x86_64.layout`)
 
 
 def place(devices: Sequence[Device], *, acpi: bool) -> list[int | None]:
