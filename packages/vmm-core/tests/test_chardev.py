@@ -19,8 +19,10 @@ from typing import TypeVar
 import pytest
 
 from vmm_core.clock import MonotonicClock, VirtualClock
-from vmm_core.devices.chardev import CharBackend, FileBackend, PtyBackend, StdioBackend
-from vmm_core.devices.chardev_socket import SocketBackend, listen_tcp, listen_unix
+from vmm_core.devices.chardev import CharBackend, FileBackend
+from vmm_core.devices.chardev_client import connect_tcp, connect_unix
+from vmm_core.devices.chardev_socket import SocketListener, listen_tcp, listen_unix
+from vmm_core.devices.chardev_terminal import PtyBackend, StdioBackend
 from vmm_core.devices.serial import DATA, LSR, Serial
 from vmm_core.directloop import DirectLoop
 from vmm_core.errors import ChardevError
@@ -266,7 +268,7 @@ def test_a_process_that_ends_without_closing_anything_leaves_the_terminal_as_it_
     program = """
 import sys, termios
 from vmm_core.clock import MonotonicClock
-from vmm_core.devices.chardev import StdioBackend
+from vmm_core.devices.chardev_terminal import StdioBackend
 from vmm_core.devices.serial import Serial
 from vmm_core.directloop import DirectLoop
 from vmm_core.hypervisor.testmode import RecordedLine
@@ -364,11 +366,11 @@ def test_a_reader_of_a_pty_that_stalls_holds_output_and_one_that_leaves_lets_it_
 
 
 @pytest.fixture
-def server(desk: Desk, tmp_path: Path) -> SocketBackend:
+def server(desk: Desk, tmp_path: Path) -> SocketListener:
     return desk.start(listen_unix(str(tmp_path / "console"), desk.reports.append))
 
 
-def connect(desk: Desk, server: SocketBackend) -> socket.socket:
+def connect(desk: Desk, server: SocketListener) -> socket.socket:
     address = server.address
     peer = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
     desk.undo.append(peer.close)
@@ -378,7 +380,7 @@ def connect(desk: Desk, server: SocketBackend) -> socket.socket:
     return peer
 
 
-def test_a_peer_talks_and_leaves_and_the_next_one_talks(desk: Desk, server: SocketBackend) -> None:
+def test_a_peer_talks_and_leaves_and_the_next_one_talks(desk: Desk, server: SocketListener) -> None:
     assert server.write(b"nobody sees this") == 16
     for word in (b"one", b"two"):
         peer = connect(desk, server)
@@ -392,7 +394,7 @@ def test_a_peer_talks_and_leaves_and_the_next_one_talks(desk: Desk, server: Sock
     assert desk.front.peers == [True, False, True, False]
 
 
-def test_a_second_peer_waits_for_the_first_to_leave(desk: Desk, server: SocketBackend) -> None:
+def test_a_second_peer_waits_for_the_first_to_leave(desk: Desk, server: SocketListener) -> None:
     first, second = connect(desk, server), connect(desk, server)
     second.send(b"me too")
     desk.loop.poll()
@@ -414,7 +416,7 @@ def test_a_peer_that_resets_the_connection_is_a_peer_that_left(desk: Desk) -> No
     assert desk.front.got == b"again"
 
 
-def test_a_peer_that_leaves_while_the_guest_does_not_read_is_noticed_when_it_does(desk: Desk, server: SocketBackend) -> None:
+def test_a_peer_that_leaves_while_the_guest_does_not_read_is_noticed_when_it_does(desk: Desk, server: SocketListener) -> None:
     desk.front.room = 2
     peer = connect(desk, server)
     peer.send(b"abcd")
@@ -427,7 +429,7 @@ def test_a_peer_that_leaves_while_the_guest_does_not_read_is_noticed_when_it_doe
     assert (bytes(desk.front.got), desk.front.peers) == (b"abcd", [True, False])
 
 
-def test_what_a_peer_sent_before_it_left_is_read_even_after_output_to_it_failed(desk: Desk, server: SocketBackend) -> None:
+def test_what_a_peer_sent_before_it_left_is_read_even_after_output_to_it_failed(desk: Desk, server: SocketListener) -> None:
     desk.front.room = 2
     peer = connect(desk, server)
     peer.send(b"abcd")
@@ -444,7 +446,9 @@ def test_what_a_peer_sent_before_it_left_is_read_even_after_output_to_it_failed(
     assert desk.front.peers == [True, False, True]
 
 
-def test_a_peer_that_left_does_not_keep_the_next_one_out_while_the_guest_does_not_read(desk: Desk, server: SocketBackend) -> None:
+def test_a_peer_that_left_does_not_keep_the_next_one_out_while_the_guest_does_not_read(
+    desk: Desk, server: SocketListener
+) -> None:
     desk.front.room = 2
     peer = connect(desk, server)
     peer.send(b"abcd")
@@ -458,7 +462,7 @@ def test_a_peer_that_left_does_not_keep_the_next_one_out_while_the_guest_does_no
 
 
 def test_a_process_out_of_descriptors_tries_again_later(
-    desk: Desk, server: SocketBackend, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, server: SocketListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def accept(self: socket.socket) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -472,7 +476,7 @@ def test_a_process_out_of_descriptors_tries_again_later(
     assert desk.front.got == b"patience"
 
 
-def test_a_stalled_peer_holds_output_until_it_reads(desk: Desk, server: SocketBackend) -> None:
+def test_a_stalled_peer_holds_output_until_it_reads(desk: Desk, server: SocketListener) -> None:
     peer = connect(desk, server)
     data = b"x" * 10_000_000
     taken = server.write(data)
@@ -505,7 +509,7 @@ def test_a_dead_socket_is_replaced_and_any_other_file_is_not(desk: Desk, tmp_pat
     assert (tmp_path / "precious").read_text() == "data"
 
 
-def test_a_socket_that_somebody_serves_is_not_taken_from_him(desk: Desk, server: SocketBackend, tmp_path: Path) -> None:
+def test_a_socket_that_somebody_serves_is_not_taken_from_him(desk: Desk, server: SocketListener, tmp_path: Path) -> None:
     with pytest.raises(ChardevError, match=r"console is in use: somebody listens on it$"):
         listen_unix(str(tmp_path / "console"), desk.reports.append)
     desk.loop.poll()
@@ -530,6 +534,179 @@ def test_what_cannot_be_listened_on_is_named(desk: Desk, tmp_path: Path) -> None
         listen_tcp("192.0.2.1", 1, desk.reports.append)
     with pytest.raises(ChardevError, match=r"^cannot listen on 127.0.0.1:99999: "):
         listen_tcp("127.0.0.1", 99999, desk.reports.append)
+
+
+def test_a_peer_that_leaves_before_the_guest_reads_makes_room_for_the_next(desk: Desk, server: SocketListener) -> None:
+    """An agent's socket: one client after the other gives up while the guest has not opened its port yet."""
+    desk.front.room = 0
+    for _ in range(3):
+        peer = connect(desk, server)
+        peer.send(b"anyone?")
+        desk.loop.poll()
+        peer.close()
+        desk.loop.poll()
+    connect(desk, server).send(b"still here")
+    desk.loop.poll()
+    assert desk.front.peers == [True, False] * 3 + [True]
+    desk.front.room = 100
+    server.input_wanted()
+    desk.loop.poll()
+    assert desk.front.got == b"still here"
+
+
+def test_output_from_another_thread_is_whole_while_peers_come_and_go(tmp_path: Path) -> None:
+    failed: list[Exception] = []
+    thread = IoThread("console", MonotonicClock(), lambda where, error: failed.append(error))
+    thread.start()
+    server = listen_unix(str(tmp_path / "console"), lambda line: None)
+    server.start(thread, Frontend())
+    line = b"0123456789abcdef\n"
+    done = threading.Event()
+
+    def guest() -> None:
+        while not done.is_set():
+            assert server.write(line) in range(len(line) + 1)
+
+    writer = threading.Thread(target=guest)
+    writer.start()
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(tmp_path / "console"))
+            assert line in peer.recv(4096, socket.MSG_WAITALL)
+    done.set()
+    writer.join()
+    server.close()
+    thread.stop()
+    assert failed == []
+
+
+# A start that waits for its client
+
+
+def test_a_client_that_was_waited_for_is_the_first_peer(desk: Desk, tmp_path: Path) -> None:
+    server = listen_unix(str(tmp_path / "console"), desk.reports.append)
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(tmp_path / "console"))
+        assert server.wait(desk.pipe()[0])
+        desk.start(server)
+        assert server.write(b"welcome") == 7
+        assert peer.recv(100) == b"welcome"
+    desk.loop.poll()
+    assert desk.front.peers == [True, False]
+    connect(desk, server)
+    assert desk.front.peers == [True, False, True]
+
+
+def test_waiting_for_a_client_can_be_interrupted(desk: Desk, tmp_path: Path) -> None:
+    server = listen_unix(str(tmp_path / "console"), desk.reports.append)
+    reader, writer = desk.pipe()
+    os.write(writer, b"signal")
+    assert not server.wait(reader)
+    server.close()
+    assert not (tmp_path / "console").exists()
+
+
+def test_a_client_that_was_waited_for_is_let_go_when_the_start_fails(desk: Desk, tmp_path: Path) -> None:
+    server = listen_unix(str(tmp_path / "console"), desk.reports.append)
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(tmp_path / "console"))
+        assert server.wait(desk.pipe()[0])
+        server.close()
+        assert peer.recv(100) == b""
+
+
+# Sockets that this side connects
+
+
+@pytest.fixture
+def daemon(desk: Desk, tmp_path: Path) -> socket.socket:
+    """Someone who listens, and is connected to."""
+    listener = socket.socket(socket.AF_UNIX)
+    desk.undo.append(listener.close)
+    listener.bind(str(tmp_path / "daemon"))
+    listener.listen()
+    listener.setblocking(False)
+    return listener
+
+
+def accepted(desk: Desk, daemon: socket.socket) -> socket.socket:
+    peer, _ = daemon.accept()
+    desk.undo.append(peer.close)
+    return peer
+
+
+def test_a_client_connects_at_once_and_talks(desk: Desk, daemon: socket.socket, tmp_path: Path) -> None:
+    client = desk.start(connect_unix(str(tmp_path / "daemon"), desk.reports.append))
+    peer = accepted(desk, daemon)
+    peer.send(b"question")
+    desk.loop.poll()
+    assert client.write(b"answer") == 6
+    assert (bytes(desk.front.got), peer.recv(100)) == (b"question", b"answer")
+    peer.close()
+    desk.loop.poll()
+    assert desk.front.peers == [True, False]
+    assert desk.reports == [f"{tmp_path}/daemon: the peer has left"]
+    assert client.write(b"nobody hears this") == 17
+
+
+def test_a_client_without_reconnect_needs_its_peer_at_the_start(desk: Desk, tmp_path: Path) -> None:
+    with pytest.raises(ChardevError, match=r"^cannot connect to .*/nobody: No such file or directory$"):
+        connect_unix(str(tmp_path / "nobody"), desk.reports.append)
+    with pytest.raises(ChardevError, match=r"^cannot connect to .*: AF_UNIX path too long$"):
+        connect_unix("x" * 200, desk.reports.append)
+    with socket.socket(socket.AF_INET) as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(ChardevError, match=rf"^cannot connect to 127.0.0.1:{port}: Connection refused$"):
+            connect_tcp("127.0.0.1", port, desk.reports.append)
+
+
+def test_a_client_with_reconnect_finds_its_peer_again_and_again(desk: Desk, tmp_path: Path) -> None:
+    path = tmp_path / "daemon"
+    client = desk.start(connect_unix(str(path), desk.reports.append, reconnect=1))
+    desk.loop.poll()
+    assert desk.reports == [f"{path}: cannot connect: No such file or directory; trying again every 1 second"]
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as daemon:
+            daemon.bind(str(path))
+            daemon.listen()
+            daemon.setblocking(False)
+            desk.loop.poll()
+            peer, _ = daemon.accept()
+            assert client.write(b"hello again") == 11
+            assert peer.recv(100) == b"hello again"
+        path.unlink()
+        peer.close()
+        desk.loop.poll()
+        assert desk.front.peers[-1] is False
+        desk.loop.poll()
+    assert desk.front.peers == [True, False] * 3
+    assert len(desk.reports) == 4, "one report for each time that it is away"
+
+
+def test_a_tcp_client_connects_in_the_background(desk: Desk) -> None:
+    with socket.socket(socket.AF_INET6) as daemon:
+        daemon.bind(("::1", 0))
+        client = desk.start(connect_tcp("::1", daemon.getsockname()[1], desk.reports.append, reconnect=1))
+        desk.until(lambda: bool(desk.reports))  # refused, by way of EINPROGRESS
+        daemon.listen()
+        desk.until(lambda: desk.front.peers == [True])
+        peer, _ = daemon.accept()
+        client.write(b"over TCP")
+        assert peer.recv(100) == b"over TCP"
+        client.close()
+        assert peer.recv(100) == b""
+        peer.close()
+
+
+def test_a_client_can_be_closed_while_it_looks_for_its_peer(desk: Desk, tmp_path: Path) -> None:
+    client = desk.start(connect_unix(str(tmp_path / "nobody"), desk.reports.append, reconnect=5))
+    client.close()
+    client.close()
+    desk.loop.poll()
+    never_started = connect_tcp("127.0.0.1", 1, desk.reports.append, reconnect=5)
+    never_started.close()
+    assert len(desk.reports) == 1
 
 
 # A serial port on a thread, from end to end

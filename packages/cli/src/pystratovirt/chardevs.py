@@ -5,26 +5,73 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pystratovirt.cmdline.backends import FileChardev, PtyChardev, StdioChardev
-from vmm_core.devices import chardev as backends
+from vmm_core.errors import ChardevError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pystratovirt.cmdline.backends import Chardev
+    from pystratovirt.cmdline.backends import Chardev, SocketChardev
     from vmm_core.devices.chardev import CharBackend
+    from vmm_core.devices.chardev_socket import SocketListener
 
 
 def open_chardev(chardev: Chardev, report: Callable[[str], None]) -> CharBackend:
-    """Open a character device; its user closes it. `report` gets sentences for people. Raises VmmError or OSError."""
+    """Open a character device; its user closes it. `report` gets sentences for people.
+
+    A listening socket without `nowait` is waited for here: for starts only, and on the main thread. Raises ChardevError.
+    """
     if isinstance(chardev, StdioChardev):
-        return backends.StdioBackend(report)
-    if isinstance(chardev, FileChardev):
-        return backends.FileBackend(chardev.path, report)
+        from vmm_core.devices.chardev_terminal import StdioBackend
+
+        return StdioBackend(report)
     if isinstance(chardev, PtyChardev):
-        return backends.PtyBackend(report)
+        from vmm_core.devices.chardev_terminal import PtyBackend
+
+        return PtyBackend(report)
+    if isinstance(chardev, FileChardev):
+        from vmm_core.devices.chardev import FileBackend
+
+        return FileBackend(chardev.path, report)
+    if not chardev.server:
+        return _connect(chardev, report)
+    listener = _listen(chardev, report)
+    if not chardev.nowait:
+        try:
+            _wait(listener, report)
+        except BaseException:
+            listener.close()
+            raise
+    return listener
+
+
+def _connect(chardev: SocketChardev, report: Callable[[str], None]) -> CharBackend:
+    from vmm_core.devices.chardev_client import connect_tcp, connect_unix
+
+    if chardev.path is not None:
+        return connect_unix(chardev.path, report, chardev.reconnect)
+    return connect_tcp(chardev.host, chardev.port or 0, report, chardev.reconnect)
+
+
+def _listen(chardev: SocketChardev, report: Callable[[str], None]) -> SocketListener:
     from vmm_core.devices.chardev_socket import listen_tcp, listen_unix
 
     if chardev.path is not None:
         return listen_unix(chardev.path, report)
-    assert chardev.port is not None  # the command line has either
-    return listen_tcp(chardev.host, chardev.port, report)
+    return listen_tcp(chardev.host, chardev.port or 0, report)
+
+
+def _wait(listener: SocketListener, report: Callable[[str], None]) -> None:
+    """Wait for the first client; a signal that a handler was set up for ends that, as it ends the machine."""
+    import os
+    import signal
+
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        report(f"waiting for a client on {listener.name}")
+        if not listener.wait(reader):
+            raise ChardevError(f"{listener.name}: interrupted while waiting for a client")
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)

@@ -129,7 +129,7 @@ class _Ip(Kind[str]):
 
 
 class SocketChardev(Parameters, selector="socket"):
-    """A Unix socket (`path`) or a TCP socket (`host`, `port`)."""
+    """A Unix socket (`path`) or a TCP socket (`host`, `port`), to connect to or, with `server`, to listen on."""
 
     id: str = key(ID, doc="the name that its user gives")
     path: str | None = key(
@@ -138,9 +138,25 @@ class SocketChardev(Parameters, selector="socket"):
     host: str = key(_Ip(), default="0.0.0.0", doc="TCP: literal address")  # StratoVirt's default
     port: int | None = key(Integer(1, 65535, bits=16), default=None, doc="TCP: port")
     server: bool = key(FLAG, default=False, doc="listen instead of connecting", note="`server=on` works too")
-    nowait: bool = key(FLAG, default=False, inverse="wait", doc="start without waiting for a client", note="`wait=off` works too")
+    nowait: bool = key(
+        FLAG,
+        default=False,
+        inverse="wait",
+        doc="with server: start without waiting for a client",
+        note="`wait=off` works too; without it the start waits (StratoVirt: an error)",
+    )
+    reconnect: int = key(
+        Integer(0, 86400, "seconds", bits=32),
+        default=0,
+        doc="without server: seconds between attempts to connect; 0: only at the start",
+        note="not in StratoVirt",
+    )
 
     def check(self) -> None:
+        if self.nowait and not self.server:
+            raise BadKey("nowait", "only with server")
+        if self.reconnect and self.server:
+            raise BadKey(f"reconnect={self.reconnect}", "only without server")
         if self.path is None and self.port is None:
             raise BadKey("", "needs path=FILE (Unix) or port=NUMBER (TCP)")
         if self.path is not None and self.port is not None:

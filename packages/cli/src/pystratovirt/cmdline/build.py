@@ -224,13 +224,7 @@ def _serial(given: Mapping[str, list[str]], users: _Users) -> Chardev | None:
             raise CommandLineError("-serial", error.name, error.reason) from None
         chardev = users.add_chardev("-serial", f"{text},id={SERIAL_ID}")
         users.use("-serial", show(text), _CHARDEV, SERIAL_ID, "-serial")
-    _listens("-serial", show(text), chardev)
     return chardev
-
-
-def _listens(option: str, where: str, chardev: Chardev) -> None:
-    if isinstance(chardev, SocketChardev) and not (chardev.server and chardev.nowait):
-        raise CommandLineError(option, where, f"socket {show(chardev.id)} needs server and nowait here")
 
 
 def _monitors(given: Mapping[str, list[str]], users: _Users) -> tuple[Listener, ...]:
@@ -247,7 +241,8 @@ def _monitors(given: Mapping[str, list[str]], users: _Users) -> tuple[Listener, 
         chardev = users.chardevs[mon.chardev]
         if not isinstance(chardev, SocketChardev):
             raise CommandLineError("-mon", where, "a monitor needs a socket chardev")
-        _listens("-mon", where, chardev)
+        if not (chardev.server and chardev.nowait):
+            raise CommandLineError("-mon", where, f"socket {show(chardev.id)} needs server and nowait here")
         found.append(
             Listener(path=chardev.path, host=chardev.host if chardev.port else "", port=chardev.port or 0, chardev=chardev.id)
         )
@@ -263,8 +258,6 @@ def _check_devices(devices: list[Device], users: _Users, machine: Machine) -> No
             if isinstance(key.kind, Reference) and value is not None:
                 what = f"{where}{key.name}={show(value)}"
                 users.use("-device", what, key.kind, value, f"{where}id={show(device.id)}")
-                if key.kind.to == "chardev":
-                    _listens("-device", what, users.chardevs[value])
         if device.id and device.id in ids:
             raise CommandLineError("-device", f"{where}id={show(device.id)}", "another device has this id")
         ids.add(device.id)
