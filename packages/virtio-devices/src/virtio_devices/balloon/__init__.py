@@ -1,0 +1,1 @@
+"""The memory balloon device (virtio 1.2, section 5.5)."""
