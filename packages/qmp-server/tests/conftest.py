@@ -96,6 +96,12 @@ class Peer:
         self.close()
 
 
+@pytest.fixture
+def peers() -> type[Peer]:
+    """The class, for clients that do not begin by reading the greeting."""
+    return Peer
+
+
 class Running:
     """A server that serves, and how to reach it."""
 

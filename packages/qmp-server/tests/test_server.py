@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from qmp_protocol import Greeting, QmpError, SchemaError
 from qmp_protocol.commands.lifecycle import QueryStatus, StatusInfo, Stop
 from qmp_protocol.events import DeviceDeleted, Stopped
 from qmp_server import Call, Listener, QmpServer, listen_unix
+from qmp_server.descriptors import close_all
 
 pytestmark = pytest.mark.anyio
 
@@ -159,11 +162,16 @@ class TestHandlers:
         async def cont(_: object, call: Call) -> None:
             raise anyio.get_cancelled_exc_class()
 
+        @server.handler("quit")
+        def quit_(_: object, call: Call) -> None:
+            raise anyio.get_cancelled_exc_class()
+
         async with serve(server) as running:
             with await running.connect() as peer:
                 assert await peer.run("stop") == {"return": {}}
                 if anyio_backend == "asyncio":  # trio forbids making its Cancelled by hand
                     assert (await peer.run("cont"))["error"]["desc"] == "cont was cancelled"
+                    assert (await peer.run("quit"))["error"]["desc"] == "quit was cancelled"
                 assert await peer.run("query-status") == STATUS
 
     async def test_run_one_at_a_time_over_all_clients_unless_concurrent(self, serve: Any, server: QmpServer) -> None:
@@ -311,6 +319,22 @@ class TestEvents:
         with pytest.raises(SchemaError):
             server.emit("NO_SUCH_EVENT")
 
+    async def test_and_replies_may_name_files_whose_names_are_no_text(self, serve: Any, server: QmpServer) -> None:
+        @server.handler("stop")
+        def stop(_: object, call: Call) -> None:
+            call.emit(DeviceDeleted(device=os.fsdecode(b"d\xff"), path=""))
+            raise QmpError("GenericError", os.fsdecode(b"no file /x\xff"))
+
+        async with serve(server) as running:
+            with await running.connect() as peer:
+                await peer.send(b'{"execute":"stop"}')
+                assert (await peer.read())["data"]["device"] == "d\\udcff"
+                assert (await peer.read())["error"]["desc"] == "no file /x\\udcff"
+
+    async def test_and_the_end_may_come_from_a_signal_handler_at_any_moment(self, server: QmpServer) -> None:
+        with server._bell_lock:  # it interrupts this thread just there
+            server.close()
+
 
 class TestFlowControl:
     async def test_the_102nd_command_at_once_is_refused_in_stratovirts_words(
@@ -377,6 +401,48 @@ class TestClients:
                 with await running.connect() as other:
                     assert "return" in await other.run("query-events")
 
+    async def test_that_flood_give_others_their_turn(self, listener: Any, server: QmpServer, serving: Any) -> None:
+        handled = 0
+
+        async with serving(listener, server) as running:
+            with await running.connect() as flooder, await running.connect() as other:
+
+                @server.handler("stop")
+                def stop(_: object, call: Call) -> None:
+                    nonlocal handled
+                    if not handled:
+                        other.socket.send(b'{"execute":"query-status"}')
+                    handled += 1
+
+                await flooder.send(b'{"execute":"stop"}' * 5000)
+                assert await other.read() == STATUS
+                assert handled < 5000
+
+    async def test_that_send_too_much_are_heard_slowly_and_others_as_ever(self, serve: Any) -> None:
+        async with serve(QmpServer()) as running:
+            with await running.connect() as flooder, await running.connect() as other:
+                await flooder.send(b"x\n" * 20_000)
+                assert "return" in await other.run("query-events")
+                messages = 0
+                while (await flooder.read())["error"]["class"] == "GenericError":
+                    messages += 1
+                assert 101 <= messages < 20_000
+                await flooder.send(b"")
+                assert "return" in await other.run("query-events")
+
+    async def test_that_end_the_server_while_they_flood_do_not_keep_it(
+        self, listener: Any, server: QmpServer, serving: Any
+    ) -> None:
+        server.drain_time = 0.05
+        async with serving(listener, server) as running:
+            peer = await running.connect()
+            peer.socket.setblocking(True)
+            flooding = threading.Thread(target=_flood, args=(peer.socket,))
+            flooding.start()
+            await running.end()
+            await anyio.to_thread.run_sync(flooding.join)
+            peer.close()
+
     async def test_that_close_their_sending_side_get_their_answers_and_then_the_end(
         self, listener: Any, server: QmpServer, serving: Any
     ) -> None:
@@ -388,14 +454,16 @@ class TestClients:
         assert first == second == STATUS
         assert cut["error"]["desc"].startswith("EOF while parsing")
 
-    async def test_that_leave_at_once_have_their_command_run(self, serve: Any, server: QmpServer) -> None:
+    async def test_that_leave_at_once_have_their_commands_run(self, serve: Any, server: QmpServer) -> None:
         ran = anyio.Event()
-        server.register("stop", lambda _, call: ran.set())
+        server.register("cont", lambda _, call: ran.set())
+        server.register("stop", lambda _, call: anyio.sleep(0))
         async with serve(server) as running:
             with await running.connect() as peer:
-                await peer.send(b'{"execute":"stop"}')
+                await peer.send(b'{"execute":"stop"}\n' * 100 + b'{"execute":"cont"}')
             with anyio.fail_after(30):
                 await ran.wait()
+            await _left_alone(server)
 
     async def test_that_reset_the_connection_hurt_nobody(self, listener: Any, server: QmpServer, serving: Any) -> None:
         async with serving(listener, server) as running:
@@ -422,7 +490,7 @@ class TestClients:
 
     async def test_come_and_go_and_leave_nothing_behind(self, serve: Any, server: QmpServer) -> None:
         async with serve(server) as running:
-            before = _open_files()
+            before, tasks = _open_files(), _tasks()
             for number in range(300):
                 with await running.connect() as peer:
                     if number % 3 == 1:
@@ -430,7 +498,8 @@ class TestClients:
                     elif number % 3 == 2:
                         await peer.send(b'{"exec')
             await _left_alone(server)
-            assert _open_files() == before
+            await anyio.sleep(0)
+            assert (_open_files(), _tasks()) == (before, tasks)
 
     async def test_are_accepted_again_when_descriptors_run_out_and_come_back(
         self, tmp_path: Path, server: QmpServer, serving: Any
@@ -510,6 +579,62 @@ class TestDescriptors:
                 os.close(reader)
                 os.close(writer)
 
+    @pytest.mark.parametrize("how", ["resets", "is dropped", "is hung up on"])
+    async def test_of_a_client_that_is_suddenly_gone_are_closed(
+        self, serve: Any, server: QmpServer, how: str, peers: type[Any]
+    ) -> None:
+        server.drain_time = 0.05
+        server.outbox_limit = 100_000
+        reader, writer = os.pipe()
+        started, go_on = anyio.Event(), anyio.Event()
+
+        @server.handler("stop")
+        async def stop(_: object, call: Call) -> None:
+            started.set()
+            await go_on.wait()
+
+        async with serve(server) as running:
+            peer = peers.connect_quietly(running.address)  # the greeting stays unread: leaving is a reset
+            before = b"" if how == "resets" else b'{"execute":"stop"}{"execute":"getfd","arguments":{"fdname":"a"}}'
+            _pass(peer.socket, before + b'{"execute":', [writer])
+            os.close(writer)
+            if how == "is dropped":
+                await started.wait()
+                for _ in range(100):
+                    server.emit(DeviceDeleted(device="x" * 10_000, path=""))
+                go_on.set()
+            elif how == "is hung up on":
+                await started.wait()
+                await running.end()
+            peer.close()
+            with anyio.fail_after(30):
+                while not _has_ended(reader):
+                    await anyio.sleep(0.005)
+        os.close(reader)
+
+    async def test_beyond_a_few_are_closed_and_the_last_one_counts(self, serve: Any, server: QmpServer) -> None:
+        async with serve(server) as running:
+            with await running.connect() as peer:
+                before = _open_files()
+                ends = [os.pipe() for _ in range(30)]
+                _pass(peer.socket, b'{"execute":"getfd","arguments":', [end for _, end in ends])
+                for _, end in ends:
+                    os.close(end)
+                await _until(lambda: sum(not _has_ended(reader) for reader, _ in ends) == 8)
+                await peer.send(b'{"fdname":"a"}}')
+                assert await peer.read() == {"return": {}}
+                assert [_has_ended(reader) for reader, _ in ends] == [True] * 29 + [False]
+                assert _open_files() == before + 30 + 1
+        for reader, _ in ends:
+            os.close(reader)
+
+    async def test_whose_closing_fails_hurt_nobody(self) -> None:
+        reader, writer = os.pipe()
+        os.close(writer)
+        close_all((writer, reader))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(reader)
+
     async def test_are_not_hoarded_without_end(self, serve: Any, server: QmpServer) -> None:
         async with serve(server) as running:
             with await running.connect() as peer:
@@ -564,6 +689,19 @@ class TestTheEnd:
             assert (tmp_path / "qmp.sock").exists()
         assert not (tmp_path / "qmp.sock").exists()
 
+    async def test_before_the_start_leaves_nothing(
+        self, tmp_path: Path, server: QmpServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def exhausted(*_: object) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr("qmp_server.server.os.eventfd", exhausted)
+        before = _open_files()
+        with pytest.raises(OSError, match="Too many open files"):
+            await server.serve([listen_unix(tmp_path / "s")])
+        assert _open_files() == before
+        assert not (tmp_path / "s").exists()
+
     async def test_by_cancellation_leaves_nothing_and_still_tells_clients(self, tmp_path: Path, server: QmpServer) -> None:
         before = _open_files()
         listener = listen_unix(tmp_path / "s")
@@ -594,6 +732,23 @@ def _has_ended(reader: int) -> bool:
         return os.read(reader, 1) == b""
     except BlockingIOError:
         return False
+
+
+def _flood(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            sock.sendall(b" " * 65536)
+
+
+def _tasks() -> int:
+    """How many tasks live in the running event loop."""
+    return len(anyio.get_running_tasks())
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(30):
+        while not condition():
+            await anyio.sleep(0.005)
 
 
 def _open_files() -> int:

@@ -200,6 +200,12 @@ class ServerConnection:
             raise LocalProtocolError("the greeting comes first")
         return encode(message)
 
+    def close(self) -> tuple[int, ...]:
+        """End the connection from this side. Returns descriptors that no command got; the caller closes them. Harmless twice."""
+        self.state = State.CLOSED
+        fds, self._fds = self._fds, ()
+        return fds
+
     def _understand(self, frame: Frame) -> ServerEvent:
         request = frame if type(frame) is Malformed else messages.decode_request(frame)  # type: ignore[arg-type]
         if isinstance(request, Malformed):

@@ -33,6 +33,8 @@ Frame: TypeAlias = "Mapping[str, Json] | Malformed"
 
 _loads = orjson.loads
 _INTERESTING = re.compile(rb'["{}\[\]\n]')
+_OPENING = re.compile(rb'["{\[]')
+_NO_OBJECT = "expected a JSON object at line 1 column 1"
 _STRING_END = re.compile(rb'(?:[^"\\\n]++|\\[^\n])*+')
 _SPACE = b" \t\r\n"
 
@@ -82,8 +84,8 @@ class Framer:
 
     def feed(self, data: bytes) -> list[Frame]:
         """Take the next bytes of the stream and return what they completed, oldest first."""
-        if self._clean and data.find(10, 0, -1) < 0 and len(data) <= self._limit:
-            # What nearly every peer sends: one object on one line.
+        if self._clean and len(data) <= self._limit:
+            # What nearly every peer sends: one object.
             try:
                 value = _loads(data)
             except orjson.JSONDecodeError:
@@ -101,6 +103,9 @@ class Framer:
                     value = _loads(line)
                 except orjson.JSONDecodeError:
                     if not line.strip(_SPACE):
+                        continue
+                    if at < len(lines) - 1 and _OPENING.search(line) is None:
+                        append(Malformed(_NO_OBJECT))
                         continue
                 else:
                     if type(value) is dict and len(line) <= limit:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import orjson
 
@@ -92,14 +92,21 @@ _new = tuple.__new__  # a quarter of the cost of a NamedTuple's own constructor
 def encode(message: Message) -> bytes:
     """Return the line that carries `message`, CR LF included.
 
-    Members stand in StratoVirt's order: inside `return` alphabetically at every depth, `id` last. Raises TypeError on a value
-    that JSON cannot carry.
+    Members stand in StratoVirt's order: inside `return` alphabetically at every depth, `id` last. Text that is no Unicode (a file's
+    name may be any bytes) goes out with what is wrong in it escaped. Raises TypeError on a value that JSON cannot carry.
     """
+    try:
+        return _encode(message)
+    except TypeError:
+        return _encode(_printable(message))
+
+
+def _encode(message: Any) -> bytes:
     if type(message) is Return:
         value, id_ = message
         if id_ is ABSENT:
-            return b'{"return":' + _dumps(value, None, _SORTED) + b"}\r\n"
-        return b"".join((b'{"return":', _dumps(value, None, _SORTED), b',"id":', _dumps(id_), b"}\r\n"))
+            return b'{"return":%b}\r\n' % _dumps(value, None, _SORTED)
+        return b'{"return":%b,"id":%b}\r\n' % (_dumps(value, None, _SORTED), _dumps(id_))
     if type(message) is Execute:
         command, arguments, id_ = message
         body: dict[str, object] = {"execute": command}
@@ -109,6 +116,19 @@ def encode(message: Message) -> bytes:
             body["id"] = id_
         return _dumps(body) + b"\r\n"
     return _dumps(_body(message)) + b"\r\n"
+
+
+def _printable(value: Any) -> Any:
+    """Return `value` with the lone surrogates in its texts escaped."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_printable(name): _printable(item) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_printable, value))
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return value
 
 
 def _body(message: Message) -> dict[str, object]:
@@ -129,13 +149,23 @@ def decode_request(value: Mapping[str, Json]) -> Execute | Malformed:
 
     The texts are StratoVirt's. Members other than `execute`, `arguments` and `id` are refused, as its server does.
     """
-    get = value.get
-    command, arguments, id_ = get("execute", ABSENT), get("arguments", ABSENT), get("id", ABSENT)
+    arguments: Json | Absent = ABSENT
+    id_: Json | Absent = ABSENT
+    known = 1
+    try:
+        command = value["execute"]
+    except KeyError:
+        return Malformed("missing field `execute`", value.get("id", ABSENT))
+    # Asking for what is there costs less than a call of get().
+    if "arguments" in value:
+        arguments = value["arguments"]
+        known += 1
+    if "id" in value:
+        id_ = value["id"]
+        known += 1
     if type(command) is not str:
-        if command is ABSENT:
-            return Malformed("missing field `execute`", id_)
         return Malformed(f"invalid type: {describe(command)}, expected the name of a command (member `execute`)", id_)
-    if len(value) != 3 - (arguments is ABSENT) - (id_ is ABSENT):
+    if len(value) != known:
         unknown = next(name for name in value if name not in _REQUEST_MEMBERS)
         return Malformed(f"unknown field `{shorten(unknown)}`, expected `arguments` or `id`", id_)
     return _new(Execute, (command, arguments, id_))

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import socket
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -34,8 +35,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qmp_server")
 
-_READ_SIZE: Final = 65536
+_READ_SIZE: Final = 4096  # what one client can make the server work on before others have their turn
+_TURN: Final = 16  # messages of one read that are answered before others have their turn
+_REFUSAL_PAUSE: Final = 0.0001  # seconds; whoever sends too much is heard as slowly as this for each message too many
+_MOST_DRAINED: Final = 64  # reads of what a TCP client sent last
 _FDS_AT_ONCE: Final = 253  # SCM_MAX_FD of Linux
+_FDS_KEPT: Final = 8  # of those; unfinished messages of many clients must not use up the process's descriptors
 _FD_SPACE: Final = socket.CMSG_SPACE(_FDS_AT_ONCE * array.array("i").itemsize)
 _QUIET_START: Final = 0.25  # seconds
 _HELD_EVENTS: Final = 256
@@ -53,8 +58,11 @@ class Client:
         self._unix = sock.family == socket.AF_UNIX
         self._scope = anyio.CancelScope()  # the whole client
         self._reading = anyio.CancelScope()  # only its wait for input
+        self._received: deque[ServerEvent] = deque()  # read, not handled yet
+        self._refused = 0  # messages of the last read
         self._idle = False
         self._finishing = False
+        self._deaf = False  # it takes nothing more: what is for it is dropped
         self._wake = anyio.Event()
         # Clients read the greeting, then the reply to qmp_capabilities, and some are confused by an event in between. One that
         # only listens waits this little longer for its first events.
@@ -98,9 +106,11 @@ class Client:
             self._put(line)
 
     async def _read(self) -> None:
-        connection = self._connection
         while not self._finishing:
             self._idle = True
+            if self._refused:
+                await anyio.sleep(self._refused * _REFUSAL_PAUSE)
+                self._refused = 0
             await anyio.wait_readable(self._socket)
             self._idle = False
             try:
@@ -109,10 +119,26 @@ class Client:
                 continue
             except OSError:
                 return  # reset by the peer
-            for event in connection.receive(data, fds):
-                if isinstance(event, PeerClosed):
-                    return
-                await self._handle(event)
+            self._received += self._connection.receive(data, fds)
+            if not await self._handle_received():
+                return
+
+    async def _handle_received(self) -> bool:
+        """Handle what was read. False when it was the last."""
+        received = self._received
+        since_others = 0
+        while received:
+            event = received.popleft()
+            if isinstance(event, PeerClosed):
+                return False
+            await self._handle(event)
+            if self._scope.cancel_called:
+                return False
+            since_others += 1
+            if received and since_others == _TURN:
+                since_others = 0
+                await anyio.sleep(0)
+        return True
 
     def _receive(self) -> tuple[bytes, list[int]]:
         if not self._unix:
@@ -122,7 +148,8 @@ class Client:
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-        return data, list(fds)
+        close_all(tuple(fds[:-_FDS_KEPT]))
+        return data, list(fds[-_FDS_KEPT:])
 
     async def _handle(self, event: ServerEvent) -> None:
         if isinstance(event, DescriptorsUnused):
@@ -146,6 +173,7 @@ class Client:
 
     def _refuse(self, event: ServerEvent) -> None:
         """Answer a command that came too soon (StratoVirt's text)."""
+        self._refused += 1
         desc = f"More than {self._server.rate} requests received during 1 second"
         if isinstance(event, Rejected):
             self._reply(Error(OPERATION_THROTTLED, desc, event.error.id))
@@ -170,16 +198,26 @@ class Client:
         self._first_answer.set()
 
     def _put(self, line: bytes) -> None:
+        if self._deaf:
+            return
         try:
             self._outbox.put(line)
         except Overflow as overflow:
             _log.warning("dropped a client: %s", overflow)
+            self._turn_deaf()
             self._scope.cancel()
-        except OSError:  # it is gone
-            self._scope.cancel()
+        except OSError:
+            self._turn_deaf()
         else:
             if self._outbox:
                 self._wake.set()
+
+    def _turn_deaf(self) -> None:
+        """The client takes nothing more. What it sent before it left is still read and done: reading ends by itself."""
+        self._deaf = True
+        self._outbox.clear()
+        self._held = None
+        self._first_answer.set()
 
     async def _write(self) -> None:
         """Send what the socket did not take at once."""
@@ -192,8 +230,7 @@ class Client:
                 try:
                     self._outbox.flush()
                 except OSError:
-                    self._scope.cancel()
-                    return
+                    self._turn_deaf()
             elif self._finishing:
                 return
             else:
@@ -201,12 +238,23 @@ class Client:
                 await self._wake.wait()
 
     def _hang_up(self) -> None:
-        """Close the socket so that a peer reads what it was sent before it reads the end."""
+        """Close the socket so that a peer reads what it was sent before it reads the end, and every descriptor of the client's."""
+        close_all(self._connection.close())
+        for event in self._received:
+            if isinstance(event, CommandReceived | DescriptorsUnused):
+                close_all(event.fds)
+        self._received.clear()
         with contextlib.suppress(OSError):
             self._release()
             self._outbox.flush()  # when the server is cancelled, this is the last chance
             self._socket.shutdown(socket.SHUT_WR)
-            # TCP resets a connection that is closed over unread input, and the peer then loses what it has not read.
-            while not self._unix and self._socket.recv(_READ_SIZE):
-                pass
+            if not self._unix:
+                self._drain()
         self._socket.close()
+
+    def _drain(self) -> None:
+        """Take what has arrived. TCP resets a connection that is closed over unread input, and the peer then loses what it has
+        not read. Whoever sends faster than we read must not keep us here."""
+        for _ in range(_MOST_DRAINED):
+            if not self._socket.recv(65536):
+                return

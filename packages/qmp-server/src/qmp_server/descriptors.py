@@ -5,6 +5,7 @@ Not here: receiving them (`client`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from qmp_protocol.errors import GENERIC_ERROR, QmpError
@@ -30,12 +31,12 @@ class DescriptorTable:
         Raises QmpError when there are too many; `fd` is closed then.
         """
         if name not in self._fds and len(self._fds) >= _MOST:
-            os.close(fd)
+            close_all((fd,))
             raise QmpError(GENERIC_ERROR, f"at most {_MOST} descriptors can wait for a device")
         old = self._fds.get(name)
         self._fds[name] = fd
         if old is not None:
-            os.close(old)
+            close_all((old,))
 
     def take(self, name: str) -> int | None:
         """Hand over the descriptor called `name`, which is then the caller's to close; None when there is none."""
@@ -48,6 +49,10 @@ class DescriptorTable:
 
 
 def close_all(fds: tuple[int, ...]) -> None:
-    """Close descriptors that nobody wants."""
+    """Close descriptors that nobody wants.
+
+    They are a client's: behind one may be a file whose last write fails only now (NFS, a full disk), which is not our error.
+    """
     for fd in fds:
-        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -119,7 +119,10 @@ class Dispatcher:
 
     async def _run(self, entry: _Entry, command: Command[Any], call: Call) -> Any:
         if not entry.in_thread:
-            result = entry.function(command, call)
+            try:
+                result = entry.function(command, call)
+            except anyio.get_cancelled_exc_class():  # it waited for nothing of ours: something of its own was cancelled
+                raise QmpError(GENERIC_ERROR, f"{call.command} was cancelled") from None
             if not isinstance(result, Awaitable):
                 return result
         # A command that began is carried out even when its client is dropped meanwhile: half a stop is worse than none.

@@ -47,6 +47,10 @@ class Outbox:
             del self._pending[:sent]
         return True
 
+    def clear(self) -> None:
+        """Forget what waits: nobody will read it."""
+        self._pending.clear()
+
     def _keep(self, data: bytes) -> None:
         if len(self._pending) + len(data) > self._limit:
             raise Overflow(f"more than {self._limit} bytes wait for a client that does not read")

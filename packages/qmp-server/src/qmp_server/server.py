@@ -5,6 +5,7 @@ Not here: what commands do. Handlers are registered by the program that embeds t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -74,7 +75,7 @@ class QmpServer:
         self._from_threads: deque[bytes] = deque(maxlen=_EVENTS_FROM_THREADS)
         self._close_wanted = False
         self._bell = -1
-        self._bell_lock = threading.Lock()
+        self._bell_lock = threading.RLock()  # a signal handler may ring while its own thread does
         builtin.register(self)
 
     # Handlers ---------------------------------------------------------------------------------------------------------
@@ -168,9 +169,9 @@ class QmpServer:
         Takes the listeners over and closes them at the end, with socket files, clients and descriptors.
         """
         doors = [door if isinstance(door, Listener) else Listener(door) for door in listeners]
-        self._thread = threading.get_ident()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
+            self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._thread = threading.get_ident()
             async with anyio.create_task_group() as tasks:
                 try:
                     async with anyio.create_task_group() as accepting:
@@ -187,8 +188,9 @@ class QmpServer:
         finally:
             self._thread = 0
             with self._bell_lock:
-                os.close(self._bell)
-                self._bell = -1
+                bell, self._bell = self._bell, -1
+            if bell >= 0:
+                os.close(bell)
             for door in doors:
                 door.close()
             self.fds.close()
@@ -239,6 +241,7 @@ class QmpServer:
 
 
 async def _accept_one(door: socket.socket) -> socket.socket:
+    told = False
     while True:
         await anyio.wait_readable(door)
         try:
@@ -246,11 +249,14 @@ async def _accept_one(door: socket.socket) -> socket.socket:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             continue
         except OSError as error:
-            _log.warning("cannot accept a client: %s", error)
+            if not told:  # once, and not ten times a second for as long as it lasts
+                told = True
+                _log.warning("cannot accept a client: %s", error)
             await anyio.sleep(_ACCEPT_PAUSE)
             continue
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer that vanished must not hold its place
+            with contextlib.suppress(OSError):  # it may have left already
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer that vanished must not hold its place
         return sock

@@ -29,7 +29,7 @@ class BlockdevCache(Struct):
 class BlockdevAdd(Command[Empty], name="blockdev-add"):
     """Add a drive that a device can use.
 
-    On microvm `node-name` is also the `id` of the device to come, and only raw images are known.
+    On microvm `node-name` is also the `id` of the device to come, and at most six drives and networks can wait or be plugged.
 
     Errors: GenericError when the name is taken, or the file cannot be opened, is no file or block device, is in use, or does
     not suit the I/O engine.
@@ -57,8 +57,10 @@ class BlockdevAdd(Command[Empty], name="blockdev-add"):
     options: str | None = member(default=None, doc="accepted, not used")
 
 
-class BlockdevDel(Command[Empty], name="blockdev-del", machines=Machines.STANDARD, refusal="blockdev_del not support yet"):
-    """Remove a drive. On microvm `device_del` does.
+class BlockdevDel(
+    Command[Empty], name="blockdev-del", machines=Machines.MICROVM | Machines.STANDARD, refusal="blockdev_del not support yet"
+):
+    """Remove a drive. On microvm `device_del` has removed it already; saying so again succeeds once.
 
     Errors: GenericError when there is no such drive or a device uses it.
     """
@@ -71,11 +73,11 @@ class BlockCommit(Command[Empty], name="block-commit", strict=False):
 
 
 class QueryBlock(Command[list[Any]], name="query-block", strict=False):
-    """List block devices. Always empty, also with drives attached."""
+    """List the drives, with what QEMU's command of this name tells of each."""
 
 
 class QueryNamedBlockNodes(Command[list[Any]], name="query-named-block-nodes", strict=False):
-    """List block nodes. Always empty."""
+    """List the drives' images, with what QEMU's command of this name tells of each."""
 
 
 class QueryBlockstats(Command[list[Any]], name="query-blockstats", strict=False):

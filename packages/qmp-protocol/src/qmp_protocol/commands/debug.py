@@ -89,10 +89,10 @@ class TraceSetState(Command[Empty], name="trace-set-state"):
 class HumanMonitorCommand(
     Command[Any],
     name="human-monitor-command",
-    machines=Machines.STANDARD,
+    machines=Machines.MICROVM | Machines.STANDARD,
     refusal="human-monitor-command is not supported yet",
 ):
-    """Run a line of the human monitor: `drive_add`, `drive_del`, `info snapshots`.
+    """Run a line of the human monitor: `drive_add`, `drive_del`, `info block`, `info snapshots`.
 
     Errors: GenericError when the line is none of these, and whatever the command meets.
     """

@@ -10,7 +10,8 @@ from qmp_protocol.schema import Command, Empty, Machines, Struct, member, u8, u1
 class DeviceAdd(Command[Empty], name="device_add"):
     """Add a device.
 
-    On microvm only `id`, `driver`, `addr` and `lun` count: the device goes into one of the slots that exist from boot. On
+    On microvm the device goes into one of the slots that exist from boot, four for disks and two for network devices. Only
+    `id`, `driver`, `addr`, `lun`, `serial` and `mac` count, and `drive` or `netdev` when no back end is called as the device. On
     standard machines the other members are the driver's properties, as on the command line; a PCI device wants `bus` (a root
     port) and `addr`.
 
@@ -19,7 +20,7 @@ class DeviceAdd(Command[Empty], name="device_add"):
 
     id: str = member(max_length=255)
     driver: str = member(doc="for example `virtio-blk-pci`; on microvm any name with `blk` or `net` in it")
-    addr: str | None = member(default=None, doc="slot, or slot.function; decimal or with 0x")
+    addr: str | None = member(default=None, doc="slot, on microvm among those of its kind, or slot.function; decimal or with 0x")
     lun: usize | None = member(default=None, doc="microvm: the slot minus one, when there is no `addr`")
     drive: str | None = member(default=None)
     romfile: str | None = member(default=None, doc="accepted, not used")
@@ -84,8 +85,10 @@ class NetdevAdd(Command[Empty], name="netdev_add"):
     dnssearch: str | None = member(default=None, doc="accepted, not used")
 
 
-class NetdevDel(Command[Empty], name="netdev_del", machines=Machines.STANDARD, refusal="netdev_del not support yet"):
-    """Remove a network back end. On microvm `device_del` does.
+class NetdevDel(
+    Command[Empty], name="netdev_del", machines=Machines.MICROVM | Machines.STANDARD, refusal="netdev_del not support yet"
+):
+    """Remove a network back end. On microvm `device_del` has removed it already; saying so again succeeds once.
 
     Errors: GenericError when there is no such back end or a device uses it.
     """
@@ -121,7 +124,10 @@ class ChardevBackend(Struct):
 
 
 class ChardevAdd(
-    Command[Empty], name="chardev-add", machines=Machines.STANDARD, refusal="chardev_add not supported yet for microVM"
+    Command[Empty],
+    name="chardev-add",
+    machines=Machines.MICROVM | Machines.STANDARD,
+    refusal="chardev_add not supported yet for microVM",
 ):
     """Add a character device: a client's unix socket, for `netdev_add` with vhost-user.
 
@@ -133,11 +139,14 @@ class ChardevAdd(
 
 
 class ChardevRemove(
-    Command[Empty], name="chardev-remove", machines=Machines.STANDARD, refusal="chardev_remove not supported yet for microVM"
+    Command[Empty],
+    name="chardev-remove",
+    machines=Machines.MICROVM | Machines.STANDARD,
+    refusal="chardev_remove not supported yet for microVM",
 ):
     """Remove a character device.
 
-    Errors: GenericError when there is no such device.
+    Errors: GenericError when there is no such device or something uses it.
     """
 
     id: str

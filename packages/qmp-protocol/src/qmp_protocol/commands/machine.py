@@ -86,7 +86,12 @@ class QueryMem(Command[Empty], name="query-mem"):
     """Print the memory map to the monitor's own standard output, for debugging."""
 
 
-class QueryMemGpa(Command[str], name="query-mem-gpa", machines=Machines.STANDARD, refusal="query_mem_gpa is not supported yet"):
+class QueryMemGpa(
+    Command[str],
+    name="query-mem-gpa",
+    machines=Machines.MICROVM | Machines.STANDARD,
+    refusal="query_mem_gpa is not supported yet",
+):
     """Read four bytes of guest memory, as a little-endian number in upper-case hexadecimal.
 
     Errors: GenericError when the address is no number or no memory.
@@ -95,13 +100,21 @@ class QueryMemGpa(Command[str], name="query-mem-gpa", machines=Machines.STANDARD
     gpa: str = member(default="", doc="guest physical address, hexadecimal without 0x")
 
 
-class QueryVcpuReg(Command[str], name="query-vcpu-reg", machines=Machines.VIRT, refusal="query_vcpu_reg is not supported yet"):
-    """Read a CPU register by its KVM number. A running machine is paused meanwhile, with the events STOP and RESUME.
+class QueryVcpuReg(
+    Command[str],
+    name="query-vcpu-reg",
+    machines=Machines.MICROVM | Machines.STANDARD,
+    refusal="query_vcpu_reg is not supported yet",
+):
+    """Read a CPU register, as a number in upper-case hexadecimal.
+
+    On x86_64 by name: `rip`, `rsp`, `cr3`, `efer`, `cs`, `fs_base`, or `msr:` and the number of an MSR in hexadecimal; CPUs stand
+    still meanwhile. On aarch64 by its KVM number; a running machine is paused meanwhile, with the events STOP and RESUME.
 
     Errors: GenericError when there is no such CPU or register.
     """
 
-    addr: str = member(doc="the register's KVM_GET_ONE_REG id, hexadecimal without 0x")
+    addr: str = member(doc="x86_64: the register's name; aarch64: its KVM_GET_ONE_REG id, hexadecimal without 0x")
     vcpu: u32 = member(doc="the CPU's index")
 
 
