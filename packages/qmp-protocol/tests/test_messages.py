@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from orjson import loads
 
 from qmp_protocol import ABSENT, Error, Event, Execute, Greeting, Malformed, Return, Timestamp, encode
 from qmp_protocol.framing import Framer
@@ -56,6 +57,16 @@ def test_what_json_cannot_carry_is_refused() -> None:
         encode(Return({1, 2}))  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         encode("stop")  # type: ignore[arg-type]
+
+
+def test_text_that_is_no_unicode_goes_out_escaped() -> None:
+    name = b"disk-\xff".decode(errors="surrogateescape")
+    assert decode_response(loads(encode(Return({name: [name, 1]}, name)))) == Return(
+        {"disk-\\udcff": ["disk-\\udcff", 1]}, "disk-\\udcff"
+    )
+    assert decode_response(loads(encode(Error("GenericError", name)))) == Error("GenericError", "disk-\\udcff")
+    event = Event("STOP", {"a": (name,)}, Timestamp(1, 2))
+    assert decode_response(loads(encode(event))) == Event("STOP", {"a": [shown]}, Timestamp(1, 2))
 
 
 def test_messages_are_frozen() -> None:

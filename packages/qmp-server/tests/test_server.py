@@ -595,10 +595,13 @@ class TestDescriptors:
 
         async with serve(server) as running:
             peer = peers.connect_quietly(running.address)  # the greeting stays unread: leaving is a reset
+            await anyio.wait_readable(peer.socket)
             before = b"" if how == "resets" else b'{"execute":"stop"}{"execute":"getfd","arguments":{"fdname":"a"}}'
             _pass(peer.socket, before + b'{"execute":', [writer])
             os.close(writer)
-            if how == "is dropped":
+            if how == "resets":
+                await _until(lambda: any(client._connection._fds for client in server._clients))
+            elif how == "is dropped":
                 await started.wait()
                 for _ in range(100):
                     server.emit(DeviceDeleted(device="x" * 10_000, path=""))

@@ -92,8 +92,8 @@ _new = tuple.__new__  # a quarter of the cost of a NamedTuple's own constructor
 def encode(message: Message) -> bytes:
     """Return the line that carries `message`, CR LF included.
 
-    Members stand in StratoVirt's order: inside `return` alphabetically at every depth, `id` last. Text that is no Unicode (a file's
-    name may be any bytes) goes out with what is wrong in it escaped. Raises TypeError on a value that JSON cannot carry.
+    Members stand in StratoVirt's order: inside `return` alphabetically at every depth, `id` last. What is no Unicode
+    in a text (the name of a file may be any bytes) goes out escaped. Raises TypeError on a value that JSON cannot carry.
     """
     try:
         return _encode(message)

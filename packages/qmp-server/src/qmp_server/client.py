@@ -238,7 +238,7 @@ class Client:
                 await self._wake.wait()
 
     def _hang_up(self) -> None:
-        """Close the socket so that a peer reads what it was sent before it reads the end, and every descriptor of the client's."""
+        """Close the socket so that a peer reads what it was sent before it reads the end. Close every descriptor it passed."""
         close_all(self._connection.close())
         for event in self._received:
             if isinstance(event, CommandReceived | DescriptorsUnused):

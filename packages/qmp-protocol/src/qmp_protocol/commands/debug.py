@@ -100,7 +100,13 @@ class HumanMonitorCommand(
     command_line: str = member("command-line", doc="words separated by single spaces")
 
 
-class InputEvent(Command[Empty], name="input_event", strict=False):
+class InputEvent(
+    Command[Empty],
+    name="input_event",
+    machines=Machines.STANDARD,
+    refusal="input_event: this machine has neither keyboard nor pointer",
+    strict=False,
+):
     """Press or release a key, or move and click the pointer, as a user would. Without such a device nothing happens.
 
     Errors: GenericError when the key or the value is malformed.

@@ -69,10 +69,33 @@ class Balloon(Command[Empty], name="balloon", strict=False):
     value: u64 = member(doc="bytes; rounded down to 4 KiB, at most the guest's memory")
 
 
+class BalloonStatistics(Struct):
+    """What the guest told about its memory; QEMU's names. What it did not tell is absent."""
+
+    stat_swap_in: u64 | None = member("stat-swap-in", default=None, doc="bytes")
+    stat_swap_out: u64 | None = member("stat-swap-out", default=None, doc="bytes")
+    stat_major_faults: u64 | None = member("stat-major-faults", default=None)
+    stat_minor_faults: u64 | None = member("stat-minor-faults", default=None)
+    stat_free_memory: u64 | None = member("stat-free-memory", default=None, doc="bytes")
+    stat_total_memory: u64 | None = member("stat-total-memory", default=None, doc="bytes")
+    stat_available_memory: u64 | None = member("stat-available-memory", default=None, doc="bytes, without swapping")
+    stat_disk_caches: u64 | None = member("stat-disk-caches", default=None, doc="bytes")
+    stat_htlb_pgalloc: u64 | None = member("stat-htlb-pgalloc", default=None, doc="huge pages that were got")
+    stat_htlb_pgfail: u64 | None = member("stat-htlb-pgfail", default=None, doc="huge pages that were not got")
+    stat_oom_kills: u64 | None = member("stat-oom-kills", default=None)
+    stat_alloc_stalls: u64 | None = member("stat-alloc-stalls", default=None)
+    stat_async_scans: u64 | None = member("stat-async-scans", default=None, doc="pages")
+    stat_direct_scans: u64 | None = member("stat-direct-scans", default=None, doc="pages")
+    stat_async_reclaims: u64 | None = member("stat-async-reclaims", default=None, doc="pages")
+    stat_direct_reclaims: u64 | None = member("stat-direct-reclaims", default=None, doc="pages")
+
+
 class BalloonInfo(Struct):
     """How much memory the guest has."""
 
     actual: u64 = member(doc="bytes")
+    stats: BalloonStatistics | None = member(default=None, doc="when the balloon polls the guest, and it has answered")
+    last_update: u64 | None = member("last-update", default=None, doc="when the guest told `stats`, in seconds since 1970")
 
 
 class QueryBalloon(Command[BalloonInfo], name="query-balloon", strict=False):

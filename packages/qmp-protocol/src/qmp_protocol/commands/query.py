@@ -150,12 +150,12 @@ class ChardevInfo(Struct):
     """A character device."""
 
     label: str = member(doc="its id")
-    filename: str = member(doc="`pty:` and a path")
-    frontend_open: bool = member("frontend-open")
+    filename: str = member(doc="`pty:` and a path, `unix:` and a path, `tcp:` and an address, `file` or `stdio`")
+    frontend_open: bool = member("frontend-open", doc="whether something uses it")
 
 
 class QueryChardev(Command[list[ChardevInfo]], name="query-chardev", strict=False):
-    """List the character devices that are pseudo-terminals."""
+    """List the character devices."""
 
 
 class QomList(Command[list[Any]], name="qom-list", strict=False):
