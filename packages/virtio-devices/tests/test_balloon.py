@@ -257,7 +257,7 @@ def test_a_driver_writes_what_it_holds_and_nothing_else(make: Make) -> None:
 
 def test_many_changes_are_told_once_a_second_with_the_value_of_then(make: Make, loop: DirectLoop) -> None:
     told: list[int] = []
-    driver = make(changed=lambda: told.append(balloon(driver).held))
+    driver = make(on_change=lambda: told.append(balloon(driver).held))
     for pages in (1, 2, 2, 3):
         driver.write(0x104, pages)
         loop.poll()
@@ -276,7 +276,7 @@ def test_many_changes_are_told_once_a_second_with_the_value_of_then(make: Make, 
 
 def test_a_reset_empties_the_balloon_and_tells_of_it(make: Make, loop: DirectLoop) -> None:
     told: list[int] = []
-    driver = make(changed=lambda: told.append(balloon(driver).held))
+    driver = make(on_change=lambda: told.append(balloon(driver).held))
     balloon(driver).set_target(5)
     driver.write(0x104, 5)
     loop.poll()
@@ -404,7 +404,7 @@ def test_a_message_that_is_none_breaks_the_device(make: Make, message: bytes | i
 
 
 def test_saved_restored_and_saved_again_is_the_same(make: Make, loop: DirectLoop) -> None:
-    first = make(reporting=True, changed=lambda: None)
+    first = make(reporting=True, on_change=lambda: None)
     balloon(first).set_target(50)
     first.write(0x104, 20)
     loop.poll()
@@ -413,7 +413,7 @@ def test_saved_restored_and_saved_again_is_the_same(make: Make, loop: DirectLoop
     assert states[1] == BalloonState(50, 20, True)
     first.close()
     told: list[int] = []
-    second = make(start=False, reporting=True, changed=lambda: told.append(balloon(second).held))
+    second = make(start=False, reporting=True, on_change=lambda: told.append(balloon(second).held))
     second.transport.pause()
     second.transport.restore(states[0])
     balloon(second).restore(states[1])
@@ -434,7 +434,7 @@ def test_a_state_that_cannot_be_is_refused(make: Make, state: object) -> None:
 def test_a_closed_balloon_tells_nobody(memory: GuestMemory, loop: DirectLoop) -> None:
     before = descriptors()
     told: list[bool] = []
-    driver = Driver(BalloonDevice("balloon0", loop, memory, changed=lambda: told.append(True)), memory, loop).start()
+    driver = Driver(BalloonDevice("balloon0", loop, memory, on_change=lambda: told.append(True)), memory, loop).start()
     driver.write(0x104, 20)
     driver.close()
     loop.poll()

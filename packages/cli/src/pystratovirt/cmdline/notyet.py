@@ -15,7 +15,6 @@ OBJECTS = {
 DRIVERS = {
     "virtio-net-device": "a network card",
     "vhost-vsock-device": "sockets between host and guest",
-    "virtio-balloon-device": "memory given back to the host",
     "virtserialport": "a serial port that is not a console",
     "vhost-user-blk-device": "a disk served by another process",
     "vhost-user-fs-device": "a shared folder",

@@ -26,8 +26,9 @@ NOTES: Final = {
     "cont": "a running machine runs on and the answer is success, without an event (StratoVirt: an error without a text)",
     "system_powerdown": "presses the power button: POWERDOWN, and the guest decides; with `acpi=off` the machine ends with "
     "SHUTDOWN",
-    "balloon": "answers that there is no balloon",
-    "query-balloon": "answers that there is no balloon",
+    "balloon": "leaves the guest 32 MiB, or half of its memory if that is less (StratoVirt: takes everything); values from "
+    "16 TiB on do not wrap around",
+    "query-balloon": "never less than zero; shows the guest's statistics too when the balloon asks for them",
     "input_event": "succeeds without effect, as there",
     "block-commit": "succeeds without effect, as there",
     "system_reset": "RESET, and the guest boots again (StratoVirt: the machine ends, as here with `acpi=off`, but with SHUTDOWN)",
@@ -78,7 +79,7 @@ def table() -> str:
 
 def _handled() -> set[str]:
     server = QmpServer()
-    nothing: Any = SimpleNamespace(vm=SimpleNamespace(), machine=SimpleNamespace())
+    nothing: Any = SimpleNamespace(vm=SimpleNamespace(slots={}), machine=SimpleNamespace())
     register_all(server, nothing, Machines.ALL)  # no machine lacks anything: what is registered is what exists
     return {name for name in STRATOVIRT.commands if name in server.dispatcher}
 

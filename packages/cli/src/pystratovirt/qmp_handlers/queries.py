@@ -14,7 +14,6 @@ from pystratovirt.cmdline.backends import PtyChardev
 from qmp_protocol.commands import block, debug, machine, query
 from qmp_protocol.commands.machine import CpuInfo, CpuProperties, HotpluggableCpu, IothreadInfo, MigrationInfo
 from qmp_protocol.commands.query import ChardevInfo, DeviceProperty, KvmInfo, MachineInfo, ObjectType, TargetInfo
-from qmp_protocol.errors import DEVICE_NOT_ACTIVE, QmpError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
     from vmm_core.topology import CpuTopology
-
-NO_BALLOON = "No balloon device has been activated"
 
 # Reference section 6: the types that a libvirt probe looks for, whether or not this program has the device.
 OBJECT_TYPES: Final = {
@@ -123,16 +120,11 @@ def _about_the_machine(runtime: Runtime) -> dict[type[Command[Any]], Callable[[A
     def query_migrate(_: machine.QueryMigrate, call: Call) -> MigrationInfo:
         return MigrationInfo(status="setup")  # ready to: no migration has been asked for, because none can be yet
 
-    def no_balloon(_: object, call: Call) -> None:
-        raise QmpError(DEVICE_NOT_ACTIVE, NO_BALLOON)
-
     return {
         machine.QueryCpus: query_cpus,
         machine.QueryHotpluggableCpus: query_hotpluggable_cpus,
         machine.QueryIothreads: query_iothreads,
         machine.QueryMigrate: query_migrate,
-        machine.Balloon: no_balloon,
-        machine.QueryBalloon: no_balloon,
         query.QueryChardev: query_chardev,
         query.QueryKvm: query_kvm,
     }

@@ -74,13 +74,13 @@ class BalloonDevice(VirtioDevice):
         reporting: bool = False,
         statistics_interval: int = 0,
         auto: AutoBalloon | None = None,
-        changed: Callable[[], None] | None = None,
+        on_change: Callable[[], None] | None = None,
         report: Callable[[str], None] | None = None,
     ) -> None:
         """Make a balloon for `memory`.
 
         `statistics_interval` asks the guest for statistics every so many seconds; 0 never does, and offers no queue for them.
-        `changed` is called on the loop, at most once a second, after the guest changed what it holds; `report` hears once of a
+        `on_change` is called on the loop, at most once a second, after the guest changed what it holds; `report` hears once of a
         host that does not take pages back.
         """
         options = (
@@ -99,7 +99,7 @@ class BalloonDevice(VirtioDevice):
         self._memory = memory
         self._interval = statistics_interval * 1_000_000_000
         self._auto = auto is not None
-        self._changed = changed
+        self.on_change = on_change
         self._report = report
         self._refused = False
         self._handlers: list[Callable[[int, SplitQueue], None]] = []
@@ -159,7 +159,7 @@ class BalloonDevice(VirtioDevice):
 
     def close(self) -> None:
         """Reset, and tell nobody anything any more."""
-        self._changed = None
+        self.on_change = None
         super().close()
         self._loop.run(self._forget_change)
 
@@ -301,13 +301,13 @@ class BalloonDevice(VirtioDevice):
     # Telling of changes, on the loop
 
     def _tell_later(self) -> None:
-        if self._change_timer is None and self._changed is not None:
+        if self._change_timer is None and self.on_change is not None:
             self._change_timer = self._loop.call_later(_CHANGE_DELAY, self._tell)
 
     def _tell(self) -> None:
         self._change_timer = None
-        if (changed := self._changed) is not None:  # close() takes it away
-            changed()
+        if (on_change := self.on_change) is not None:  # close() takes it away
+            on_change()
 
     def _forget_change(self) -> None:
         if self._change_timer is not None:

@@ -24,6 +24,7 @@ DRIVERS: Mapping[str, type[Device]] = cast(
             "virtio-serial-device": ("serial", "VirtioSerial"),
             "virtconsole": ("serial", "Virtconsole"),
             "virtio-rng-device": ("rng", "VirtioRng"),
+            "virtio-balloon-device": ("balloon", "VirtioBalloon"),
         },
     ),
 )
