@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pystratovirt import log
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pystratovirt.cmdline.backends import Chardev, Drive
     from pystratovirt.cmdline.config import Config
     from pystratovirt.cmdline.drivers.base import Device
+    from pystratovirt.hotplug import HotPlug
     from virtio_devices.device import VirtioDevice
     from vmm_core.devices.chardev import CharBackend
     from vmm_core.hypervisor import Hypervisor
@@ -58,6 +60,7 @@ class VirtualMachine:
         self.disks: dict[str, Disk] = {}
         self.io_threads: dict[str, IoThread] = {}
         self.chardevs: dict[str, CharBackend] = {}
+        self.declared_chardevs: dict[str, Chardev] = dict(config.chardevs)
         self.clock = VirtualClock() if config.test_socket else MonotonicClock()
         self.transports: dict[int, MmioTransport] = {}
         self.slots: dict[int, Plugged] = {}
@@ -75,6 +78,13 @@ class VirtualMachine:
             self.machine.start(paused=self.config.freeze)
         except VmmError as error:
             raise VmError(str(error)) from None
+
+    @cached_property
+    def hotplug(self) -> HotPlug:
+        """What is plugged in, and could be."""
+        from pystratovirt.hotplug import HotPlug  # most machines never need it
+
+        return HotPlug(self)
 
     def test_access(self) -> MachineAccess:
         """Return what a test in test mode does to the machine. Raises VmError in any other mode."""
@@ -102,6 +112,7 @@ class VirtualMachine:
         self.main_loop = self._io_thread(IO_THREAD)
         for name in config.iothreads:
             self.io_threads[name] = self._io_thread(name)
+        self._stack.callback(self._close_drives)
         for drive in config.drives.values():
             self.open_drive(drive)
         with blame(""):
@@ -164,31 +175,26 @@ class VirtualMachine:
         return GuestMemory(Layout.ram(wanted.size), path=wanted.path, share=wanted.share, prealloc=threads, dump=wanted.dump)
 
     def open_drive(self, drive: Drive) -> None:
-        """Open and lock an image, from here to close(). Raises VmError."""
-        from block_qcow2 import open_disk
+        """Open and lock an image, until close_drive() or close(). Raises VmError."""
         from block_qcow2.errors import BlockError
+        from pystratovirt.drives import open_image
 
         try:
-            disk = open_disk(
-                drive.file,
-                format=drive.format,
-                read_only=drive.readonly,
-                direct=drive.direct,
-                aio=drive.engine,
-                discard=drive.discard,
-                detect_zeroes=drive.detect_zeroes,
-                allow=drive.external_files,
-                l2_cache_bytes=drive.l2_cache_size or 0,
-                refcount_cache_bytes=drive.refcount_cache_size or 0,
-            )
-            self._stack.callback(disk.close)
-            # From here to the end, pauses included: StratoVirt lets go of a paused machine's images, and whoever opens one
-            # then has it changed under him by the resumed guest.
-            disk.lock()
+            disk = open_image(drive)
         except BlockError as error:
             raise VmError(f"-drive id={drive.id}: {error}") from None
-        self.drives[drive.id] = drive
-        self.disks[drive.id] = disk
+        self.drives[drive.id], self.disks[drive.id] = drive, disk
+
+    def close_drive(self, name: str) -> None:
+        """Close an image that no device uses any more."""
+        disk = self.disks.pop(name)
+        del self.drives[name]
+        disk.close()
+
+    def _close_drives(self) -> None:
+        with contextlib.ExitStack() as stack:  # each of them, also when one fails
+            for name in self.disks:
+                stack.callback(self.close_drive, name)
 
     def open_chardev(self, chardev: Chardev, option: str) -> CharBackend:
         """Open a character device for the user that `option` names, who closes it. Raises VmError."""
@@ -234,6 +240,7 @@ class VirtualMachine:
         for slot in NET_SLOTS:
             if slot not in self.slots:
                 self._plug(slot, None, None)
+                self.machine.clear(slot)
 
     def _plug(self, slot: int, declaration: Device | None, device: VirtioDevice | None) -> None:
         self.slots[slot] = Plugged(declaration, device)

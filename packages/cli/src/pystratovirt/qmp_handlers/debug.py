@@ -1,21 +1,22 @@
-"""Looking into a running machine: memory map, guest memory, trace points (reference qmp, section 14)."""
+"""Looking into a running machine: memory map, guest memory, registers, trace points (reference qmp, section 14)."""
 
 from __future__ import annotations
 
 import os
 import select
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pystratovirt.trace import TraceError, registry
 from qmp_protocol.commands.debug import TraceGetState, TraceSetState, TraceState
-from qmp_protocol.commands.machine import QueryMem, QueryMemGpa
+from qmp_protocol.commands.machine import QueryMem, QueryMemGpa, QueryVcpuReg
 from qmp_protocol.errors import GENERIC_ERROR, QmpError
-from vmm_core.errors import GuestMemoryError
+from vmm_core.errors import GuestMemoryError, VmmError
 
 if TYPE_CHECKING:
     from pystratovirt.runtime import Runtime
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
+    from vmm_core.hypervisor.kvm.x86_64.state import KvmVcpuState
 
 
 def register(server: QmpServer, runtime: Runtime) -> None:
@@ -43,6 +44,19 @@ def register(server: QmpServer, runtime: Runtime) -> None:
             return f"{int.from_bytes(vm.machine.memory.read(int(digits, 16), 4), 'little'):X}"
         except GuestMemoryError:
             raise QmpError(GENERIC_ERROR, "this gpa does not support query") from None
+
+    @server.handler(QueryVcpuReg)
+    def query_vcpu_reg(arguments: QueryVcpuReg, call: Call) -> str:
+        if vm.config.test_socket is None and arguments.vcpu < len(vm.machine.vcpus):
+            from vmm_core.hypervisor.kvm.x86_64.registers import register  # and what states are made of
+
+            try:
+                value = register(cast("KvmVcpuState", vm.machine.vcpu_state(arguments.vcpu)), arguments.addr)
+            except VmmError as error:
+                raise QmpError(GENERIC_ERROR, str(error)) from None
+            if value is not None:
+                return f"{value:X}"
+        raise QmpError(GENERIC_ERROR, "not supported or arguments error")
 
     @server.handler(TraceGetState, concurrent=True)
     def trace_get_state(arguments: TraceGetState, call: Call) -> list[TraceState]:

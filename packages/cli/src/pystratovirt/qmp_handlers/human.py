@@ -1,6 +1,6 @@
 """The human monitor over QMP: a few lines of text that management tools still use (reference qmp, section 13.2).
 
-Not here: `drive_add` and `drive_del`, which come with hot-plug.
+Not here: everything that has a QMP command of its own and nobody asks for in text.
 """
 
 from __future__ import annotations
@@ -8,6 +8,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from pystratovirt.cmdline.backends import Drive
+from pystratovirt.cmdline.drivers.base import DISK
+from pystratovirt.cmdline.errors import CommandLineError
+from pystratovirt.qmp_handlers.block import refusals_as_replies
 from qmp_protocol.commands.debug import HumanMonitorCommand
 from qmp_protocol.errors import GENERIC_ERROR, QmpError
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from pystratovirt.runtime import Runtime
+    from pystratovirt.vm import VirtualMachine
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
 
@@ -43,17 +48,47 @@ def register(server: QmpServer, runtime: Runtime) -> None:
     """Register the human monitor."""
 
     @server.handler(HumanMonitorCommand)
-    def human_monitor_command(arguments: HumanMonitorCommand, call: Call) -> str:
+    def human_monitor_command(arguments: HumanMonitorCommand, call: Call) -> Any:
         words = arguments.command_line.split(" ")
-        command = _COMMANDS.get(" ".join(words[:2]) if words[0] == "info" else words[0])
+        count = 2 if words[0] == "info" else 1
+        name, rest = " ".join(words[:count]), words[count:]
+        command, wanted = _COMMANDS.get(name, (None, 0))
         if command is None:
-            shown = " ".join(words[:2]) if words[0] == "info" else words[0]
-            raise QmpError(GENERIC_ERROR, f"Unsupported command: {shown[:64]}")
-        return command(runtime)
+            raise QmpError(GENERIC_ERROR, f"Unsupported command: {name[:64]}")
+        if len(rest) != wanted:
+            raise QmpError(GENERIC_ERROR, "Invalid number of arguments")
+        with refusals_as_replies():
+            return command(runtime.vm, *rest)
 
 
-def _info_snapshots(runtime: Runtime) -> str:
-    disks: Mapping[str, Any] = runtime.vm.disks
+def _drive_add(vm: VirtualMachine, _: str, options: str) -> dict[str, Any]:
+    """Add a drive that `options` describes as -drive does. The first word names a PCI device that no machine has."""
+    try:
+        vm.hotplug.add_drive(Drive.parse("drive_add", options))
+    except CommandLineError as error:
+        raise QmpError(GENERIC_ERROR, str(error)) from None
+    return {}  # StratoVirt's answer; QEMU's is a line of text
+
+
+def _drive_del(vm: VirtualMachine, name: str) -> dict[str, Any]:
+    vm.hotplug.remove_drive(name)
+    return {}
+
+
+def _info_block(vm: VirtualMachine) -> str:
+    lines = []
+    for backend in vm.hotplug.backends(DISK):
+        drive = vm.drives[backend.name]
+        notes = [drive.format, *(["read-only"] if drive.readonly else [])]
+        lines.append(f"{backend.name}: {drive.file} ({', '.join(notes)})")
+        if backend.device is not None:
+            lines.append(f"    Attached to:      {backend.device}")
+        lines.append(f"    Cache mode:       {'writeback, direct' if drive.direct else 'writeback'}")
+    return "".join(f"{line}\r\n" for line in lines)
+
+
+def _info_snapshots(vm: VirtualMachine) -> str:
+    disks: Mapping[str, Any] = vm.disks
     return snapshot_table({name: disk.snapshots() for name, disk in disks.items() if hasattr(disk, "snapshots")})
 
 
@@ -79,4 +114,10 @@ def _row(snapshot: Snapshot) -> str:
     return f"{ident:<9} {name:<16} {snapshot.vm_state_size:>6} B{date:>20}{clock:>13}{icount:>11}"
 
 
-_COMMANDS: Final[dict[str, Callable[[Any], str]]] = {"info snapshots": _info_snapshots}
+# What a line does, and how many words follow its name
+_COMMANDS: Final[dict[str, tuple[Callable[..., Any], int]]] = {
+    "drive_add": (_drive_add, 2),
+    "drive_del": (_drive_del, 1),
+    "info block": (_info_block, 0),
+    "info snapshots": (_info_snapshots, 0),
+}

@@ -258,6 +258,16 @@ class Machine:
         for name, component in stateful.items():
             component.restore(states[name])
 
+    def vcpu_state(self, index: int) -> State:
+        """Take the state of one vCPU of a machine that has started; it stands still meanwhile.
+
+        Raises LifecycleError before the start and after the end, IndexError for a vCPU that there is not.
+        """
+        if self.status in (VmStatus.CREATED, VmStatus.SHUTDOWN):
+            raise LifecycleError(f"the vCPUs of a machine that is in state {self.status.value} have no state")
+        with self._no_vcpu_inside():
+            return self.vcpus[index].save()
+
     @contextmanager
     def _no_vcpu_inside(self) -> Iterator[None]:
         """Hold the vCPUs of a running machine outside of every device meanwhile: one may be taken away."""

@@ -1,0 +1,146 @@
+"""Drives over QMP: adding and removing them, and what there is (reference qmp, sections 6, 8.1 and 8.2).
+
+StratoVirt's queries about drives answer empty lists whatever there is; here they say what there is, with QEMU's members.
+
+Not here: devices (`hotplug`), snapshots.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pystratovirt.cmdline.backends import Drive
+from pystratovirt.cmdline.drivers.base import DISK
+from pystratovirt.cmdline.errors import BadKey
+from qmp_protocol.commands.block import BlockdevAdd, BlockdevDel, QueryBlock, QueryBlockstats, QueryNamedBlockNodes
+from qmp_protocol.errors import GENERIC_ERROR, QmpError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from block_qcow2.disk import Disk
+    from pystratovirt.cmdline.values import Kind
+    from pystratovirt.runtime import Runtime
+    from pystratovirt.vm import VirtualMachine
+    from qmp_server.dispatch import Call
+    from qmp_server.server import QmpServer
+
+
+def register(server: QmpServer, runtime: Runtime) -> None:
+    """Register the commands about drives."""
+    vm = runtime.vm
+
+    @server.handler(BlockdevAdd)
+    def blockdev_add(arguments: BlockdevAdd, call: Call) -> None:
+        with refusals_as_replies():
+            vm.hotplug.add_drive(declared(arguments))
+
+    @server.handler(BlockdevDel)
+    def blockdev_del(arguments: BlockdevDel, call: Call) -> None:
+        with refusals_as_replies():
+            vm.hotplug.remove_drive(arguments.node_name)
+
+    @server.handler(QueryBlock)
+    def query_block(_: QueryBlock, call: Call) -> list[dict[str, Any]]:
+        return [_block(vm, backend.device or "", backend.name) for backend in vm.hotplug.backends(DISK)]
+
+    @server.handler(QueryNamedBlockNodes)
+    def query_named_block_nodes(_: QueryNamedBlockNodes, call: Call) -> list[dict[str, Any]]:
+        return [_node(vm, backend.name) for backend in vm.hotplug.backends(DISK)]
+
+    @server.handler(QueryBlockstats)
+    def query_blockstats(_: QueryBlockstats, call: Call) -> list[dict[str, Any]]:
+        return []
+
+
+def declared(arguments: BlockdevAdd) -> Drive:
+    """Return what the command line would say. Raises QmpError."""
+    direct = arguments.cache.direct if arguments.cache else True
+    aio = "io_uring" if arguments.file.aio == "iouring" else arguments.file.aio
+    if direct and aio == "off":
+        raise _wrong("aio", 'low performance expected when use sync io with "direct" on')
+    if not direct and aio == "native":
+        raise _wrong("aio", 'native aio type should be used with "direct" on')
+    drive = Drive(
+        id=arguments.node_name,
+        file=arguments.file.filename,
+        format=arguments.driver,
+        readonly=arguments.read_only,
+        direct=direct,
+        aio=aio,
+        discard=arguments.discard == "unmap",
+        detect_zeroes=arguments.detect_zeroes,
+        iops_total=arguments.throttling_iops_total,
+        l2_cache_size=_cache_size(arguments, "l2-cache-size"),
+        refcount_cache_size=_cache_size(arguments, "refcount-cache-size"),
+    )
+    try:
+        for name in ("id", "file"):
+            Drive.keys[name].kind.parse(getattr(drive, name))
+        drive.check()
+    except BadKey as error:
+        raise QmpError(GENERIC_ERROR, f"{error.name}: {error.reason}") from None
+    except ValueError as error:
+        raise QmpError(GENERIC_ERROR, f"{'node-name' if name == 'id' else 'filename'}: {error}") from None
+    return drive
+
+
+@contextmanager
+def refusals_as_replies() -> Iterator[None]:
+    """What cannot be plugged or unplugged is an error reply."""
+    from pystratovirt.hotplug import HotPlugError
+
+    try:
+        yield
+    except HotPlugError as error:
+        raise QmpError(GENERIC_ERROR, str(error)) from None
+
+
+def _wrong(name: str, why: str) -> QmpError:
+    return QmpError(GENERIC_ERROR, f"Invalid parameter '{name}' for '{why}'")
+
+
+def _cache_size(arguments: BlockdevAdd, name: str) -> int | None:
+    text = getattr(arguments, name.replace("-", "_"))
+    if text is None or arguments.driver != "qcow2":  # StratoVirt reads it for qcow2 only
+        return None
+    kind: Kind[int] = Drive.keys[name].kind
+    try:
+        return kind.parse(text)
+    except ValueError as error:
+        raise QmpError(GENERIC_ERROR, f"Invalid {name.replace('-', ' ')}: {text}: {error}") from None
+
+
+def _block(vm: VirtualMachine, device: str, name: str) -> dict[str, Any]:
+    return {
+        "device": name,
+        "inserted": _node(vm, name),
+        "locked": False,
+        "qdev": device,
+        "removable": False,
+        "type": "unknown",
+    }
+
+
+def _node(vm: VirtualMachine, name: str) -> dict[str, Any]:
+    drive: Drive = vm.drives[name]
+    disk: Disk = vm.disks[name]
+    return {
+        "backing_file_depth": 0,
+        "bps": drive.bps_total or 0,
+        "bps_rd": 0,
+        "bps_wr": 0,
+        "cache": {"direct": drive.direct, "no-flush": False, "writeback": True},
+        "detect_zeroes": drive.detect_zeroes,
+        "drv": drive.format,
+        "encrypted": False,
+        "file": drive.file,
+        "image": {"filename": drive.file, "format": drive.format, "virtual-size": disk.size},
+        "iops": drive.iops_total or 0,
+        "iops_rd": 0,
+        "iops_wr": 0,
+        "node-name": name,
+        "ro": drive.readonly,
+        "write_threshold": 0,
+    }
