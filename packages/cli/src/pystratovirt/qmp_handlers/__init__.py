@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pystratovirt.qmp_handlers import balloon, debug, human, lifecycle, queries, refusals
+from pystratovirt.qmp_handlers import balloon, block, debug, hotplug, human, lifecycle, queries, refusals
 from qmp_protocol.schema import Machines
 
 if TYPE_CHECKING:
@@ -18,6 +18,6 @@ if TYPE_CHECKING:
 
 def register_all(server: QmpServer, runtime: Runtime, machine: Machines = Machines.MICROVM) -> None:
     """Register everything that a machine of the given type can do."""
-    for module in (lifecycle, queries, balloon, debug, human):
+    for module in (lifecycle, queries, balloon, block, hotplug, debug, human):
         module.register(server, runtime)
     refusals.register(server, machine)

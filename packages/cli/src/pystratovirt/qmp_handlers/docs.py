@@ -29,7 +29,20 @@ NOTES: Final = {
     "balloon": "leaves the guest 32 MiB, or half of its memory if that is less (StratoVirt: takes everything); values from "
     "16 TiB on do not wrap around",
     "query-balloon": "never less than zero; shows the guest's statistics too when the balloon asks for them",
-    "input_event": "succeeds without effect, as there",
+    "blockdev-add": "raw and qcow2, `discard`, `detect-zeroes` and `throttling.iops-total` (StratoVirt's microvm: raw, the "
+    "others are ignored); as there, `aio` has to be given unless `cache.direct` is false",
+    "blockdev-del": "works; after `device_del`, which lets go of the drive as in StratoVirt, it succeeds once "
+    "(StratoVirt's microvm: `blockdev_del not support yet`)",
+    "netdev_del": "works; after `device_del` it succeeds once (StratoVirt's microvm: `netdev_del not support yet`)",
+    "chardev-add": "works (StratoVirt's microvm: an error)",
+    "chardev-remove": "works, unless something uses the device (StratoVirt's microvm: an error)",
+    "device_add": "as there; also `serial`, `mac`, and `drive` or `netdev` when no back end is called as the device; a back end "
+    "goes into one slot only; what failed leaves the slot free",
+    "device_del": "as there; a drive that could not be closed properly is an error behind the event",
+    "query-block": "the drives, as QEMU lists them (StratoVirt: always empty)",
+    "query-named-block-nodes": "the drives' images, as QEMU lists them (StratoVirt: always empty)",
+    "query-chardev": "all of them (StratoVirt: pseudo-terminals)",
+    "query-vcpu-reg": "works on x86_64, by the register's name (StratoVirt: on the virt machine only); no events",
     "block-commit": "succeeds without effect, as there",
     "system_reset": "RESET, and the guest boots again (StratoVirt: the machine ends, as here with `acpi=off`, but with SHUTDOWN)",
     "query-commands": "names as they are on the wire (StratoVirt: internal ones, which cannot all be run)",
@@ -39,7 +52,7 @@ NOTES: Final = {
     "query-mem-gpa": "works on a microvm; reads RAM only (StratoVirt's standard machines read device registers too)",
     "query-kvm": "says what is true",
     "query-migrate": "`setup`, as long as there is no migration",
-    "human-monitor-command": "`info snapshots` (StratoVirt's microvm: none)",
+    "human-monitor-command": "`drive_add`, `drive_del`, `info block`, `info snapshots` (StratoVirt's microvm: none)",
     "getfd": "of several descriptors the others are closed; a name that is used again closes the old one",
     "trace-get-state": "only points that exist here, with StratoVirt's names",
     "trace-set-state": "patterns with nested or more than three repetitions are refused; lines go to the log at level TRACE",
@@ -47,6 +60,7 @@ NOTES: Final = {
 
 # Where StratoVirt's microvm says the same words as a success, or nothing at all.
 REFUSED_BETTER: Final = {
+    "input_event": "an error that says so (StratoVirt: success without effect)",
     "switch-audio-record": "the words as an error (StratoVirt: as the result of a success)",
     "blockdev-snapshot-internal-sync": "an error that says so (StratoVirt: success without a snapshot)",
     "blockdev-snapshot-delete-internal-sync": "an error that says so (StratoVirt: success without effect)",

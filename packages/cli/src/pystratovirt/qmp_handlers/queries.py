@@ -10,18 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pystratovirt.cmdline.backends import PtyChardev
-from qmp_protocol.commands import block, debug, machine, query
+from pystratovirt.cmdline.backends import PtyChardev, SocketChardev
+from qmp_protocol.commands import block, machine, query
 from qmp_protocol.commands.machine import CpuInfo, CpuProperties, HotpluggableCpu, IothreadInfo, MigrationInfo
 from qmp_protocol.commands.query import ChardevInfo, DeviceProperty, KvmInfo, MachineInfo, ObjectType, TargetInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pystratovirt.cmdline.backends import Chardev
     from pystratovirt.runtime import Runtime
     from qmp_protocol.schema import Command
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
+    from vmm_core.devices.chardev import CharBackend
     from vmm_core.topology import CpuTopology
 
 # Reference section 6: the types that a libvirt probe looks for, whether or not this program has the device.
@@ -46,9 +48,6 @@ OBJECT_TYPES: Final = {
 MACHINES: Final = ("none", "microvm", "q35")
 
 _EMPTY_LISTS: Final[tuple[type[Command[Any]], ...]] = (
-    block.QueryBlock,
-    block.QueryNamedBlockNodes,
-    block.QueryBlockstats,
     block.QueryBlockJobs,
     machine.QueryMigrateCapabilities,
     query.QomList,
@@ -58,7 +57,7 @@ _EMPTY_LISTS: Final[tuple[type[Command[Any]], ...]] = (
     query.QueryGicCapabilities,
 )
 # On a microvm they succeed and do nothing, in StratoVirt too.
-_NOTHING: Final[tuple[type[Command[Any]], ...]] = (block.BlockCommit, debug.InputEvent, query.QuerySevCapabilities)
+_NOTHING: Final[tuple[type[Command[Any]], ...]] = (block.BlockCommit, query.QuerySevCapabilities)
 
 
 def register(server: QmpServer, runtime: Runtime) -> None:
@@ -108,10 +107,14 @@ def _about_the_machine(runtime: Runtime) -> dict[type[Command[Any]], Callable[[A
         return [IothreadInfo(id=name, thread_id=thread.thread_id) for name, thread in vm.io_threads.items()]
 
     def query_chardev(_: query.QueryChardev, call: Call) -> list[ChardevInfo]:
+        monitors = {monitor.chardev for monitor in vm.config.monitors}
         return [
-            ChardevInfo(label=name, filename=f"pty:{path}", frontend_open=True)
-            for name, path in ((name, getattr(backend, "path", None)) for name, backend in vm.chardevs.items())
-            if path is not None and _is_pty(vm.config, name)
+            ChardevInfo(
+                label=name,
+                filename=_chardev_name(declared, vm.chardevs.get(name)),
+                frontend_open=name in vm.chardevs or name in monitors,
+            )
+            for name, declared in vm.declared_chardevs.items()
         ]
 
     def query_kvm(_: query.QueryKvm, call: Call) -> KvmInfo:
@@ -143,8 +146,14 @@ def _qom_path(index: int) -> str:
     return f"/machine/unattached/device[{index}]"
 
 
-def _is_pty(config: Any, name: str) -> bool:
-    return any(isinstance(each, PtyChardev) and each.id == name for each in (*config.chardevs.values(), config.serial))
+def _chardev_name(declared: Chardev, backend: CharBackend | None) -> str:
+    """Say what a character device is, in QEMU's words. Clients look for those of pseudo-terminals."""
+    if isinstance(declared, PtyChardev):
+        return f"pty:{backend.path}" if backend is not None and hasattr(backend, "path") else "pty"
+    if isinstance(declared, SocketChardev):
+        place = f"unix:{declared.path}" if declared.path is not None else f"tcp:{declared.host}:{declared.port}"
+        return f"{place},server=on" if declared.server else place
+    return declared.selector
 
 
 def _query_machines(_: query.QueryMachines, call: Call) -> list[MachineInfo]:
