@@ -23,10 +23,10 @@ from __future__ import annotations
 import select
 from collections.abc import Callable
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from vmm_core.errors import StateError
-from vmm_core.state import expect, expect_range, versioned
+from vmm_core.devices.serial_output import FULL, LIMIT, SerialOutput
+from vmm_core.devices.serial_state import FIFO, INPUT, SerialState, checked
 
 if TYPE_CHECKING:
     from vmm_core.devices.chardev import CharBackend, Report
@@ -43,54 +43,22 @@ FCR_ENABLE, FCR_CLEAR_RX = 0x01, 0x02
 LCR_BREAK, LCR_DLAB = 0x40, 0x80
 MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 0x01, 0x02, 0x04, 0x08, 0x10
 LSR_DR, LSR_OE, LSR_BI, LSR_THRE, LSR_TEMT, LSR_FIFO_ERROR = 0x01, 0x02, 0x10, 0x20, 0x40, 0x80
-LSR_ERRORS = 0x1E  # OE, PE, FE, BI: what raises a line status interrupt, cleared by reading LSR
 MSR_DCTS, MSR_DDSR, MSR_TERI, MSR_DDCD = 0x01, 0x02, 0x04, 0x08
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 LINE_UP = MSR_DCD | MSR_DSR | MSR_CTS
 
-FIFO = 16
 TRIGGERS = (1, 4, 8, 14)  # FCR bits 7:6
 
-INPUT = 1024  # bytes taken from the host ahead of the guest
 PACE = 1_000_000  # nanoseconds of the host's time from one burst of input to the next: 16,000 bytes a second
+REMIND, REMIND_LAST = 20_000_000, 1_000_000_000  # nanoseconds of the host's time
 
-# Output that the host has not taken. Above FULL the transmitter says that it is busy, and a guest that looks waits. A guest may
-# write on regardless (Linux's console does, after 10 ms a byte), and a hypervisor may deliver writes late: nothing is lost
-# up to LIMIT, which bounds what a guest can make the host keep.
-FULL = 16 << 10
-LIMIT = 1 << 20
-
-# Linux writes the console byte by byte. Bytes of one millisecond go to the host together: no one sees the delay, and the
-# loop's thread wakes once instead of a hundred times.
-GATHER = 1_000_000  # nanoseconds of the host's time
-
-REMIND, REMIND_LAST = 4_000_000, 1_000_000_000  # nanoseconds of the host's time
-
-
-@versioned(1)
-class SerialState(NamedTuple):
-    """Everything that the guest can see or has written, and bytes that have not reached the other side."""
-
-    ier: int
-    fcr: int
-    lcr: int
-    mcr: int
-    lsr_errors: int
-    msr_lines: int
-    msr_changes: int
-    scr: int
-    divisor: int
-    transmitter_empty: bool  # the THRE interrupt is pending
-    looped: bytes
-    arrived: int
-    input: bytes
-    output: bytes
+__all__ = ["FULL", "INPUT", "LIMIT", "Serial", "SerialState"]
 
 
 class Serial:
     """The UART: a device on the port bus for the guest, a `CharFrontend` for the host.
 
-    One lock guards the registers; back ends are called on the loop only, without it.
+    One lock guards everything. Back ends are called with it, from the guest's threads and from the loop, and never call back.
     """
 
     def __init__(self, line: InterruptLine, loop: Loop, report: Report) -> None:
@@ -99,15 +67,13 @@ class Serial:
         self._loop = loop
         self._report = report
         self._backend: CharBackend | None = None
+        self._output = SerialOutput(loop, self.flush, report)
         self._scratch_hook: Callable[[int], None] | None = None
         self._lock = Lock()
         self._input = bytearray()  # from the host, not yet read by the guest
         self._arrived = 0  # how many of them are in the receiver
         self._pacing = False  # the next burst is on its way
         self._looped = bytearray()  # what loopback mode put into the receive FIFO
-        self._output = bytearray()  # from the guest, not yet with the back end
-        self._gathering = False  # a flush is on its way
-        self._lost = 0
         self._asserted = False  # the interrupt output
         self._reminding = False  # a reminder is on its way
         self._patience = 0  # nanoseconds to the next one
@@ -131,7 +97,7 @@ class Serial:
 
     def connect(self, backend: CharBackend) -> None:
         """Give the port another side, for good. The serial port owns `backend` from here on."""
-        self._backend = backend
+        self._backend = self._output.backend = backend
         backend.start(self._loop, self)
 
     def on_scratch(self, hook: Callable[[int], None]) -> None:
@@ -222,7 +188,7 @@ class Serial:
         self._update()
         if self._available():
             value |= LSR_DR
-        if len(self._output) < FULL:
+        if not self._output.full:
             value |= LSR_THRE | LSR_TEMT
         return value
 
@@ -246,19 +212,15 @@ class Serial:
         self._transmitter_empty = False
         if self._mcr & MCR_LOOP:
             self._loop_back(byte)
-        elif self._backend is not None and len(self._output) >= LIMIT:
-            self._lost += 1
-        elif self._backend is not None:
-            self._output.append(byte)
-        if not self._gathering:
-            self._gathering = True
-            self._loop.call_later(GATHER, self.flush, host=True)
+        else:
+            self._output.add(byte)
+        self._output.flush_later()
         self._update()
 
     def _transmitted(self) -> None:
         """Let what was written have left; whoever calls follows with _update()."""
         self._sent = False
-        if len(self._output) < FULL:
+        if not self._output.full:
             self._transmitter_empty = True
 
     def _loop_back(self, byte: int, error: int = 0) -> None:
@@ -275,7 +237,9 @@ class Serial:
             self._divisor = self._divisor & 0xFF | value << 8
             return
         value &= 0x0F
-        if value & ~self._ier & IER_THRE and len(self._output) < FULL:
+        if not value & IER_THRE:
+            self._output.hand_over()  # the driver has nothing more to send
+        elif not self._ier & IER_THRE and not self._output.full:
             self._transmitter_empty = True  # enabling it while the transmitter is empty raises it at once (Linux relies on it)
         self._ier = value
         self._asserted = False  # whoever enables interrupts wants to hear of what is pending already
@@ -402,6 +366,8 @@ class Serial:
 
     def output_ready(self) -> None:
         """The host takes bytes again."""
+        with self._lock:
+            self._output.unblock()
         self.flush()
 
     def pause(self) -> None:
@@ -412,22 +378,13 @@ class Serial:
         """Nothing: only the guest and the host move bytes."""
 
     def flush(self) -> None:
-        """Give the host what it takes now. On the loop."""
-        backend = self._backend
+        """Give the host what it takes now. From any thread."""
+        output = self._output
         with self._lock:
-            self._gathering = True  # output_ready() comes, or nothing is left: nobody else need call
-            data = bytes(self._output)
-            lost, self._lost = self._lost, 0
-        taken = backend.write(data) if data and backend is not None else 0
-        with self._lock:
-            was_full = len(self._output) >= FULL
-            del self._output[:taken]
-            left = len(self._output)
-            self._gathering = taken < len(data)
-            if left and not self._gathering:  # written by the guest meanwhile
-                self._gathering = True
-                self._loop.call_later(GATHER, self.flush, host=True)
-            if self._sent or (was_full and left < FULL):
+            lost = output.flushed()
+            was_full = output.full
+            output.hand_over()
+            if self._sent or (was_full and not output.full):
                 self._transmitted()
                 self._update()
         if lost:
@@ -435,17 +392,17 @@ class Serial:
 
     def close(self, patience_ms: int = 1000) -> None:
         """Write the last output, waiting up to `patience_ms` for a reader that is slow, and close the back end. Twice is fine."""
-        backend = self._backend
+        backend, waiting = self._backend, self._output.waiting
         if backend is None:
             return
         for _ in range(patience_ms // 10):
-            self._loop.run(self.flush)
-            if not self._output:
+            self._loop.run(self.output_ready)
+            if not waiting:
                 break
             select.select([], [], [], 0.01)
-        if self._output:
-            self._report(f"serial: {len(self._output)} bytes of output lost: nobody read them")
-        self._backend = None
+        if waiting:
+            self._report(f"serial: {len(waiting)} bytes of output lost: nobody read them")
+        self._backend = self._output.backend = None
         backend.close()
 
     # State
@@ -463,38 +420,22 @@ class Serial:
                 self._msr_changes,
                 self._scr,
                 self._divisor,
-                self._transmitter_empty or (self._sent and len(self._output) < FULL),
+                self._transmitter_empty or (self._sent and not self._output.full),
                 bytes(self._looped),
                 self._arrived,
                 bytes(self._input),
-                bytes(self._output),
+                bytes(self._output.waiting),
             )
 
     def restore(self, state: object) -> None:
         """Put a state back. Raises StateError."""
-        new = expect(state, SerialState, "serial")
-        for field, mask in (
-            ("ier", 0x0F),
-            ("fcr", 0xC1),
-            ("lcr", 0xFF),
-            ("mcr", 0x1F),
-            ("lsr_errors", LSR_ERRORS),
-            ("msr_lines", 0xF0),
-            ("msr_changes", 0x0F),
-            ("scr", 0xFF),
-            ("divisor", 0xFFFF),
-        ):
-            if getattr(new, field) & ~mask:
-                raise StateError(f"serial.{field}: {getattr(new, field):#x} has bits outside {mask:#x}")
-        expect_range(len(new.looped), 0, FIFO, "serial.looped: length")
-        expect_range(len(new.input), 0, INPUT, "serial.input: length")
-        expect_range(new.arrived, 0, min(FIFO, len(new.input)), "serial.arrived")
-        expect_range(len(new.output), 0, LIMIT, "serial.output: length")
+        new = checked(state)
         with self._lock:
             self._ier, self._fcr, self._lcr, self._mcr = new.ier, new.fcr, new.lcr, new.mcr
             self._lsr_errors, self._msr_lines, self._msr_changes = new.lsr_errors, new.msr_lines, new.msr_changes
             self._scr, self._divisor, self._transmitter_empty = new.scr, new.divisor, new.transmitter_empty
-            self._looped, self._input, self._output = bytearray(new.looped), bytearray(new.input), bytearray(new.output)
+            self._looped, self._input = bytearray(new.looped), bytearray(new.input)
+            self._output.waiting[:] = new.output
             self._arrived = new.arrived
             self._come_back()
             # An edge that was sent before the save is in the interrupt controller's own state; one that was not is sent
@@ -504,6 +445,5 @@ class Serial:
             if self._asserted and not self._reminding:
                 self._reminding = True
                 self._loop.call_later(REMIND, self._remind, host=True)
-            if self._output and self._backend is not None and not self._gathering:
-                self._gathering = True
-                self._loop.call_later(GATHER, self.flush, host=True)
+            if new.output:
+                self._output.flush_later()
