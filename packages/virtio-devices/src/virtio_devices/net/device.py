@@ -193,6 +193,7 @@ class NetDevice(VirtioDevice):
     def _let_go(self) -> None:
         """Forget the back end. Every loop is at rest, and so is it."""
         self._past = self.statistics()
+        self.handed_over = frozenset()
         offered = self.features
         self._use(None)
         self.features = offered if self.active else self.features
@@ -223,6 +224,7 @@ class NetDevice(VirtioDevice):
         restored, self._restored = self._restored, None
         if restored is not None:
             self._take(restored)
+        self._set_status(S_LINK_UP, self._backend is not None and not any(lane.dead for lane in self._lanes), quietly=True)
         self._begin()
 
     def _begin(self) -> None:
@@ -240,7 +242,8 @@ class NetDevice(VirtioDevice):
             self.lost(error.strerror or str(error))  # a network that has gone is no reason to refuse the driver
             return
         if backend.serves_queues:
-            self.handed_over = frozenset(range(2 * len(self._lanes)))
+            # Without many queues the third one is the control queue, and ours.
+            self.handed_over = frozenset(range(2 * (len(self._lanes) if self.negotiated & F_MQ else 1)))
 
     def _enable_lanes(self) -> None:
         for pair, lane in enumerate(self._lanes):

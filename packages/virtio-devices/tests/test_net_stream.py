@@ -1,0 +1,339 @@
+"""Networks behind a stream socket, and the process at its other end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from net_cable import MAC, Net, frame
+from virtio_devices.device import F_EVENT_IDX, DeviceError
+from virtio_devices.net import passt
+from virtio_devices.net.device import NetDevice
+from virtio_devices.net.features import HEADER, OFFLOADS
+from virtio_devices.net.passt import PasstBackend
+from virtio_devices.net.stream import FRAME_MAX, StreamBackend
+from virtio_driver import descriptors, new_loop, watched
+from vmm_core.directloop import DirectLoop
+from vmm_core.guestmem import GuestMemory
+
+
+def packed(*frames: bytes) -> bytes:
+    return b"".join(struct.pack(">I", len(one)) + one for one in frames)
+
+
+class Pipe:
+    """A stream back end and its far end."""
+
+    def __init__(self, room: int = 1 << 20) -> None:
+        near, self.far = socket.socketpair()
+        self.backend = StreamBackend("stream", near)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
+        self.far.setblocking(False)
+        self.far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+
+    def received(self) -> bytes:
+        data = b""
+        try:
+            while part := self.far.recv(1 << 20):
+                data += part
+        except BlockingIOError:
+            pass
+        return data
+
+    def close(self) -> None:
+        self.backend.close()
+        self.far.close()
+
+
+Make = Callable[..., Net]
+
+
+@pytest.fixture
+def loop() -> Iterator[DirectLoop]:
+    loop = new_loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    pipe.close()
+
+
+@pytest.fixture
+def make(memory: GuestMemory, loop: DirectLoop) -> Iterator[Make]:
+    made: list[Net] = []
+
+    def make(pipe: Pipe) -> Net:
+        said: list[str] = []
+        device = NetDevice("net0", [loop], memory, mac=MAC, backend=pipe.backend, report=said.append)
+        made.append(Net(device, memory, loop))
+        made[-1].said = said  # type: ignore[attr-defined]
+        return made[-1]
+
+    yield make
+    for driver in made:
+        driver.close()
+    assert not watched(loop)
+
+
+def test_nothing_is_left_unfinished(make: Make, pipe: Pipe) -> None:
+    assert not make(pipe).offered() & OFFLOADS
+
+
+def test_frames_are_sent_behind_their_length_and_without_the_header(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe).up()
+    frames = [frame(60), frame(1514), frame(9000)]
+    assert len(driver.say(*frames)) == 3
+    assert pipe.received() == packed(*frames)
+
+
+@pytest.mark.parametrize("cut", [1, 11, 12, 13, 40])
+def test_a_frame_may_be_scattered_anyhow(make: Make, pipe: Pipe, cut: int) -> None:
+    driver = make(pipe).up()
+    whole = bytes(HEADER) + frame(60)
+    driver.request(whole[:cut], whole[cut:50], whole[50:], queue=1)
+    assert pipe.received() == packed(frame(60))
+
+
+@pytest.mark.parametrize("size", [1, 12, 25, HEADER + FRAME_MAX + 1])
+def test_what_is_no_frame_is_not_sent(make: Make, pipe: Pipe, size: int) -> None:
+    driver = make(pipe).up()
+    driver.request(bytes(size), queue=1)
+    driver.say(frame())
+    assert pipe.received() == packed(frame())
+    assert driver.device.statistics().tx_dropped == 1
+
+
+def test_frames_wait_while_the_stream_is_full_and_none_is_lost(make: Make) -> None:
+    pipe = Pipe(room=4096)
+    driver = make(pipe).up(size=64)
+    frames = [frame(1000 + number, fill=number) for number in range(30)]
+    driver.say(*frames[:20])
+    driver.transport.pause()
+    driver.transport.resume()
+    driver.say(*frames[20:])
+    got = b""
+    for _ in range(60):
+        got += pipe.received()
+        driver.loop.poll()
+    assert got + pipe.received() == packed(*frames)
+    pipe.close()
+
+
+def test_frames_arrive_however_the_stream_is_cut(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe).up(size=64)
+    driver.room(*[1600] * 16)
+    frames = [frame(60 + 300 * number, fill=number) for number in range(5)]
+    data = packed(*frames)
+    for at in range(0, len(data), 37):
+        pipe.far.send(data[at : at + 37])
+        driver.loop.poll()
+    assert driver.heard() == frames
+
+
+def test_a_large_frame_lies_in_several_buffers(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe).up(size=64)
+    driver.room(*[4096] * 20)
+    pipe.far.send(packed(frame(60_000), frame(60)))
+    driver.loop.poll()
+    assert driver.heard() == [frame(60_000), frame(60)]
+
+
+@pytest.mark.parametrize("event_idx", [True, False])
+def test_without_buffers_frames_wait_and_nothing_spins(make: Make, pipe: Pipe, event_idx: bool) -> None:
+    driver = make(pipe).up(without=0 if event_idx else F_EVENT_IDX)
+    frames = [frame(60 + number) for number in range(5)]
+    pipe.far.send(packed(*frames))
+    assert driver.loop.poll() <= 3
+    driver.room(1600, 1600)
+    assert driver.heard() == frames[:2]
+    assert driver.loop.poll() == 0
+    driver.transport.pause()
+    driver.transport.resume()
+    driver.loop.poll()
+    driver.room(1600, 1600, 1600)
+    assert driver.heard() == frames[2:]
+
+
+def test_more_frames_than_one_turn_takes_arrive_without_further_events(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe).up(size=128)
+    driver.room(*[128] * 100)
+    pipe.far.send(packed(*[frame(60)] * 100))
+    driver.loop.poll()
+    assert driver.heard() == [frame(60)] * 100
+
+
+def test_without_mergeable_buffers_what_does_not_fit_is_dropped(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe).up(mergeable=False)
+    driver.room(1600, 1600)
+    pipe.far.send(packed(frame(9000), b"short", frame(60)))
+    driver.loop.poll()
+    assert driver.heard() == [frame(60)]
+    assert driver.device.statistics().rx_dropped == 2
+
+
+@pytest.mark.parametrize("end", ["close", "nonsense"])
+def test_when_the_stream_ends_the_link_goes_down_and_the_device_lives(make: Make, pipe: Pipe, end: str) -> None:
+    driver = make(pipe).up()
+    driver.room(1600)
+    if end == "close":
+        pipe.far.close()
+    else:
+        pipe.far.send(b"\xff" * 100)
+    driver.loop.poll()
+    assert driver.link == 0
+    assert len(driver.said) == 1  # type: ignore[attr-defined]
+    assert len(driver.say(frame(), frame())) == 2
+    assert driver.loop.poll() == 0
+    assert not driver.broken
+
+
+def test_a_driver_that_sends_after_the_end_of_the_stream_gets_everything_back(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe).up()
+    pipe.far.close()
+    for _ in range(3):
+        driver.offer(bytes(HEADER), frame(), queue=1)
+    driver.kick(1)
+    assert len(driver.rings[1].collect()) == 3
+    assert driver.link == 0
+
+
+@given(
+    st.lists(st.binary(min_size=14, max_size=3000), max_size=12),
+    st.lists(st.integers(1, 4000), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_any_split_of_the_stream_gives_the_same_frames(frames: list[bytes], cuts: list[int], mergeable: bool) -> None:
+    memory = GuestMemory([(0, 1 << 20)])
+    loop = new_loop()
+    pipe = Pipe()
+    driver = Net(NetDevice("net0", [loop], memory, mac=MAC, backend=pipe.backend), memory, loop)
+    driver.up(mergeable=mergeable, size=64)
+    driver.room(*[3100] * 12)
+    data = packed(*frames)
+    at = number = 0
+    while at < len(data):
+        step = cuts[number % len(cuts)]
+        pipe.far.send(data[at : at + step])
+        loop.poll()
+        at, number = at + step, number + 1
+    assert driver.heard() == frames
+    driver.close()
+    pipe.close()
+    loop.close()
+    memory.close()
+
+
+# The process
+
+_PROGRAM = """#!{python} -S
+import os, socket, sys, time
+stream = socket.socket(fileno=3)
+def read(count):
+    data = b""
+    while len(data) < count:
+        part = stream.recv(count - len(data))
+        if not part:
+            os._exit(0)
+        data += part
+    return data
+{body}
+"""
+_ANSWERS = """
+while True:
+    length = read(4)
+    frame = read(int.from_bytes(length, "big"))
+    stream.sendall(length + frame)
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[[str], str]:
+    """Make a program in passt's place: program(what it does) -> path."""
+
+    def program(body: str) -> str:
+        path = tmp_path / "peer"
+        path.write_text(_PROGRAM.format(python=sys.executable, body=body))
+        path.chmod(0o755)
+        return str(path)
+
+    return program
+
+
+def test_the_process_is_ready_when_it_is_there_and_ends_with_the_back_end(program: Callable[[str], str]) -> None:
+    before = descriptors()
+    backend = PasstBackend("net0", program(_ANSWERS))
+    pid = backend._pid
+    assert backend.alive()
+    assert Path(f"/proc/{pid}/fd/0").readlink() == Path("/dev/null")
+    backend.close()
+    backend.close()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    assert descriptors() == before
+
+
+def test_a_process_that_does_not_end_is_ended(program: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passt, "_END_LIMIT", 0.0)
+    backend = PasstBackend("net0", program("length = read(4); stream.sendall(length + read(42)); time.sleep(1000)"))
+    pid = backend._pid
+    backend.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("print(\"Don't run as root\", file=sys.stderr); sys.exit('no interface here')", "status 1: no interface here"),
+        ("os.kill(os.getpid(), 9)", "ended with signal 9"),
+        ("stream.close(); os.close(3) if 0 else None; sys.exit(3)", "ended with status 3"),
+    ],
+)
+def test_a_process_that_fails_is_quoted(program: Callable[[str], str], body: str, complaint: str) -> None:
+    before = descriptors()
+    with pytest.raises(DeviceError, match=f"net0: passt .*{complaint}"):
+        PasstBackend("net0", program(body))
+    assert descriptors() == before
+
+
+def test_a_process_that_says_nothing_is_given_up(program: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passt, "START_LIMIT", 0.0)
+    monkeypatch.setattr(passt, "_END_LIMIT", 0.0)
+    with pytest.raises(DeviceError, match="does not answer within"):
+        PasstBackend("net0", program("time.sleep(1000)"))
+
+
+@pytest.mark.parametrize(("name", "complaint"), [("nonesuch-program", "not found"), ("/etc/passwd", "Permission denied")])
+def test_a_program_that_cannot_be_run_is_named(name: str, complaint: str) -> None:
+    before = descriptors()
+    with pytest.raises(DeviceError, match=complaint):
+        PasstBackend("net0", name)
+    assert descriptors() == before
+
+
+def test_the_last_words_of_a_process_are_in_the_report(
+    make: Make, program: Callable[[str], str], memory: GuestMemory, loop: DirectLoop
+) -> None:
+    body = "length = read(4); stream.sendall(length + read(42)); read(4); sys.exit('the host is on fire')"
+    backend = PasstBackend("net0", program(body))
+    said: list[str] = []
+    driver = Net(NetDevice("net0", [loop], memory, mac=MAC, backend=backend, report=said.append), memory, loop).up()
+    driver.say(frame())
+    driver.room(1600)
+    os.waitid(os.P_PID, backend._pid, os.WEXITED | os.WNOWAIT)
+    loop.poll()
+    assert driver.link == 0
+    assert said == ["net0: the network is gone: passt ended with status 1: the host is on fire"]
+    driver.close()
+    backend.close()
