@@ -27,20 +27,26 @@ if TYPE_CHECKING:
     from qmp_server.sockets import Listener
 
 TEST_CHUNK = 65536
+RATE = 100  # StratoVirt's
 
 
 class Runtime:
     """One run of a virtual machine, to its end."""
 
-    def __init__(self, vm: VirtualMachine, events: EventChannel, test_socket: socket.socket | None = None) -> None:
-        """Prepare to run `vm`, which has been started. `test_socket` is connected to whoever drives test mode."""
+    def __init__(
+        self, vm: VirtualMachine, events: EventChannel, test_socket: socket.socket | None = None, *, rate: int = RATE
+    ) -> None:
+        """Prepare to run `vm`, which has been started.
+
+        `test_socket` is connected to whoever drives test mode. `rate` is QMP commands a second for each client, 0 for no limit.
+        """
         self.vm = vm
         self.machine = vm.machine
         self.status = 0  # of the process
         self._events = events
         self._test_socket = test_socket
         self._ended = False
-        self._qmp = QmpServer()
+        self._qmp = QmpServer(rate=rate)
         register_all(self._qmp, self)
 
     async def run(self, listeners: Sequence[Listener]) -> int:

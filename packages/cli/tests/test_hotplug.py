@@ -1,0 +1,370 @@
+"""Disks that come and go over QMP, in test mode: what clients are answered, what a guest sees, and what is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from block_qcow2 import create_image, open_disk
+from block_qcow2.errors import ImageInUseError
+from running_vm import Refused, RunningVm, holdings
+from vmm_core.state import decode, encode
+
+MiB = 1 << 20
+CONFIG_CHANGE = 2
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A disk of 1 MiB."""
+    path = tmp_path / "image"
+    path.write_bytes(bytes(MiB))
+    return path
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Iterator[RunningVm]:
+    with RunningVm(tmp_path) as vm:
+        yield vm
+
+
+@pytest.fixture
+def booted(tmp_path: Path) -> Iterator[RunningVm]:
+    """A machine with a root disk from the command line, in slot 0."""
+    (tmp_path / "root").write_bytes(bytes(2 * MiB))
+    options = ("-drive", f"file={tmp_path}/root,id=rootfs,direct=off", "-device", "virtio-blk-device,drive=rootfs,id=blk0")
+    with RunningVm(tmp_path, *options) as vm:
+        yield vm
+
+
+def refusal(vm: RunningVm, command: str, /, **arguments: Any) -> str:
+    with pytest.raises(Refused) as caught:
+        vm.run(command, **arguments)
+    assert caught.value.kind == "GenericError"
+    return str(caught.value)
+
+
+def is_locked(path: Path) -> bool:
+    disk = open_disk(str(path), format="raw", direct=False, aio="threads")
+    try:
+        disk.lock()
+    except ImageInUseError:
+        return True
+    finally:
+        disk.close()
+    return False
+
+
+class TestTheManual:
+    def test_a_drive_is_added_and_removed_as_printed(self, vm: RunningVm, tmp_path: Path) -> None:
+        # O_DIRECT does not work on every file system of a temporary folder; the rest is as in the manual.
+        (tmp_path / "block").write_bytes(bytes(MiB))
+        file = {"driver": "file", "filename": str(tmp_path / "block"), "aio": "threads"}
+        added = vm.answers("blockdev-add", node_name="drive-0", file=file, cache={"direct": False}, read_only=False)
+        assert added == [{"return": {}}]
+        assert vm.answers("blockdev-del", node_name="drive-0") == [{"return": {}}]
+
+    def test_a_chardev_is_added_and_removed_as_printed(self, vm: RunningVm) -> None:
+        backend = {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": "/path/to/socket"}}, "server": False}}
+        assert vm.answers("chardev-add", id="chardev_id", backend=backend) == [{"return": {}}]
+        assert vm.answers("chardev-remove", id="chardev_id") == [{"return": {}}]
+
+    def test_the_event_comes_before_the_reply_of_device_del(self, vm: RunningVm, image: Path) -> None:
+        vm.add_drive("net-0", image)
+        vm.run("device_add", id="net-0", driver="virtio-blk-mmio", addr="0x0")
+        event, reply = vm.answers("device_del", id="net-0")
+        assert (event["event"], event["data"]) == ("DEVICE_DELETED", {"device": "net-0", "path": "net-0"})
+        assert reply == {"return": {}}
+
+
+class TestTheReference:
+    def test_disk_in_disk_out(self, booted: RunningVm, image: Path) -> None:
+        """Transcript 20.5; one disk of the command line holds slot 0."""
+        vm = booted
+        file = {"driver": "file", "filename": str(image)}
+        text = refusal(vm, "blockdev-add", node_name="data1", file=file)
+        assert text == "Invalid parameter 'aio' for 'low performance expected when use sync io with \"direct\" on'"
+        vm.add_drive("data1", image)
+        add: dict[str, Any] = {"id": "data1", "driver": "virtio-blk-mmio"}
+        assert refusal(vm, "device_add", **add, addr="0x0") == "The slot 0 is occupied already."
+        vm.run("device_add", **add, addr="0x1")
+        assert refusal(vm, "device_add", **add, addr="9") == "A maximum of block 4 replaceable devices are supported."
+        assert [each.get("event") for each in vm.answers("device_del", id="data1")] == ["DEVICE_DELETED", None]
+        assert refusal(vm, "device_del", id="data1") == "Device data1 not found"
+
+    def test_kata_s_sequence(self, booted: RunningVm, image: Path) -> None:
+        vm = booted
+        file = {"driver": "file", "filename": str(image), "aio": "threads"}
+        for _ in range(3):
+            vm.run("blockdev-add", node_name="disk-7", driver="raw", file=file, cache={"direct": False, "no-flush": False})
+            vm.run("device_add", id="disk-7", driver="virtio-blk-mmio", drive="disk-7", addr="1")
+            vm.run("device_del", id="disk-7")
+        assert refusal(vm, "device_add", id="disk-7", driver="virtio-blk-mmio") == "Failed to find device configuration."
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            ({"driver": "virtio-blk-mmio", "addr": "x"}, "Invalid addr for device d"),
+            ({"driver": "virtio-blk-mmio", "addr": ""}, "Invalid addr for device d"),
+            ({"driver": "virtio-blk-mmio", "addr": "0x"}, "Invalid addr for device d"),
+            ({"driver": "virtio-blk-mmio", "addr": "-1"}, "Invalid addr for device d"),
+            ({"driver": "virtio-blk-mmio", "addr": "9" * 5000}, "Invalid addr for device d"),
+            ({"driver": "virtio-rng-device"}, "Unsupported replaceable device type."),
+            ({"driver": "virtio-blk-mmio", "addr": "4"}, "A maximum of block 4 replaceable devices are supported."),
+            ({"driver": "virtio-blk-mmio", "lun": 3}, "A maximum of block 4 replaceable devices are supported."),
+            ({"driver": "virtio-net-mmio", "addr": "2"}, "A maximum of net 2 replaceable devices are supported."),
+            ({"driver": "virtio-net-mmio"}, "The device type is net, but the target config is not for this type."),
+            (
+                {"driver": "virtio-blk-mmio", "serial": "s" * 21},
+                "d: failed to update config. blk-slot0: a serial number has at most 20 bytes",
+            ),
+        ],
+    )
+    def test_a_place_that_cannot_be_is_refused_in_stratovirt_s_words(
+        self, vm: RunningVm, image: Path, arguments: dict[str, Any], text: str
+    ) -> None:
+        assert refusal(vm, "device_add", id="d", driver="virtio-blk-mmio") == "Failed to find device configuration."
+        vm.add_drive("d", image)
+        assert refusal(vm, "device_add", id="d", **arguments) == text
+        vm.run("device_add", id="d", driver="virtio-blk-mmio")  # what was refused left the slot free
+
+    @pytest.mark.parametrize(
+        ("arguments", "slot"), [({}, 0), ({"lun": 0}, 1), ({"addr": "0X3"}, 3), ({"lun": 0, "addr": "2"}, 2)]
+    )
+    def test_the_place_comes_from_addr_or_lun(self, vm: RunningVm, image: Path, arguments: dict[str, Any], slot: int) -> None:
+        vm.add_drive("d", image)
+        vm.run("device_add", id="d", driver="virtio-blk-device", **arguments)
+        assert [vm.capacity(each) for each in range(4)] == [2048 * (each == slot) for each in range(4)]
+
+    def test_what_is_there_already_is_refused(self, booted: RunningVm, image: Path, tmp_path: Path) -> None:
+        vm = booted
+        other = tmp_path / "other"
+        other.write_bytes(bytes(MiB))
+        vm.add_drive("d", image)
+        shared = "file can only be shared with read_only. Is it used more than once or another process using the same file?"
+        for name in ("d", "e"):
+            with pytest.raises(Refused, match="Failed to add drive"):
+                vm.add_drive(name, image)
+        with pytest.raises(Refused) as caught:
+            vm.add_drive("e", tmp_path / "root")
+        assert str(caught.value) == f"Failed to add drive {tmp_path}/root, {shared}"
+        for name in ("d", "blk0", "rootfs"):
+            with pytest.raises(Refused, match=f"^{name} is already registered\\.$"):
+                vm.add_drive(name, other)
+        assert not is_locked(other)
+        vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="1")
+        assert refusal(vm, "device_add", id="d", driver="virtio-blk-mmio", addr="2") == "Device id d existed"
+
+    def test_six_drives_and_networks_are_the_most(self, vm: RunningVm, tmp_path: Path) -> None:
+        for number in range(7):
+            (tmp_path / f"d{number}").write_bytes(bytes(MiB))
+        for number in range(6):
+            vm.add_drive(f"d{number}", tmp_path / f"d{number}")
+        with pytest.raises(Refused, match=r"^A maximum of  6 replaceable devices are supported\.$"):
+            vm.add_drive("d6", tmp_path / "d6")
+        assert not is_locked(tmp_path / "d6")
+        vm.run("device_del", id="d0")
+        vm.add_drive("d6", tmp_path / "d6")
+
+
+class TestLettingGo:
+    def test_a_name_can_be_added_again_right_after_device_del(self, vm: RunningVm, image: Path) -> None:
+        for _ in range(3):
+            vm.add_drive("d", image)
+            vm.run("device_add", id="d", driver="virtio-blk-mmio")
+            assert is_locked(image)
+            vm.run("device_del", id="d")
+            assert not is_locked(image)
+
+    def test_blockdev_del_after_device_del_succeeds_once(self, vm: RunningVm, image: Path) -> None:
+        vm.add_drive("d", image)
+        vm.run("device_add", id="d", driver="virtio-blk-mmio")
+        assert refusal(vm, "blockdev-del", node_name="d") == "Drive d is in use: device d has it"
+        vm.run("device_del", id="d")
+        vm.run("blockdev-del", node_name="d")
+        assert refusal(vm, "blockdev-del", node_name="d") == "Drive d not found"
+
+    def test_a_blockdev_del_that_is_late_does_not_hit_a_new_drive_of_the_name(self, vm: RunningVm, image: Path) -> None:
+        vm.add_drive("d", image)
+        vm.run("device_del", id="d")
+        vm.add_drive("d", image)
+        vm.run("blockdev-del", node_name="d")
+        assert refusal(vm, "blockdev-del", node_name="d") == "Drive d not found"
+
+    def test_a_drive_that_was_never_plugged_can_be_removed_either_way(self, vm: RunningVm, image: Path) -> None:
+        vm.add_drive("d", image)
+        assert vm.answers("device_del", id="d")[0]["event"] == "DEVICE_DELETED"
+        vm.add_drive("d", image)
+        vm.run("blockdev-del", node_name="d")
+        assert not is_locked(image)
+
+    def test_a_disk_of_the_command_line_goes_like_any_other(self, booted: RunningVm, tmp_path: Path) -> None:
+        vm = booted
+        assert vm.capacity(0) == 4096
+        assert refusal(vm, "device_del", id="rootfs") == "Device rootfs not found"  # that is its drive
+        vm.run("device_del", id="blk0")
+        assert vm.capacity(0) == 0
+        assert not is_locked(tmp_path / "root")
+        vm.add_drive("rootfs", tmp_path / "root")
+        vm.run("device_add", id="new", driver="virtio-blk-mmio", drive="rootfs")
+        assert vm.capacity(0) == 4096
+        assert refusal(vm, "device_del", id="rootfs") == "Device rootfs not found"
+        vm.run("device_del", id="new")
+
+    def test_a_failed_open_leaves_nothing(self, vm: RunningVm, tmp_path: Path) -> None:
+        before = holdings()
+        folder, missing, broken = tmp_path / "folder", tmp_path / "missing", tmp_path / "broken"
+        folder.mkdir()
+        broken.write_bytes(b"no qcow2")
+        for path in (folder, missing):
+            with pytest.raises(Refused, match=f"^failed to open the file for block {path}. Error: "):
+                vm.add_drive("d", path)
+        with pytest.raises(Refused, match="Error: "):
+            vm.add_drive("d", broken, driver="qcow2")
+        assert holdings() == before
+        assert refusal(vm, "blockdev-del", node_name="d") == "Drive d not found"
+
+    def test_an_image_that_another_process_has_is_refused(self, vm: RunningVm, image: Path) -> None:
+        disk = open_disk(str(image), format="raw", direct=False, aio="threads")
+        disk.lock()
+        with pytest.raises(Refused, match=r"^Failed to get write lock on file: .*another process using the same file"):
+            vm.add_drive("d", image)
+        disk.close()
+        vm.add_drive("d", image)
+
+
+class TestTheGuest:
+    def test_a_driver_is_told_of_a_disk_that_comes_and_goes(self, vm: RunningVm, image: Path) -> None:
+        vm.drive_slot(2)
+        vm.add_drive("d", image)
+        vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="2")
+        assert vm.interrupts(2) == CONFIG_CHANGE
+        assert vm.capacity(2) == MiB // 512
+        vm.run("device_del", id="d")
+        assert vm.interrupts(2) == CONFIG_CHANGE
+        assert vm.capacity(2) == 0
+
+    def test_a_machine_that_stands_still_can_be_changed(self, vm: RunningVm, image: Path) -> None:
+        vm.drive_slot(1)
+        vm.run("stop")
+        vm.add_drive("d", image)
+        vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="1")
+        vm.run("cont")
+        assert vm.capacity(1) == MiB // 512
+        vm.run("stop")
+        vm.run("device_del", id="d")
+        vm.run("cont")
+        assert vm.capacity(1) == 0
+
+    def test_a_disk_stays_over_a_reset(self, vm: RunningVm, image: Path) -> None:
+        vm.add_drive("d", image)
+        vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="3")
+        vm.run("system_reset")
+        assert vm.run("query-status")["status"] == "running"
+        assert vm.capacity(3) == MiB // 512
+        vm.run("device_del", id="d")
+
+    def test_state_goes_to_a_machine_with_the_same_things_plugged(self, tmp_path: Path, image: Path) -> None:
+        first, second = tmp_path / "first", tmp_path / "second"
+        for folder in (first, second):
+            folder.mkdir()
+        with RunningVm(first) as source, RunningVm(second) as target:
+            for vm in (source, target):
+                vm.add_drive("d", image, read_only=True)
+                vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="1")
+                vm.run("stop")
+            source.run("cont")
+            source.drive_slot(1)
+            source.run("device_del", id="d")
+            source.add_drive("d", image, read_only=True)
+            source.run("device_add", id="d", driver="virtio-blk-mmio", addr="1")
+            source.run("stop")
+            states = source.vm.machine.save()
+            target.vm.machine.restore({name: decode(encode(state), type(state), name) for name, state in states.items()})
+            assert target.vm.machine.save() == states
+            target.run("cont")
+            target.run("device_del", id="d")
+            assert target.interrupts(1) == CONFIG_CHANGE
+
+
+class TestOtherCommands:
+    def test_the_human_monitor_adds_and_removes_drives(self, vm: RunningVm, image: Path) -> None:
+        def line(text: str) -> Any:
+            return vm.run("human-monitor-command", command_line=text)
+
+        assert line(f"drive_add 0 id=d,file={image},direct=off,if=none") == {}
+        vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="0")
+        assert line("info block").split("\r\n") == [
+            f"d: {image} (raw)",
+            "    Attached to:      d",
+            "    Cache mode:       writeback",
+            "",
+        ]
+        with pytest.raises(Refused, match="is in use"):
+            line("drive_del d")
+        vm.run("device_del", id="d")
+        assert line("drive_del d") == {}
+        for text, error in {
+            "drive_add 0": "Invalid number of arguments",
+            "drive_del": "Invalid number of arguments",
+            "drive_del nothing": "Drive nothing not found",
+            "drive_add 0 id=x": "needs file=",
+            f"drive_add 0 id=x,file={image},aio=what": "aio=what: must be",
+        }.items():
+            with pytest.raises(Refused, match=error):
+                line(text)
+
+    def test_drives_are_listed(self, booted: RunningVm, image: Path) -> None:
+        vm = booted
+        create_image(str(image.with_suffix(".qcow2")), format="qcow2", size=8 * MiB)
+        vm.add_drive("q", image.with_suffix(".qcow2"), driver="qcow2", read_only=True, **{"throttling.iops-total": 100})
+        first, second = vm.run("query-block")
+        assert (first["device"], first["qdev"]) == ("rootfs", "blk0")
+        assert (second["device"], second["qdev"]) == ("q", "")
+        node = second["inserted"]
+        assert node["image"] == {"filename": str(image.with_suffix(".qcow2")), "format": "qcow2", "virtual-size": 8 * MiB}
+        assert (node["ro"], node["iops"], node["drv"]) == (True, 100, "qcow2")
+        assert vm.run("query-named-block-nodes") == [first["inserted"], node]
+        vm.run("device_add", id="q", driver="virtio-blk-mmio", addr="3")
+        assert vm.capacity(3) == 8 * MiB // 512
+
+    @pytest.mark.parametrize(
+        ("more", "text"),
+        [
+            ({"cache": {"direct": False}, "file": {"aio": "native"}}, 'native aio type should be used with "direct" on'),
+            ({"driver": "qcow2", "l2-cache-size": "1G"}, "Invalid l2 cache size: 1G: at most 32 MiB"),
+            ({"driver": "qcow2", "refcount-cache-size": "x"}, "Invalid refcount cache size: x: not a size"),
+            ({"node-name": ""}, "node-name: empty"),
+            ({"file": {"filename": "/a\0b"}}, "filename: contains a NUL character"),
+        ],
+    )
+    def test_a_drive_that_contradicts_itself_is_refused(
+        self, vm: RunningVm, image: Path, more: dict[str, Any], text: str
+    ) -> None:
+        arguments: dict[str, Any] = {"node-name": "d", "cache": {"direct": False}, "file": {}, **more}
+        arguments["file"] = {"driver": "file", "filename": str(image), "aio": "threads", **arguments["file"]}
+        assert text in refusal(vm, "blockdev-add", **arguments)
+
+    def test_character_devices_come_and_go(self, tmp_path: Path) -> None:
+        def backend(path: str, server: bool = False) -> dict[str, Any]:
+            return {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": path}}, "server": server}}
+
+        with RunningVm(tmp_path, "-chardev", f"file,id=log,path={tmp_path}/log", "-serial", "chardev:log") as vm:
+            vm.run("chardev-add", id="c", backend=backend("/run/c"))
+            assert vm.run("query-chardev") == [
+                {"label": "log", "filename": "file", "frontend-open": True},
+                {"label": "c", "filename": "unix:/run/c", "frontend-open": False},
+            ]
+            for name in ("c", "log"):
+                assert refusal(vm, "chardev-add", id=name, backend=backend("/x")) == f'Chardev "{name}" has been added'
+            assert refusal(vm, "chardev-add", id="d", backend=backend("/x", True)) == "Invalid parameter 'backend' for 'server'"
+            assert "at most 107 bytes" in refusal(vm, "chardev-add", id="d", backend=backend("/" + "x" * 200))
+            assert refusal(vm, "chardev-remove", id="log") == "Chardev log is in use"
+            vm.run("chardev-remove", id="c")
+            assert refusal(vm, "chardev-remove", id="c") == "Chardev c not found"
+            for number in range(63):
+                vm.run("chardev-add", id=f"c{number}", backend=backend("/run/c"))
+            assert refusal(vm, "chardev-add", id="more", backend=backend("/run/c")) == "at most 64 character devices"
