@@ -78,9 +78,9 @@ def harness(tmp_path: Path) -> Iterator[Harness]:
     harness.close()
 
 
-def test_slots_hold_four_disks_two_placeholders_and_then_the_rest(harness: Harness) -> None:
+def test_slots_hold_four_disks_two_network_devices_and_then_the_rest(harness: Harness) -> None:
     assert [harness.register(slot, 0) for slot in range(8)] == [0x74726976] * 7 + [0]
-    assert [harness.register(slot, 8) for slot in range(7)] == [2, 2, 2, 2, 0, 0, 4]
+    assert [harness.register(slot, 8) for slot in range(7)] == [2, 2, 2, 2, 1, 1, 4]
     # Capacity in sectors: the first disk has its drive, the others wait for one.
     assert [harness.register(slot, 0x100) for slot in range(4)] == [2048, 0, 0, 0]
 

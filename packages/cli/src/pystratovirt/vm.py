@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from pystratovirt.cmdline.backends import Chardev, Drive
     from pystratovirt.cmdline.config import Config
     from pystratovirt.cmdline.drivers.base import Device
+    from pystratovirt.cmdline.netdevs import Tap, User
     from pystratovirt.hotplug import HotPlug
     from virtio_devices.device import VirtioDevice
+    from virtio_devices.net.backend import Backend as NetBackend
     from vmm_core.devices.chardev import CharBackend
     from vmm_core.hypervisor import Hypervisor
     from vmm_core.hypervisor.testmode import MachineAccess
@@ -58,6 +60,8 @@ class VirtualMachine:
         self.config = config
         self.drives: dict[str, Drive] = {}  # declarations of the disks below
         self.disks: dict[str, Disk] = {}
+        self.netdevs: dict[str, Tap | User] = {}  # declarations of the networks below
+        self.networks: dict[str, NetBackend] = {}
         self.io_threads: dict[str, IoThread] = {}
         self.chardevs: dict[str, CharBackend] = {}
         self.declared_chardevs: dict[str, Chardev] = dict(config.chardevs)
@@ -115,6 +119,9 @@ class VirtualMachine:
         self._stack.callback(self._close_drives)
         for drive in config.drives.values():
             self.open_drive(drive)
+        self._stack.callback(self._close_netdevs)
+        for netdev in config.netdevs.values():
+            self.open_netdev(netdev)
         with blame(""):
             hypervisor = self._hypervisor()
         try:
@@ -196,6 +203,23 @@ class VirtualMachine:
             for name in self.disks:
                 stack.callback(self.close_drive, name)
 
+    def open_netdev(self, netdev: Tap | User, take: Callable[[str], int | None] = lambda _name: None) -> None:
+        """Open a network, until close_netdev() or close(). `take` hands over descriptors by name. Raises VmError."""
+        from pystratovirt.devices.net import open_netdev
+
+        with blame("-netdev"):
+            self.networks[netdev.id] = open_netdev(netdev, take)
+        self.netdevs[netdev.id] = netdev
+
+    def close_netdev(self, name: str) -> None:
+        """Close a network that no device uses any more."""
+        del self.netdevs[name]
+        self.networks.pop(name).close()
+
+    def _close_netdevs(self) -> None:
+        for name in list(self.networks):
+            self.close_netdev(name)
+
     def open_chardev(self, chardev: Chardev, option: str) -> CharBackend:
         """Open a character device for the user that `option` names, who closes it. Raises VmError."""
         from pystratovirt.chardevs import open_chardev
@@ -239,7 +263,9 @@ class VirtualMachine:
                 self._plug(slot, None, empty_blk(self, slot))
         for slot in NET_SLOTS:
             if slot not in self.slots:
-                self._plug(slot, None, None)
+                from pystratovirt.devices.net import empty_net
+
+                self._plug(slot, None, empty_net(self, slot))
                 self.machine.clear(slot)
 
     def _plug(self, slot: int, declaration: Device | None, device: VirtioDevice | None) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .backends import Chardev, Object, RngRandom
     from .drivers.base import Device
+    from .netdevs import Tap, User
 
 P = TypeVar("P", bound=Parameters)
 
@@ -62,6 +63,7 @@ def build(argv: Sequence[str]) -> Config:
         iothreads=users.iothreads,
         rngs=users.rngs,
         chardevs=users.chardevs,
+        netdevs=users.netdevs,
         devices=tuple(devices),
         serial=serial,
         monitors=monitors,
@@ -128,6 +130,7 @@ class _Users:
         self.iothreads: dict[str, IoThread] = {}
         self.rngs: dict[str, RngRandom] = {}
         self.chardevs: dict[str, Chardev] = {}
+        self.netdevs: dict[str, Tap | User] = {}
         self._used: dict[tuple[str, str], str] = {}
         for text in given.get("drive", ()):
             self._drive(text)
@@ -135,6 +138,8 @@ class _Users:
             self._object(text)
         for text in given.get("chardev", ()):
             self.add_chardev("-chardev", text)
+        for text in given.get("netdev", ()):
+            self._netdev(text)
 
     def _drive(self, text: str) -> None:
         drive = Drive.parse("-drive", text)
@@ -166,6 +171,13 @@ class _Users:
         self.chardevs[made.id] = made
         return made
 
+    def _netdev(self, text: str) -> None:
+        from .netdevs import NETDEVS
+
+        made: Tap | User = _choose("-netdev", text, NETDEVS, "type").parse("-netdev", text)
+        _new("-netdev", made.id, self.netdevs)
+        self.netdevs[made.id] = made
+
     def use(self, option: str, where: str, kind: Reference, name: str, user: str) -> None:
         """Note that `user` refers to `name`; `where` is the text that does. Raises CommandLineError."""
         tables: dict[str, Mapping[str, object]] = {
@@ -173,6 +185,7 @@ class _Users:
             "iothread": self.iothreads,
             "rng-random": self.rngs,
             "chardev": self.chardevs,
+            "netdev": self.netdevs,
         }
         if name not in tables[kind.to]:
             raise CommandLineError(option, where, f"no such {kind.to}; there are: {listing(tables[kind.to])}")

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
     from .backends import Chardev, Drive, IoThread, Listener, RngRandom
     from .drivers.base import Device
+    from .netdevs import Tap, User
 
 
 class Config(Record):
     """A virtual machine and the process that runs it.
 
     Collections keep the order of the command line; mappings are by id. Every reference has been checked: a device's `drive` is an
-    id in `drives`, and so on; each drive, chardev and rng has at most one user. Things without a user are allowed.
+    id in `drives`, and so on; each drive, chardev, netdev and rng has at most one user. Things without a user are allowed.
     """
 
     machine: Machine = Machine()
@@ -36,6 +37,7 @@ class Config(Record):
     iothreads: Mapping[str, IoThread] = {}
     rngs: Mapping[str, RngRandom] = {}
     chardevs: Mapping[str, Chardev] = {}
+    netdevs: Mapping[str, Tap | User] = {}
     devices: tuple[Device, ...] = ()
     serial: Chardev | None = None  # also in chardevs when it was given by -chardev
 

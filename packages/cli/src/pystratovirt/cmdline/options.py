@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import backends, drivers, machine
+from . import backends, drivers, machine, netdevs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,7 +100,7 @@ _TABLE = (
         "serial port: stdio, pty, file,path=..., socket,path=...,server,nowait",
         note="`chardev:ID` works whatever the order (StratoVirt: never); stdio needs no terminal",
     ),
-    Option("netdev", MANY, "TYPE,id=ID[,...]", BACKENDS, "network for a -device", state=LATER),
+    Option("netdev", MANY, "TYPE,id=ID[,...]", BACKENDS, "network for a -device", schema=netdevs.NETDEVS),
     Option("global", MANY, "DRIVER.KEY=VALUE", BACKENDS, "default of a device property", state=LATER),
     Option("battery", FLAG, "", BACKENDS, "battery of the virt machine", state=IGNORED, note="as in StratoVirt on a microvm"),
     Option(

@@ -26,6 +26,7 @@ BUILDERS: Mapping[str, Builder] = cast(
         {
             "virtio-blk-device": ("blk", "build_blk"),
             "virtio-serial-device": ("serial", "build_serial"),
+            "virtio-net-device": ("net", "build_net"),
             "virtio-rng-device": ("rng", "build_rng"),
             "virtio-balloon-device": ("balloon", "build_balloon"),
         },

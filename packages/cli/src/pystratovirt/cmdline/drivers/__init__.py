@@ -23,6 +23,7 @@ DRIVERS: Mapping[str, type[Device]] = cast(
             "virtio-blk-device": ("blk", "VirtioBlk"),
             "virtio-serial-device": ("serial", "VirtioSerial"),
             "virtconsole": ("serial", "Virtconsole"),
+            "virtio-net-device": ("net", "VirtioNet"),
             "virtio-rng-device": ("rng", "VirtioRng"),
             "virtio-balloon-device": ("balloon", "VirtioBalloon"),
         },
