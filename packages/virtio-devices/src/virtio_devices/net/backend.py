@@ -143,7 +143,7 @@ class Lane:
         if not self._owner.working:
             self._watch(0)  # broken: nobody reads, and the descriptor would stay ready
         elif events & ~(READ | WRITE):
-            self._die("the descriptor reports an error")
+            self._die("the other side has gone")
         else:
             if events & WRITE:
                 self._blocked = False

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
-from errno import EBADFD
+from errno import EBADFD, EINVAL
 from fcntl import F_GETFL, F_SETFL, fcntl, ioctl
 from struct import Struct
 
@@ -209,7 +208,7 @@ class TapLane(Lane):
                     # A frame that the host does not take (an interface that is down, nonsense in the header) is a lost frame.
                     if error.errno == EBADFD:
                         queue.put_back()
-                        self._die("the interface is gone")
+                        self._die("the other side has gone")
                         self.drop_all(queue)
                         return
                     self.tx_dropped += 1
@@ -296,24 +295,30 @@ def open_tap(name: str, ifname: str, pairs: int = 1) -> TapBackend:
         raise DeviceError(f"{name}: {ifname!r} is no name of an interface (1 to {_NAME_MAX} bytes)")
     if not 1 <= pairs <= PAIRS_MAX:
         raise DeviceError(f"{name}: number queues of net device must >= 1 and <= {PAIRS_MAX}.")
-    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if pairs > 1 else 0)
-    with suppress(OSError, ValueError), open(f"/sys/class/net/{ifname}/tun_flags") as file:  # noqa: PTH123
-        multi = int(file.read(), 16) & _IFF_MULTI_QUEUE
-        if pairs > 1 and not multi:
-            raise DeviceError(f"{name}: Tap device doesn't support mq, but command set queue pairs {pairs}.")
-        flags |= multi  # one queue of a tap that can have several is one
+    multi = _IFF_MULTI_QUEUE if pairs > 1 else 0
     fds: list[int] = []
     try:
         for _ in range(pairs):
             fds.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
-            ioctl(fds[-1], _TUNSETIFF, _IFREQ.pack(encoded, flags))
+            try:
+                _set_interface(fds[-1], encoded, multi)
+            except OSError as error:
+                if error.errno != EINVAL or pairs > 1:
+                    raise
+                _set_interface(fds[-1], encoded, _IFF_MULTI_QUEUE)  # one queue of a tap that can have several
         return TapBackend(name, fds)
     except OSError as error:
         _close(fds)
+        if error.errno == EINVAL and multi:
+            raise DeviceError(f"{name}: Tap device doesn't support mq, but command set queue pairs {pairs}.") from None
         raise DeviceError(f"{name}: cannot open tap {ifname}: {error.strerror}") from None
     except DeviceError:
         _close(fds)
         raise
+
+
+def _set_interface(fd: int, name: bytes, multi: int) -> None:
+    ioctl(fd, _TUNSETIFF, _IFREQ.pack(name, _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | multi))
 
 
 def adopt_tap(name: str, fds: Sequence[int]) -> TapBackend:
