@@ -32,6 +32,8 @@ _PEERS = {
     "lz4": "lz4",
     "fio": "fio",
     "iperf3": "iperf3",
+    "passt": "passt",
+    "iperf3": "iperf3",
 }
 # The flavour's meta package, whose dependency names the current kernel package. Cloud: the lab host and the usual guest.
 _FLAVOURS = {
