@@ -33,7 +33,6 @@ _PEERS = {
     "fio": "fio",
     "iperf3": "iperf3",
     "passt": "passt",
-    "iperf3": "iperf3",
 }
 # The flavour's meta package, whose dependency names the current kernel package. Cloud: the lab host and the usual guest.
 _FLAVOURS = {
