@@ -12,7 +12,7 @@ _SIZES = {0x00: 8, 0x01: 0, 0x03: 8, 0x10: 8, 0x11: 40, 0x12: 8, 0x20: 8, 0x21: 
 class FakeVhost:
     """A vhost device behind `fd`, a descriptor that the one who is tested closes."""
 
-    def __init__(self, features: int = (1 << 33) | (1 << 32) | (7 << 26) | (1 << 24) | 2) -> None:
+    def __init__(self, features: int = (1 << 33) | (1 << 32) | (15 << 26) | (1 << 24) | 2) -> None:
         self.fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self.offered = features
         self.calls: list[str] = []

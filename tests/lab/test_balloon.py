@@ -1,0 +1,107 @@
+"""The balloon with a stock guest: memory that the guest does without is the host's again, and comes back."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lab import guests
+from lab.vmm import WAIT, Qmp, Vmm
+
+PROMPT = r"guest:\S*# "
+MiB = 1 << 20
+RAM = 640 * MiB
+FILL = "dd if=/dev/zero of=/mnt/fill bs=1M count=320 2>/dev/null"
+
+Start = Callable[..., Vmm]
+Connect = Callable[[], Qmp]
+
+
+@pytest.fixture
+def boot(start: Start, cloud_kernel: guests.Kernel, rootfs: Path, folder: Path) -> Callable[..., Vmm]:
+    """Boot to a shell on a machine with a balloon."""
+    initrd = guests.initrd(cloud_kernel, (*guests.MODULES, "virtio_balloon"))
+
+    def boot(machine: str, balloon: str) -> Vmm:
+        vmm = start(
+            "-machine", machine, "-m", RAM // MiB, "-kernel", cloud_kernel.image, "-initrd", initrd,
+            "-append", "console=ttyS0 quiet root=/dev/vda rw panic=-1 transparent_hugepage=never",
+            "-drive", f"file={rootfs},id=rootfs,readonly=off,direct=off", "-device", "virtio-blk-device,drive=rootfs,id=rootfs",
+            "-device", f"virtio-balloon-device,id=balloon{balloon}",
+            "-qmp", f"unix:{folder}/qmp.sock,server,nowait", "-serial", "stdio",
+        )  # fmt: skip
+        vmm.expect(PROMPT)
+        vmm.run("mount -t tmpfs -o size=100% none /mnt")
+        return vmm
+
+    return boot
+
+
+def pss(vmm: Vmm) -> int:
+    """What the VMM takes of the host's memory, in bytes."""
+    found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{vmm.pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) * 1024
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def moved(client: Qmp, to: int) -> None:
+    """Ask for `to` bytes, and wait until the guest has that."""
+    client.execute("balloon", {"value": to})
+    while client.event("BALLOON_CHANGED")["data"]["actual"] != to:
+        pass
+    assert client.execute("query-balloon")["actual"] == to
+
+
+def test_an_inflated_balloon_is_the_host_s_memory_and_a_deflated_one_the_guest_s(boot: Callable[..., Vmm], qmp: Connect) -> None:
+    vmm, client = boot("microvm", ",deflate-on-oom=true,guest-stats-polling-interval=1"), qmp()
+    assert client.execute("query-balloon")["actual"] == RAM
+    vmm.run(FILL)
+    vmm.run("rm /mnt/fill")
+    full = pss(vmm)
+    assert full > 320 * MiB, "a guest's free memory is the host's loss"
+    before = int(vmm.run("awk '/MemTotal/ {print $2}' /proc/meminfo")) * 1024
+    moved(client, RAM - 256 * MiB)
+    wait_for(lambda: pss(vmm) < full - 240 * MiB, "the host has its memory")
+    # A guest that may deflate keeps its total; what is in the balloon is only not free.
+    wait_for(lambda: client.execute("query-balloon")["stats"]["stat-free-memory"] < before - 256 * MiB, "statistics say so too")
+    assert client.execute("query-balloon")["stats"]["stat-total-memory"] == pytest.approx(before, abs=MiB)
+    moved(client, RAM)
+    vmm.run(f"{FILL} && rm /mnt/fill")
+    assert pss(vmm) > full - 64 * MiB
+    # The guest's needs come first: with deflate-on-oom it takes back what it was asked to give.
+    client.execute("balloon", {"value": 0})
+    while client.event("BALLOON_CHANGED")["data"]["actual"] > RAM // 4:
+        pass
+    assert vmm.run("dd if=/dev/zero of=/mnt/fill bs=1M count=240 2>/dev/null; stat -c %s /mnt/fill").strip() == str(240 * MiB)
+    client.execute("system_reset")
+    vmm.expect("initrd: up")
+    vmm.expect(PROMPT)
+    client.execute("quit")
+    assert vmm.wait() == 0
+
+
+def test_free_pages_of_shared_memory_come_back_unasked(boot: Callable[..., Vmm], qmp: Connect) -> None:
+    vmm, client = boot("microvm,mem-share=on", ",free-page-reporting=true"), qmp()
+    vmm.run(FILL)
+    full = pss(vmm)
+    vmm.run("rm /mnt/fill")
+    wait_for(lambda: pss(vmm) < full - 240 * MiB, "what the guest freed is free")
+    vmm.run(f"{FILL}; dd if=/dev/vda of=/mnt/part bs=1M count=24 2>/dev/null")
+    assert pss(vmm) > full - 64 * MiB
+    assert vmm.run("md5sum < /mnt/part").split()[0] == vmm.run("dd if=/dev/vda bs=1M count=24 2>/dev/null | md5sum").split()[0]
+    client.execute("stop")
+    client.execute("cont")
+    moved(client, RAM - 64 * MiB)
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
