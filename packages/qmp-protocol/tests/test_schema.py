@@ -13,6 +13,7 @@ from qmp_protocol.commands import COMMANDS, STRATOVIRT
 from qmp_protocol.commands.block import BlockdevAdd, BlockdevCache, BlockdevFile
 from qmp_protocol.commands.lifecycle import QueryStatus, StatusInfo, Stop
 from qmp_protocol.commands.machine import CpuInfo, QueryCpus
+from qmp_protocol.errors import ERROR_CLASSES
 from qmp_protocol.events import EVENTS, DeviceDeleted
 from qmp_protocol.schema import Command, Empty, Machines, Notification, Schema, Struct, member, u8
 from qmp_protocol.schema.introspect import introspect
@@ -309,6 +310,40 @@ def test_any_arguments_are_either_typed_or_refused_with_a_qmp_error(arguments: A
         assert len(feed.pet.name) <= 3
         assert 0 <= feed.pet.legs <= 255
         assert Feed.parse(feed.to_json()) == feed
+
+
+class Lamp(Struct):
+    name: str
+    lit: bool = member(words=("dark", "bright"), default=False)
+
+
+def test_a_boolean_can_be_written_in_words() -> None:
+    assert Lamp(name="a", lit=True).to_json() == {"name": "a", "lit": "bright"}
+    assert Lamp(name="a").to_json() == {"name": "a", "lit": "dark"}
+    assert Lamp.from_json({"name": "a", "lit": "bright"}).lit is True
+    assert Lamp.from_json({"name": "a", "lit": True}).lit is True  # as StratoVirt sends it where its manual shows words
+    for wrong, desc in (
+        (1, "invalid type: integer `1`, expected a string"),
+        ("on", "unknown variant `on`, expected `dark` or `bright`"),
+    ):
+        with pytest.raises(QmpError) as caught:
+            Lamp.from_json({"name": "a", "lit": wrong})
+        assert caught.value.desc == f"{desc} (member `lit`)"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_the_errors_of_a_command_are_those_of_its_documentation(command: type[Command[Any]]) -> None:
+    errors = command.errors()
+    assert set(errors) <= set(ERROR_CLASSES)
+    assert bool(errors) == ("Errors:" in (command.__doc__ or ""))
+    assert all(text and not text.startswith(ERROR_CLASSES) for text in errors.values())
+
+
+def test_errors_are_told_with_their_conditions() -> None:
+    assert STRATOVIRT.commands["balloon"].errors() == {
+        "DeviceNotActive": "when there is no balloon or the guest has no driver for it"
+    }
+    assert list(STRATOVIRT.commands["blockdev-snapshot-internal-sync"].errors()) == ["DeviceNotFound", "GenericError"]
 
 
 def test_list_items_are_checked_one_by_one() -> None:

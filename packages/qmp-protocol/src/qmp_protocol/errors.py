@@ -11,6 +11,15 @@ DEVICE_NOT_FOUND: Final = "DeviceNotFound"
 KVM_MISSING_CAP: Final = "KVMMissingCap"
 OPERATION_THROTTLED: Final = "OperationThrottled"  # StratoVirt's own class, for flow control
 
+ERROR_CLASSES: Final = (
+    GENERIC_ERROR,
+    COMMAND_NOT_FOUND,
+    DEVICE_NOT_ACTIVE,
+    DEVICE_NOT_FOUND,
+    KVM_MISSING_CAP,
+    OPERATION_THROTTLED,
+)
+
 
 class QmpProtocolError(Exception):
     """Anything that qmp-protocol raises. The base class of every other error in this package."""

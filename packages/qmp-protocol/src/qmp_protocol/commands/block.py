@@ -111,7 +111,10 @@ class SnapshotInfo(Struct):
     vm_state_size: u64 = member("vm-state-size", doc="bytes; 0: the image holds no machine state")
     date_sec: u32 = member("date-sec", doc="seconds since the epoch")
     date_nsec: u32 = member("date-nsec")
-    vm_clock_nsec: u64 = member("vm-clock-nsec", doc="how long the machine had run, in nanoseconds")
+    vm_clock_sec: u64 | None = member(
+        "vm-clock-sec", default=None, doc="how long the machine had run; StratoVirt 2.4.0 leaves it out"
+    )
+    vm_clock_nsec: u64 = member("vm-clock-nsec", doc="nanoseconds beyond that; without `vm-clock-sec`, all of them")
     icount: u64 = member(doc="2^64 - 1: none")
 
 

@@ -64,7 +64,7 @@ class TraceState(Struct):
     """A trace point and whether it is on."""
 
     name: str
-    state: bool
+    state: bool = member(words=("disabled", "enabled"), doc="words as in the manual; StratoVirt 2.4.0 itself sends a boolean")
 
 
 class TraceGetState(Command[list[TraceState]], name="trace-get-state"):

@@ -5,15 +5,20 @@ Not here: the commands themselves (`qmp_protocol.commands`), and what they do (a
 
 from __future__ import annotations
 
+import inspect
+import re
 import typing
 from enum import Flag
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from qmp_protocol.errors import COMMAND_NOT_FOUND, GENERIC_ERROR, QmpError, SchemaError
+from qmp_protocol.errors import COMMAND_NOT_FOUND, ERROR_CLASSES, GENERIC_ERROR, QmpError, SchemaError
 from qmp_protocol.messages import ABSENT, Absent, Json, shorten
 from qmp_protocol.schema.struct import Struct, type_of
 
 R_co = TypeVar("R_co", covariant=True)
+
+_ERRORS = re.compile(r"^Errors: (.*?)\.(?:$|\n\n)", re.MULTILINE | re.DOTALL)
+_ERROR = re.compile(rf"(?:^|; )({'|'.join(ERROR_CLASSES)}) (.*?)(?=; (?:{'|'.join(ERROR_CLASSES)}) |$)", re.DOTALL)
 
 
 class Machines(Flag):
@@ -37,7 +42,8 @@ class Command(Struct, Generic[R_co]):
     """Base of every command: its members are the arguments, its type argument is the result.
 
     A subclass says its wire `name`, the version it came with, the machines that have it, and whether arguments that are not
-    declared are refused. Its docstring is its page in the reference.
+    declared are refused. Its docstring is its page in the reference; the paragraph "Errors:" of it says which error classes it
+    answers with, and when.
     """
 
     name: ClassVar[str] = ""
@@ -81,6 +87,27 @@ class Command(Struct, Generic[R_co]):
             if typing.get_origin(base) is Command:
                 return typing.get_args(base)[0]
         raise SchemaError(f"{cls.__name__} does not say what it returns")
+
+    @classmethod
+    def errors(cls) -> dict[str, str]:
+        """The error classes that the command answers with, each with its condition, as its docstring tells them.
+
+        Beyond these, any command is refused with GenericError for its arguments and where it does not exist, and with
+        OperationThrottled when it comes too soon.
+        """
+        found = _ERRORS.search(inspect.getdoc(cls) or "")
+        if found is None:
+            return {}
+        return {name: " ".join(text.split()) for name, text in _ERROR.findall(found[1])}
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the arguments. Members that have their default are left out: the server knows it."""
+        result: dict[str, Json] = {}
+        for field in self.fields():
+            value = getattr(self, field.attribute)
+            if field.required or value != field.default:
+                result[field.name] = self.member_to_json(field.attribute)
+        return result
 
     def parse_result(self, value: Json) -> R_co:
         """Return the typed result for the value of a reply. Raises QmpError when a server's answer does not fit."""

@@ -10,7 +10,7 @@ from typing import Any
 from qmp_protocol.messages import Json
 from qmp_protocol.schema.declare import Command, Schema
 from qmp_protocol.schema.struct import Field, Struct, type_of
-from qmp_protocol.schema.types import Anything, Array, Boolean, Choice, Integer, Number, Object, Text, Type
+from qmp_protocol.schema.types import Anything, Array, Boolean, Choice, Integer, Number, Object, Switch, Text, Type
 
 _BUILTIN: dict[type, tuple[str, str]] = {
     Text: ("str", "string"),
@@ -65,8 +65,8 @@ class _Introspection:
         if isinstance(kind, Array):
             element = self._type(kind.item, place)
             return self._add(f"[{element}]", {"meta-type": "array", "element-type": element})
-        if isinstance(kind, Choice):
-            values = list(kind.values)
+        if isinstance(kind, Choice | Switch):
+            values = list(kind.values if isinstance(kind, Choice) else kind)
             members = [{"name": value} for value in values]
             return self._add(f"{place}-enum", {"meta-type": "enum", "members": members, "values": values})
         name, json_type = _BUILTIN[type(kind)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from qmp_protocol.schema.declare import Command, Empty, Machines, Notification, Schema
 from qmp_protocol.schema.struct import Field, Struct, type_of
-from qmp_protocol.schema.types import Array, Boolean, Choice, Integer, Number, Object, Text, Type
+from qmp_protocol.schema.types import Array, Boolean, Choice, Integer, Number, Object, Switch, Text, Type
 
 _INTRODUCTION = """\
 # QMP reference
@@ -102,6 +102,8 @@ def _type(kind: Type, shared: dict[str, type[Struct]]) -> str:
         words = ", ".join(f"`{value}`" for value in kind.values)
         others = ", ".join(f"`{word}` for `{value}`" for word, value in kind.others.items())
         return words + (f" (also {others})" if others else "")
+    if isinstance(kind, Switch):
+        return f"`{kind.off}` or `{kind.on}`"
     if isinstance(kind, Text):
         return f"string (at most {kind.longest} characters)" if kind.longest else "string"
     if isinstance(kind, Integer):

@@ -15,7 +15,21 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, dataclass_transform
 
 from qmp_protocol.errors import SchemaError
 from qmp_protocol.messages import Json, describe, shorten
-from qmp_protocol.schema.types import Anything, Array, Bits, Boolean, Choice, Integer, Number, Object, Text, Type, invalid, one_of
+from qmp_protocol.schema.types import (
+    Anything,
+    Array,
+    Bits,
+    Boolean,
+    Choice,
+    Integer,
+    Number,
+    Object,
+    Switch,
+    Text,
+    Type,
+    invalid,
+    one_of,
+)
 
 _REQUIRED = object()
 
@@ -27,6 +41,7 @@ class _Member(NamedTuple):
     low: int | None
     high: int | None
     also: Mapping[str, str]
+    words: tuple[str, str] | None
     doc: str
 
 
@@ -38,14 +53,16 @@ def member(
     low: int | None = None,
     high: int | None = None,
     also: Mapping[str, str] | None = None,
+    words: tuple[str, str] | None = None,
     doc: str = "",
 ) -> Any:
     """Say more about a member than its annotation does.
 
     `name` is its JSON name when that is no Python name; `default` makes it optional; `max_length` bounds text in characters;
-    `low` and `high` bound a number; `also` maps further spellings of a choice to the one meant; `doc` is a sentence.
+    `low` and `high` bound a number; `also` maps further spellings of a choice to the one meant; `words` are how a boolean is
+    written, false first; `doc` is a sentence.
     """
-    return _Member(name, default, max_length, low, high, also or {}, doc)
+    return _Member(name, default, max_length, low, high, also or {}, words, doc)
 
 
 class Field(NamedTuple):
@@ -77,7 +94,7 @@ class Struct:
                 continue
             given = cls.__dict__.get(attribute, _REQUIRED)
             if not isinstance(given, _Member):
-                given = _Member("", given, 0, None, None, {}, "")
+                given = _Member("", given, 0, None, None, {}, None, "")
             if not given.name:
                 given = given._replace(name=attribute)
             members[attribute] = given
@@ -152,12 +169,17 @@ class Struct:
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON object for this value. Optional members that are None are left out."""
-        result: dict[str, Json] = {}
-        for attribute, declared in self._members.items():
-            value = getattr(self, attribute)
-            if value is not None or declared.default is _REQUIRED:
-                result[declared.name] = to_json(value)
-        return result
+        return {
+            declared.name: self.member_to_json(attribute)
+            for attribute, declared in self._members.items()
+            if declared.default is _REQUIRED or getattr(self, attribute) is not None
+        }
+
+    def member_to_json(self, attribute: str) -> Json:
+        """Return the JSON for one member, by its Python name."""
+        value = getattr(self, attribute)
+        words = self._members[attribute].words
+        return to_json(value) if words is None else words[bool(value)]
 
 
 def to_json(value: Any) -> Any:
@@ -196,6 +218,8 @@ def type_of(hint: Any, declared: _Member | None = None) -> Type:
             return Object(hint)
         if hint is str:
             return Text(declared.longest if declared else 0)
+        if hint is bool and declared and declared.words:
+            return Switch(*declared.words)
         if hint in _PLAIN:
             return _PLAIN[hint]
     if hint is Any:

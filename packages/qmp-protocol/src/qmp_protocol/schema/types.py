@@ -68,6 +68,22 @@ class Boolean(NamedTuple):
         return value
 
 
+class Switch(NamedTuple):
+    """A boolean that is written as one of two words. A peer that writes true or false is understood too."""
+
+    off: str
+    on: str
+
+    def check(self, value: Json, path: str) -> bool:
+        if isinstance(value, bool):
+            return value
+        if not isinstance(value, str):
+            raise invalid(f"invalid type: {describe(value)}, expected a string", path)
+        if value not in self:
+            raise invalid(f"unknown variant `{shorten(value)}`, expected {one_of(tuple(self))}", path)
+        return value == self.on
+
+
 class Integer(NamedTuple):
     """A whole JSON number within bounds, both included. `name` says them in error texts."""
 
