@@ -15,6 +15,7 @@ from . import notyet
 from .backends import CHARDEVS, OBJECTS
 from .declare import Key, Parameters
 from .drivers import DRIVERS
+from .netdevs import NETDEVS
 from .options import IGNORED, LATER, OPTIONS, Option
 
 _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -84,6 +85,7 @@ _BLOCKS: dict[str, Callable[[], str]] = {
     "objects": lambda: _variants("-object", {**OBJECTS}),
     "objects-later": lambda: _missing(notyet.OBJECTS, "Type"),
     "chardevs": lambda: _variants("-chardev", {**CHARDEVS}),
+    "netdevs": lambda: _variants("-netdev", {**NETDEVS}),
 }
 
 
