@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from block_qcow2 import create_image, open_image
 from block_qcow2.nbd import protocol as p
+from block_qcow2.qcow2.bitmaps import extents
 from block_qcow2.qcow2.create import Options
 
 from .qemu import is_clean, qemu_img, qemu_io
@@ -153,6 +154,168 @@ def test_bad_clients_do_not_disturb_good_ones(start: Start, image: Path) -> None
     qemu_io(url(where), "write -P 1 0 64k", "read -P 1 0 64k", fmt="raw")
 
 
+def test_dirty_bitmaps_are_told(start: Start, image: Path) -> None:
+    for name in ("b0", "other"):
+        qemu_img("bitmap", "--add", "-g", "4096", image, name)
+    qemu_io(image, "write 0 8k", "write 1M 64k", "write 15M 1M")
+    qemu_img("bitmap", "--add", image, "empty")
+    where = start(image, "-r", "-B", "b0", "-B", "empty")
+    command = ["nbdinfo", "--json", "--map=qemu:dirty-bitmap:b0", url(where)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    expected = [(0, 8192, 1), (8192, MiB - 8192, 0), (MiB, 65536, 1), (MiB + 65536, 14 * MiB - 65536, 0), (15 * MiB, MiB, 1)]
+    assert [(e["offset"], e["length"], e["type"]) for e in found] == expected
+    listed = json.loads(subprocess.run(["nbdinfo", "--json", url(where)], check=True, capture_output=True, text=True).stdout)
+    assert listed["exports"][0]["contexts"] == ["base:allocation", "qemu:dirty-bitmap:b0", "qemu:dirty-bitmap:empty"]
+    # QEMU shows dirty parts as those without data.
+    source = f"driver=nbd,server.type=unix,server.path={where},x-dirty-bitmap=qemu:dirty-bitmap:b0"
+    mapped = json.loads(qemu_img("map", "--output", "json", "--image-opts", source))
+    assert [(e["start"], e["length"]) for e in mapped if not e["data"]] == [(a, n) for a, n, dirty in expected if dirty]
+
+
+def test_a_bitmap_that_is_not_there_is_no_export(image: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "block_qcow2.img", "serve", "-k", str(tmp_path / "s"), "-B", "b0", str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, "'b0' not found" in done.stderr) == (1, True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(bits=st.binary(min_size=1, max_size=20), bits_each=st.integers(9, 12), data=st.data(), limit=st.integers(1, 30))
+def test_extents_of_a_bitmap_are_its_bits(bits: bytes, bits_each: int, data: Any, limit: int) -> None:
+    size = len(bits) * 8 << bits_each
+    offset = data.draw(st.integers(0, size - 1))
+    length = data.draw(st.integers(1, size - offset))
+    found = extents(bits, bits_each, offset, length, limit)
+    at = offset
+    for n, state in found:
+        for granule in range(at >> bits_each, (at + n - 1 >> bits_each) + 1):
+            assert bits[granule >> 3] >> (granule & 7) & 1 == state
+        at += n
+    assert at == offset + length or len(found) == limit
+    assert all(a[1] != b[1] for a, b in pairwise(found))
+
+
+# --- TLS ---
+
+
+def certify(folder: Path, names: tuple[str, ...] = ("server", "client"), *, ca: Any = None) -> Any:
+    """Certificates of a new authority (or of `ca`), named as QEMU and libnbd want them; the authority."""
+    from datetime import UTC, datetime, timedelta
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    folder.mkdir(exist_ok=True)
+    now = datetime.now(UTC)
+
+    def certificate(name: str, key: Any, issuer: str, signer: Any, usage: Any) -> Any:
+        subject, by = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, n)]) for n in (name, issuer))
+        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(by).public_key(key.public_key())
+        builder = builder.serial_number(x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=2))
+        builder = builder.add_extension(x509.BasicConstraints(ca=usage is None, path_length=None), critical=True)
+        signs = usage is None
+        builder = builder.add_extension(
+            x509.KeyUsage(not signs, False, not signs, False, False, signs, False, False, False), critical=True
+        )
+        if usage is not None:
+            builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        return builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    if ca is None:
+        ca = ec.generate_private_key(ec.SECP256R1())
+    (folder / "ca-cert.pem").write_bytes(certificate("authority", ca, "authority", ca, None))
+    for name in names:
+        key = ec.generate_private_key(ec.SECP256R1())
+        usage = ExtendedKeyUsageOID.SERVER_AUTH if name == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
+        (folder / f"{name}-cert.pem").write_bytes(certificate("localhost", key, "authority", ca, usage))
+        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        (folder / f"{name}-key.pem").write_bytes(private)
+    return ca
+
+
+def with_tls(where: str, folder: Path) -> list[str]:
+    creds = f"tls-creds-x509,id=t,endpoint=client,dir={folder}"
+    opts = f"driver=nbd,server.type=unix,server.path={where},tls-creds=t,tls-hostname=localhost"
+    return ["--object", creds, "--image-opts", opts]
+
+
+def test_only_clients_with_certificates_get_an_encrypted_export(start: Start, image: Path, tmp_path: Path) -> None:
+    certify(tmp_path / "pki")
+    where = start(image, "--tls-creds", str(tmp_path / "pki"))
+    content = random.Random(2).randbytes(2 * MiB)
+    (tmp_path / "content").write_bytes(content + bytes(SIZE - len(content)))
+    words = with_tls(where, tmp_path / "pki")
+    assert json.loads(qemu_img("info", "--output", "json", *words))["virtual-size"] == SIZE
+    qemu_img("convert", "-n", "-f", "raw", words[0], words[1], "--target-image-opts", tmp_path / "content", words[3])
+    nbds = f"nbds+unix://user@localhost/?socket={where}&tls-certificates={tmp_path / 'pki'}"
+    subprocess.run(["nbdcopy", nbds, str(tmp_path / "out")], check=True)
+    assert (tmp_path / "out").read_bytes() == content + bytes(SIZE - len(content))
+    mapped = subprocess.run(["nbdinfo", "--map", "--json", nbds], check=True, capture_output=True, text=True).stdout
+    assert sum(e["length"] for e in json.loads(mapped) if e["type"] == 0) == 2 * MiB
+    # without encryption, and with a certificate of somebody else's
+    assert "TLS" in qemu_img("info", url(where), status=1)
+    certify(tmp_path / "others")
+    qemu_img("info", *with_tls(where, tmp_path / "others"), status=1)
+    mixed = tmp_path / "mixed"
+    certify(mixed)
+    (mixed / "ca-cert.pem").write_bytes((tmp_path / "pki" / "ca-cert.pem").read_bytes())
+    # TLS 1.3 clients learn with their first read that they were refused.
+    qemu_img("info", *with_tls(where, mixed), status=1)
+    (mixed / "client-cert.pem").unlink()
+    qemu_img("info", *with_tls(where, mixed), status=1)
+    assert json.loads(qemu_img("info", "--output", "json", *words))["virtual-size"] == SIZE
+
+
+def test_clients_need_no_certificate_where_they_are_not_checked(start: Start, image: Path, tmp_path: Path) -> None:
+    certify(tmp_path / "pki", ("server",))
+    where = start(image, "--tls-creds", str(tmp_path / "pki"), "--tls-verify-peer", "off")
+    assert json.loads(qemu_img("info", "--output", "json", *with_tls(where, tmp_path / "pki")))["virtual-size"] == SIZE
+
+
+@pytest.mark.parametrize("broken", ["nothing there", "no authority", "no key", "a bad certificate"])
+def test_certificates_that_cannot_be_used(image: Path, tmp_path: Path, broken: str) -> None:
+    pki = tmp_path / "pki"
+    if broken != "nothing there":
+        certify(pki)
+        name = {"no authority": "ca-cert.pem", "no key": "server-key.pem"}.get(broken)
+        if name:
+            (pki / name).unlink()
+        else:
+            (pki / "server-cert.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    command = [sys.executable, "-m", "block_qcow2.img", "serve", "-k", str(tmp_path / "s"), "--tls-creds", str(pki), str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"stratovirt-img: --tls-creds {pki}: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_comes_in_the_clear_before_encryption_does_not_count() -> None:
+    def option(number: int, data: bytes = b"") -> bytes:
+        return struct.pack(">QII", p.IHAVEOPT, number, len(data)) + data
+
+    handshake = p.Handshake("x", 1, 1, (1, 1, 1), tls=True)
+    handshake.output.clear()
+    handshake.feed(struct.pack(">I", 3) + option(p.OPT_STRUCTURED_REPLY) + option(p.OPT_GO, b"\0\0\0\1x\0\0"))
+    assert not handshake.structured
+    assert not handshake.done
+    assert bytes(handshake.output).count(p.REP_ERR_TLS_REQD.to_bytes(4, "big")) == 2
+    with pytest.raises(p.ProtocolError, match="encryption"):
+        p.Handshake("x", 1, 1, (1, 1, 1), tls=True).feed(struct.pack(">I", 3) + option(p.OPT_EXPORT_NAME, b"x"))
+    with pytest.raises(p.ProtocolError, match="behind"):
+        handshake.feed(option(p.OPT_STARTTLS) + option(p.OPT_GO))
+    handshake = p.Handshake("x", 1, 1, (1, 1, 1), tls=True)
+    handshake.feed(struct.pack(">I", 3) + option(p.OPT_STARTTLS))
+    assert handshake.start_tls
+    handshake.secured()
+    handshake.output.clear()
+    handshake.feed(option(p.OPT_STARTTLS) + option(p.OPT_GO, b"\0\0\0\1x\0\0"))
+    assert handshake.done
+    assert bytes(handshake.output).count(p.REP_ERR_UNSUP.to_bytes(4, "big")) == 1
+
+
 def test_requests_outside_the_disk_are_errors_and_not_the_end(start: Start, image: Path) -> None:
     where = start(image)
     with socket.socket(socket.AF_UNIX) as client:
@@ -186,7 +349,8 @@ def receive(client: socket.socket, n: int) -> bytes:
 
 
 def shake(data: bytes, cuts: list[int]) -> tuple[bytes, Any]:
-    handshake = p.Handshake("x", 1 << 20, p.HAS_FLAGS, (1, 4096, 1 << 25))
+    contexts = [p.BASE_ALLOCATION, p.DIRTY_BITMAP + b"b"]
+    handshake = p.Handshake("x", 1 << 20, p.HAS_FLAGS, (1, 4096, 1 << 25), contexts=contexts)
     edges = sorted({0, len(data), *(c % (len(data) + 1) for c in cuts)})
     ended: Any = None
     for a, b in pairwise(edges):
@@ -195,7 +359,7 @@ def shake(data: bytes, cuts: list[int]) -> tuple[bytes, Any]:
         except p.ProtocolError as e:
             ended = str(e)
             break
-    return bytes(handshake.output), (handshake.done, handshake.structured, handshake.block_status, ended)
+    return bytes(handshake.output), (handshake.done, handshake.structured, handshake.chosen, ended)
 
 
 options = st.lists(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from ..errors import BlockError
@@ -61,7 +59,8 @@ def key_file(given: args.Given) -> bytes | None:
     name = given.last("key-file")
     if name is None:
         return None
-    data = Path(name).read_bytes()
+    with open(name, "rb") as file:  # noqa: PTH123
+        data = file.read(4097)
     if not 0 < len(data) <= 4096:
         raise UsageError(f"--key-file {name}: {len(data)} bytes, expected 1 to 4096")
     return data
@@ -160,6 +159,8 @@ def check(words: list[str]) -> int:
         quiet = given.flag("no_print_error") or given.flag("q") or output == "json"
         result = check_qcow2(image, repair=repair, report=(lambda line: None) if quiet else print)
     if output == "json":
+        import json
+
         print(json.dumps(_check_json(path, image.format, result), indent=4))
     elif not given.flag("q"):
         print(_summary(result), end="")

@@ -40,7 +40,7 @@ CONVERT = {
     "key-file": "value",
     "t": "value",
 }
-_CHUNK = 2 << 20
+_CHUNK = 1 << 20
 _ZEROES = bytes(_CHUNK)
 _SPARSE = 4096  # bytes: what reads as zeroes in pieces of this size is left out
 

@@ -14,6 +14,7 @@ from typing import Any
 from .. import open_disk
 from ..errors import BlockError, UnsupportedFeatureError
 from ..images import RawImage
+from ..nbd.protocol import BASE_ALLOCATION, DIRTY_BITMAP, STATE_HOLE, STATE_ZERO
 from . import args
 from .args import UsageError, parse
 from .basic import _one_path, check_format, key_file
@@ -41,6 +42,10 @@ SERVE = {
     "type": "value",
     "num-queues": "value",
     "serial": "value",
+    "B": "value",
+    "bitmap": "=B",
+    "tls-creds": "value",
+    "tls-verify-peer": "value",
 }
 
 
@@ -54,11 +59,11 @@ def serve(words: list[str]) -> int:
     kind = given.last("type") or "nbd"
     if kind not in ("nbd", "vhost-user-blk"):
         raise UsageError(f"--type {kind}: expected nbd or vhost-user-blk")
-    other = ("num-queues", "serial") if kind == "nbd" else ("b", "p", "x", "e")
+    other = ("num-queues", "serial") if kind == "nbd" else ("b", "p", "x", "e", "B", "tls-creds", "tls-verify-peer")
     for name in other:
         if given.flag(name):
             raise UsageError(f"-{'-' if len(name) > 1 else ''}{name} does not go with --type {kind}")
-    queues = args.number(given.last("num-queues") or "1", "number of queues", 1, 64)
+    queues = args.number(given.last("num-queues") or "16", "number of queues", 1, 64)
     serial = given.last("serial") or ""
     if len(serial.encode()) > 20:
         raise UsageError(f"Invalid serial number '{serial}': expected up to 20 bytes")
@@ -70,6 +75,7 @@ def serve(words: list[str]) -> int:
             server = import_module("block_qcow2.nbd.server")
         except ImportError:
             raise UnsupportedFeatureError("serving NBD needs the package anyio: install block-qcow2[serve]") from None
+    tls = _tls(given, server) if given.last("tls-creds") else None
     # Threads that come back from the disk want the interpreter now, not after the default 5 ms.
     sys.setswitchinterval(5e-5)
     disk: Any = open_disk(
@@ -87,11 +93,28 @@ def serve(words: list[str]) -> int:
         if kind == "vhost-user-blk":
             _serve_vhost_user(disk, given.last("k") or "", queues, serial)
             return 0
-        export = server.Export(disk, _status_of(disk), name=given.last("x") or "", trim=given.flag("discard"), connections=shared)
+        status = {BASE_ALLOCATION: _status_of(disk)}
+        for name in given.all("B"):
+            status[DIRTY_BITMAP + name.encode("utf-8", "surrogateescape")] = _bitmap_status(disk, name)
+        export = server.Export(disk, status, name=given.last("x") or "", trim=given.flag("discard"), connections=shared, tls=tls)
         anyio.run(_serve, anyio, server, export, given.last("k"), given.last("b") or "localhost", port)
     finally:
         disk.close()
     return 0
+
+
+def _tls(given: args.Given, server: Any) -> Any:
+    import ssl
+
+    folder = given.last("tls-creds") or ""
+    verify = args.boolean(given.last("tls-verify-peer") or "on", "tls-verify-peer")
+    try:
+        return server.tls_context(folder, verify_peer=verify)
+    except ssl.SSLError as e:
+        raise BlockError(f"--tls-creds {folder}: the certificates cannot be used: {e.reason or e}") from None
+    except OSError as e:
+        wanted = "server-cert.pem, server-key.pem" + (", ca-cert.pem" if verify else "")
+        raise BlockError(f"--tls-creds {folder}: {e.strerror}: expected {wanted} in that folder") from None
 
 
 def _serve_vhost_user(disk: Any, path: str, queues: int, serial: str) -> None:
@@ -134,8 +157,6 @@ def _status_of(disk: Any) -> Any:
     image: Any = disk.image if hasattr(disk, "image") else RawImage(disk.file)
 
     def status(offset: int, length: int, limit: int) -> list[tuple[int, int]]:
-        from ..nbd.protocol import STATE_HOLE, STATE_ZERO
-
         found: list[tuple[int, int]] = []
         for m in joined(mapped(image, offset, length)):
             state = (STATE_ZERO if m.zero else 0) | (0 if m.data else STATE_HOLE if m.zero else 0)
@@ -146,6 +167,23 @@ def _status_of(disk: Any) -> Any:
             else:
                 found.append((m.length, state))
         return found
+
+    return status
+
+
+def _bitmap_status(disk: Any, name: str) -> Any:
+    """What a dirty bitmap says. One that is followed keeps changing."""
+    image = getattr(disk, "image", None)
+    if image is None:
+        raise BlockError(f"{disk.path}: a raw image has no bitmaps")
+    from ..qcow2.bitmaps import Bitmaps, extents
+
+    bitmaps = image.bitmaps or Bitmaps(image)
+    bitmap = bitmaps.find(name)
+    bits = bitmaps.bits(bitmap)
+
+    def status(offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        return extents(bits, bitmap.granularity_bits, offset, length, limit)
 
     return status
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -46,6 +45,8 @@ def info(words: list[str]) -> int:
             break
         path = resolve_name(path, backing, given.flag("allow-chain"))
     if output == "json":
+        import json
+
         print(json.dumps(found if given.flag("backing-chain") else found[0], indent=4))
     else:
         print("\n".join(_human(d, s) for d, s in zip(found, names, strict=True)), end="")
@@ -227,6 +228,8 @@ def map(words: list[str]) -> int:
         length = args.size(given.last("max-length") or str(image.size), "length")
         parts = joined(mapped(image, start, length))
         if output == "json":
+            import json
+
             lines = []
             for m in parts:
                 item: dict[str, Any] = {"start": m.start, "length": m.length, "depth": m.depth, "present": m.present}
@@ -370,6 +373,8 @@ def measure(words: list[str]) -> int:
         data = -(-size // options.cluster_size) * options.cluster_size
         required = full - data + clusters * options.cluster_size
     if output == "json":
+        import json
+
         print(json.dumps({"required": required, "fully-allocated": full} | ({"bitmaps": 0} if bitmaps else {}), indent=4))
     else:
         print(f"required size: {required}\nfully allocated size: {full}" + ("\nbitmaps size: 0" if bitmaps else ""))

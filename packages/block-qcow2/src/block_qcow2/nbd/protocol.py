@@ -7,6 +7,7 @@ Source: NetworkBlockDevice/nbd doc/proto.md, sections "Fixed newstyle negotiatio
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
 
@@ -21,11 +22,11 @@ _SIMPLE = Struct(">IIQ")  # magic, error, cookie
 _STRUCTURED = Struct(">IHHQI")  # magic, flags, type, cookie, length
 
 FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES = 1, 2
-OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_INFO, OPT_GO = 1, 2, 3, 6, 7
+OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_STARTTLS, OPT_INFO, OPT_GO = 1, 2, 3, 5, 6, 7
 OPT_STRUCTURED_REPLY, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT = 8, 9, 10
 REP_ACK, REP_SERVER, REP_INFO, REP_META_CONTEXT = 1, 2, 3, 4
 _ERROR = 1 << 31
-REP_ERR_UNSUP, REP_ERR_INVALID, REP_ERR_UNKNOWN, REP_ERR_TOO_BIG = _ERROR + 1, _ERROR + 3, _ERROR + 6, _ERROR + 9
+REP_ERR_UNSUP, REP_ERR_INVALID, REP_ERR_TLS_REQD, REP_ERR_UNKNOWN = _ERROR + 1, _ERROR + 3, _ERROR + 5, _ERROR + 6
 INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
 
 HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_FUA = 1 << 0, 1 << 1, 1 << 2, 1 << 3
@@ -39,7 +40,8 @@ CHUNK_DONE = 1
 STATE_HOLE, STATE_ZERO = 1, 2
 
 BASE_ALLOCATION = b"base:allocation"
-CONTEXT_ID = 1
+DIRTY_BITMAP = b"qemu:dirty-bitmap:"  # and the bitmap's name; QEMU docs/interop/nbd.txt
+STATE_DIRTY = 1
 MAX_PAYLOAD = 32 << 20  # bytes: what the protocol wants a server to take at least
 _MAX_OPTION = 64 << 10
 _MAX_OPTIONS = 64  # of one handshake
@@ -65,7 +67,19 @@ class Request(NamedTuple):
 class Handshake:
     """Fixed newstyle negotiation. Feed it bytes; send what `output` holds; `done` says that transmission begins."""
 
-    def __init__(self, name: str, size: int, flags: int, block: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        flags: int,
+        block: tuple[int, int, int],
+        *,
+        contexts: Sequence[bytes] = (BASE_ALLOCATION,),
+        tls: bool = False,
+    ) -> None:
+        """`contexts`: what block status can tell. `tls`: nothing is told or exported before the connection is encrypted."""
+        self._contexts = contexts
+        self._tls = tls  # and it is not encrypted yet
         self._name = name.encode()
         self._size = size
         self._flags = flags
@@ -77,7 +91,8 @@ class Handshake:
             NBDMAGIC.to_bytes(8, "big") + IHAVEOPT.to_bytes(8, "big") + (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES).to_bytes(2, "big")
         )
         self.structured = False
-        self.block_status = False
+        self.chosen: list[int] = []  # indices into `contexts`, in that order
+        self.start_tls = False  # whoever owns the connection is to encrypt it now, and then to call secured()
         self.done = False
 
     def feed(self, data: bytes) -> None:
@@ -89,7 +104,7 @@ class Handshake:
             self._client_flags = int.from_bytes(self._take(4), "big")
             if self._client_flags & ~(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES):
                 raise ProtocolError(f"unknown client flags {self._client_flags:#x}")
-        while not self.done and len(self._input) >= _OPTION.size:
+        while not (self.done or self.start_tls) and len(self._input) >= _OPTION.size:
             magic, option, length = _OPTION.unpack_from(self._input)
             if magic != IHAVEOPT or length > _MAX_OPTION:
                 raise ProtocolError(f"option with magic {magic:#x} and {length} bytes")
@@ -100,6 +115,11 @@ class Handshake:
                 raise ProtocolError("too many options")
             self._take(_OPTION.size)
             self._option(option, self._take(length))
+
+    def secured(self) -> None:
+        """The connection is encrypted: what was agreed on before does not count."""
+        self.start_tls = self._tls = self.structured = False
+        self.chosen = []
 
     def rest(self) -> bytes:
         """What the client sent behind the handshake."""
@@ -114,7 +134,19 @@ class Handshake:
         self.output += _OPTION_REPLY.pack(_OPTION_REPLY_MAGIC, option, kind, len(data)) + data
 
     def _option(self, option: int, data: bytes) -> None:
-        if option == OPT_EXPORT_NAME:
+        if option == OPT_STARTTLS and self._tls:
+            if data:
+                self._reply(option, REP_ERR_INVALID)
+                return
+            if self._input:  # would be taken for something that came encrypted
+                raise ProtocolError("data behind the wish for encryption")
+            self._reply(option, REP_ACK)
+            self.start_tls = True
+        elif self._tls and option == OPT_EXPORT_NAME:
+            raise ProtocolError("a client without encryption")  # this option has no way to say so
+        elif self._tls and option != OPT_ABORT:
+            self._reply(option, REP_ERR_TLS_REQD)
+        elif option == OPT_EXPORT_NAME:
             if data != self._name:
                 raise ProtocolError("no such export")  # this option has no way to say so
             self.output += self._size.to_bytes(8, "big") + self._flags.to_bytes(2, "big")
@@ -139,7 +171,7 @@ class Handshake:
             self.structured = True
             self._reply(option, REP_ACK)
         elif option in (OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT):
-            self._contexts(option, data)
+            self._meta_contexts(option, data)
         else:
             self._reply(option, REP_ERR_UNSUP)
 
@@ -159,7 +191,7 @@ class Handshake:
         self._reply(option, REP_ACK)
         self.done = option == OPT_GO
 
-    def _contexts(self, option: int, data: bytes) -> None:
+    def _meta_contexts(self, option: int, data: bytes) -> None:
         length = int.from_bytes(data[:4], "big")
         if not self.structured or len(data) < 8 + length:
             self._reply(option, REP_ERR_INVALID)
@@ -170,20 +202,23 @@ class Handshake:
         at = 4 + length
         count = int.from_bytes(data[at : at + 4], "big")
         at += 4
-        wanted = option == OPT_LIST_META_CONTEXT and count == 0
+        listing = option == OPT_LIST_META_CONTEXT
+        wanted = set(range(len(self._contexts))) if listing and count == 0 else set()
         for _ in range(count):
             size = int.from_bytes(data[at : at + 4], "big")
             if at + 4 + size > len(data):
                 self._reply(option, REP_ERR_INVALID)
                 return
             query = data[at + 4 : at + 4 + size]
-            wanted = wanted or query == BASE_ALLOCATION or (option == OPT_LIST_META_CONTEXT and query == b"base:")
+            # A namespace, or one below it, lists what is in it.
+            prefix = listing and query.endswith(b":") and query.count(b":") < 3
+            wanted |= {i for i, c in enumerate(self._contexts) if c == query or (prefix and c.startswith(query))}
             at += 4 + size
-        if wanted:
-            number = CONTEXT_ID if option == OPT_SET_META_CONTEXT else 0
-            self._reply(option, REP_META_CONTEXT, number.to_bytes(4, "big") + BASE_ALLOCATION)
-        if option == OPT_SET_META_CONTEXT:
-            self.block_status = wanted
+        for i in sorted(wanted):
+            number = 0 if listing else i + 1
+            self._reply(option, REP_META_CONTEXT, number.to_bytes(4, "big") + self._contexts[i])
+        if not listing:
+            self.chosen = sorted(wanted)
         self._reply(option, REP_ACK)
 
 
@@ -217,7 +252,12 @@ def answer(request: Request, result: int, *, structured: bool, data: bytes | byt
     return [head + request.offset.to_bytes(8, "big"), data]
 
 
-def answer_status(request: Request, extents: list[tuple[int, int]]) -> list[bytes | bytearray]:
-    """The reply to block status: (length, STATE_ flags) of adjacent extents."""
-    payload = CONTEXT_ID.to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") + f.to_bytes(4, "big") for n, f in extents)
-    return [_STRUCTURED.pack(_STRUCTURED_MAGIC, CHUNK_DONE, CHUNK_BLOCK_STATUS, request.cookie, len(payload)) + payload]
+def answer_status(request: Request, answers: Sequence[tuple[int, list[tuple[int, int]]]]) -> list[bytes | bytearray]:
+    """The reply to block status: for each context its index and (length, state) of adjacent extents."""
+    pieces: list[bytes | bytearray] = []
+    for n, (context, extents) in enumerate(answers):
+        payload = (context + 1).to_bytes(4, "big")
+        payload += b"".join(length.to_bytes(4, "big") + state.to_bytes(4, "big") for length, state in extents)
+        last = CHUNK_DONE if n + 1 == len(answers) else 0
+        pieces.append(_STRUCTURED.pack(_STRUCTURED_MAGIC, last, CHUNK_BLOCK_STATUS, request.cookie, len(payload)) + payload)
+    return pieces

@@ -3,13 +3,14 @@
 A request that the channel finishes inline is answered at once; others when the channel's event descriptor says so. Replies go
 out in batches. A connection holds at most 128 requests and 64 MiB; it reads no further before some are answered.
 
-Not here: the wire format (`protocol`), TLS.
+Not here: the wire format (`protocol`).
 """
 
 from __future__ import annotations
 
 import errno
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import anyio
 from anyio.abc import SocketStream
+from anyio.streams.tls import TLSStream
 
 from . import protocol as p
 
@@ -25,23 +27,48 @@ _MAX_REQUESTS = 128
 _MAX_BYTES = 64 << 20
 _READ = 1 << 18
 # How connections end: the client leaves, breaks the protocol, or is cut off.
-_GONE = (p.ProtocolError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError)
+_GONE = (p.ProtocolError, ssl.SSLError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError)
+
+
+Status = Callable[[int, int, int], list[tuple[int, int]]]
+
+
+def tls_context(folder: str, *, verify_peer: bool = True) -> ssl.SSLContext:
+    """TLS for a server from the files of a folder, which are named as QEMU's tls-creds-x509 wants them: server-cert.pem,
+    server-key.pem, and to check clients (`verify_peer`) ca-cert.pem, perhaps ca-crl.pem. Raises OSError, ssl.SSLError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    at = Path(folder)
+    context.load_cert_chain(at / "server-cert.pem", at / "server-key.pem")
+    if verify_peer:
+        context.load_verify_locations(at / "ca-cert.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
+        if (at / "ca-crl.pem").exists():
+            context.load_verify_locations(at / "ca-crl.pem")
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    return context
 
 
 class Export:
-    """What is served. `status` gives (length, NBD state) extents of a range; it may block, so it runs on a thread."""
+    """What is served. `status` tells for each context (offset, length, limit) -> (length, state) extents of a range, as many as
+    the limit says at most; it may block, so it runs on a thread. With `tls` nobody gets anything without encryption.
+    """
 
     def __init__(
         self,
         disk: Any,
-        status: Callable[[int, int, int], list[tuple[int, int]]],
+        status: dict[bytes, Status],
         *,
         name: str = "",
         trim: bool = False,
         connections: int = 16,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.disk = disk
-        self.status = status
+        self.contexts = list(status)
+        self.status = list(status.values())
+        self.tls = tls
         self.name = name
         self.connections = connections
         self.flags = p.HAS_FLAGS | p.CAN_MULTI_CONN | p.SEND_DF
@@ -52,7 +79,8 @@ class Export:
         self.served = 0
 
     def handshake(self) -> p.Handshake:
-        return p.Handshake(self.name, self.disk.size, self.flags, (1, 65536, p.MAX_PAYLOAD))
+        block = (1, 65536, p.MAX_PAYLOAD)
+        return p.Handshake(self.name, self.disk.size, self.flags, block, contexts=self.contexts, tls=self.tls is not None)
 
 
 @asynccontextmanager
@@ -89,14 +117,14 @@ async def serve(listener: Any, export: Export) -> None:
 
 class _Connection:
     def __init__(self, stream: SocketStream, export: Export) -> None:
-        self._stream = stream
+        self._stream: Any = stream
         self._export = export
         self._input = bytearray()
         self._output: list[bytes | bytearray] = []
         self._held = 0  # bytes of the requests that run
         self._running = 0
         self._structured = False
-        self._status = False
+        self._chosen: list[int] = []
         self._eased = anyio.Event()
         self._sending = anyio.Lock()
 
@@ -129,8 +157,14 @@ class _Connection:
                 if handshake.output:
                     await self._stream.send(bytes(handshake.output))
                     handshake.output.clear()
+            if handshake.start_tls:
+                # Without a polite end: clients close the socket, and a reply that is cut off shows in its length.
+                self._stream = await TLSStream.wrap(
+                    self._stream, server_side=True, ssl_context=self._export.tls, standard_compatible=False
+                )
+                handshake.secured()
         self._structured = handshake.structured
-        self._status = handshake.block_status
+        self._chosen = handshake.chosen
         self._input += handshake.rest()
 
     async def _requests(self, channel: Any, group: Any) -> None:
@@ -180,7 +214,7 @@ class _Connection:
             result = channel.discard(offset, length, token)
         elif kind == p.CMD_WRITE_ZEROES:
             result = channel.write_zeroes(offset, length, token, not request.flags & p.CMD_FLAG_NO_HOLE)
-        elif kind == p.CMD_BLOCK_STATUS and self._status and length and offset + length <= export.disk.size:
+        elif kind == p.CMD_BLOCK_STATUS and self._chosen and length and offset + length <= export.disk.size:
             group.start_soon(self._block_status, request)
             return
         else:
@@ -218,8 +252,11 @@ class _Connection:
     async def _block_status(self, request: p.Request) -> None:
         limit = 1 if request.flags & p.CMD_FLAG_REQ_ONE else 1024
         try:
-            extents = await anyio.to_thread.run_sync(self._export.status, request.offset, request.length, limit)
-            self._output += p.answer_status(request, extents)
+            answers = []
+            for i in self._chosen:
+                extents = await anyio.to_thread.run_sync(self._export.status[i], request.offset, request.length, limit)
+                answers.append((i, extents))
+            self._output += p.answer_status(request, answers)
         except Exception:  # an image that is found wrong: the client hears of an I/O error
             self._output += p.answer(request, -errno.EIO, structured=True)
         self._release(request)

@@ -329,6 +329,33 @@ class Bitmaps:
         return found + [(e & OFFSET_MASK) >> bits for e in entries if e & OFFSET_MASK]
 
 
+def extents(bits: bytes | bytearray, granularity_bits: int, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+    """(length, 1 if marked) of adjacent parts of a range, at most `limit` of them; lengths in bytes."""
+    found: list[tuple[int, int]] = []
+    end = offset + length
+    last = (end - 1) >> granularity_bits
+    while offset < end and len(found) < limit:
+        first = offset >> granularity_bits
+        state = bits[first >> 3] >> (first & 7) & 1
+        stop = _run_end(bits, first, last, state) << granularity_bits
+        found.append((min(stop, end) - offset, state))
+        offset = stop
+    return found
+
+
+def _run_end(bits: bytes | bytearray, at: int, last: int, state: int) -> int:
+    """The first granule from `at` on whose bit is not `state`, or one behind `last`."""
+    whole = 0xFF if state else 0
+    while at <= last:
+        if not at & 7 and bits[at >> 3] == whole:
+            at += 8
+        elif bits[at >> 3] >> (at & 7) & 1 != state:
+            return at
+        else:
+            at += 1
+    return last + 1
+
+
 def marked(bits: bytes | bytearray) -> list[tuple[int, int]]:
     """(first, end) granules of each run of set bits."""
     found: list[tuple[int, int]] = []

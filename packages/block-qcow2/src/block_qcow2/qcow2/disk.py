@@ -11,17 +11,18 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import locks
 from ..disk import Channel
 from ..errors import BlockError, ImageReadOnlyError, OpenError
 from ..raw import RawDisk
 from ..zeroes import all_zero
-from .check import repair_if_dirty
 from .image import Qcow2Image
 from .reader import fill_zero
-from .snapshots import Snapshot, Snapshots
+
+if TYPE_CHECKING:
+    from .snapshots import Snapshot, Snapshots
 
 _UNLIMITED = 1 << 62
 
@@ -88,7 +89,10 @@ class Qcow2Disk:
                 locks.lock(file.fd, file.path, write=write)
                 self._locked.append(file)
             self.image.reload()
-            repair_if_dirty(self.image)
+            if self.image.needs_repair:
+                from .check import repair_if_dirty
+
+                repair_if_dirty(self.image)
             self.image.follow_bitmaps()
         except BaseException:
             self._drop_locks()
@@ -141,6 +145,8 @@ class Qcow2Disk:
         self.image.resize(size)
 
     def _snapshots(self) -> Snapshots:
+        from .snapshots import Snapshots
+
         return Snapshots(self.image)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from ..hostfile import Cursor, read_padded
-from . import compress
 from .format import COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO, compressed_span
 from .metadata import Metadata
 from .tables import L2Table
@@ -176,6 +175,8 @@ class Reader(Metadata):
         if offset >= self.file.size and offset >= self.file.refresh_size():
             raise self._corrupt(f"compressed cluster at {offset:#x}, expected inside the file")
         if self._inflate is None:
+            from . import compress
+
             self._inflate = compress.decompressor(self.header.compression_type)
         packed = bytearray(length)
         with memoryview(packed) as view:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from ..errors import ImageFormatError
 from ..hostfile import Cursor
 from ..zeroes import all_zero
-from . import compress
 from .format import (
     AUTOCLEAR_DATA_FILE_RAW,
     COMPRESSED,
@@ -386,6 +385,8 @@ class Writer(Reader):
     def compressor(self) -> Callable[[bytes | bytearray | memoryview], bytes]:
         """The function that compresses a cluster of this image; for threads that compress ahead of write_compressed."""
         if self._deflate is None:
+            from . import compress
+
             self._deflate = compress.compressor(self.header.compression_type)
         return self._deflate
 
