@@ -141,7 +141,7 @@ def test_what_is_sent_arrives_over_taps_vhost_and_passt_through_pauses_and_a_tap
     )  # fmt: skip
     vmm.expect(PROMPT)
     client = qmp()
-    # Something to read from that never ends: passt 2023-03 repeats what the host sends once a guest has said that it sends no more.
+    # Something to read from that never ends: passt of 2023 repeats what the host sends once a guest has closed its direction.
     vmm.run("mkfifo /tmp/never; exec 9<>/tmp/never")
 
     def pause() -> None:

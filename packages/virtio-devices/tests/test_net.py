@@ -763,7 +763,7 @@ def check_actions(actions: list[tuple[str, int, object]], event_idx: bool, merge
             elif what == "pause":
                 driver.transport.pause()
                 for queue in driver.transport.save().queues:
-                    assert (queue.next_avail - queue.next_used) & 0xFFFF == 0
+                    assert driver.broken or queue.next_avail == queue.next_used
                 device.save()
                 driver.transport.resume()
             elif what == "swap":

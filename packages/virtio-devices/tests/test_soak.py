@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import test_blk
 import test_console
 import test_mmio
+import test_net
 import test_queue_fuzz
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
@@ -36,6 +37,14 @@ def test_no_sequence_of_register_writes_escapes_and_reset_always_works(writes: l
 @longer
 def test_no_byte_is_lost_or_out_of_order_either_way(actions: list[tuple[str, object]]) -> None:
     test_console.check_actions(actions)
+
+
+@given(st.lists(test_net.ACTIONS, max_size=60), st.booleans(), st.booleans())
+@longer
+def test_nothing_on_a_network_escapes_hangs_or_outlives_a_reset(
+    actions: list[tuple[str, int, object]], event_idx: bool, mergeable: bool
+) -> None:
+    test_net.check_actions(actions, event_idx, mergeable)
 
 
 def test_a_million_random_rings_are_read_by_the_book_or_refused() -> None:
