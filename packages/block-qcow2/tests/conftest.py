@@ -5,9 +5,11 @@ from __future__ import annotations
 import select
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+
+from block_qcow2.img import main
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -72,3 +74,23 @@ def descriptors_stay(request: pytest.FixtureRequest) -> Iterator[None]:
 def open_descriptors() -> dict[str, str]:
     """What this process has open: descriptor number to name, the descriptor that lists them excepted."""
     return {fd.name: str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def img(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: Any) -> Said:
+        capsys.readouterr()
+        status = main([str(w) for w in words])
+        out, err = capsys.readouterr()
+        return Said(status, out, err)
+
+    return run

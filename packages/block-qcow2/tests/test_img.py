@@ -7,37 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from block_qcow2 import create_image, open_image
-from block_qcow2.img import main
 from block_qcow2.qcow2.create import Options
 
 from .qemu import is_clean, qemu_img, qemu_io
 
 MiB = 1 << 20
-
-
-class Said(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def img(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: Any) -> Said:
-        capsys.readouterr()
-        status = main([str(w) for w in words])
-        out, err = capsys.readouterr()
-        return Said(status, out, err)
-
-    return run
 
 
 def test_create_prints_what_stratovirt_prints(img: Any) -> None:
@@ -292,12 +271,12 @@ def test_a_conversion_that_fails_leaves_no_target(img: Any, source: bytes) -> No
 
 
 def test_ctrl_c_leaves_no_target(img: Any, monkeypatch: pytest.MonkeyPatch, source: bytes) -> None:
-    from block_qcow2.img import copy
+    from block_qcow2.img import convert
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(copy, "copy", interrupted)
+    monkeypatch.setattr(convert, "copy", interrupted)
     assert img("convert", "-f", "raw", "-O", "qcow2", "source", "out").status == 130
     assert not Path("out").exists()
 

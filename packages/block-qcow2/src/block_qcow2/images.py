@@ -170,8 +170,8 @@ def open_image(
 
     `format`: "raw", "qcow2", or "vdi", "vhdx", "vpc", "vmdk" (only read), or None to look at the first bytes. `allow`:
     whether what the image names may be opened: False, True, or a function of the absolute path. `lock`: take QEMU-compatible
-    locks; `force_share` reads what somebody else may be writing. `passphrase`: of a LUKS image; without it its metadata can be
-    looked at. `named=False`: open a qcow2 image without what it names (for looking at its metadata only).
+    locks; `force_share` reads what somebody else may be writing. `passphrase`: of the LUKS images of the chain; without it
+    their metadata can be looked at. `named=False`: open a qcow2 image without what it names (for looking at its metadata only).
 
     Raises OpenError, ImageInUseError, ImageFormatError, UnsupportedFeatureError; ImageFormatError also for a loop in the chain.
     """
@@ -180,13 +180,23 @@ def open_image(
     )
     if passphrase is not None:
         try:
-            if image.format != "qcow2":
-                raise OpenError(f"{image.path}: a {image.format} image has no passphrase")
-            image.unlock(passphrase)
+            if not unlock(image, passphrase):
+                raise OpenError(f"{image.path}: the image is not encrypted: it has no passphrase")
         except BaseException:
             image.close()
             raise
     return image
+
+
+def unlock(image: Any, passphrase: bytes) -> int:
+    """Unlock every encrypted image of a chain; how many there are. Raises WrongPassphraseError, ImageFormatError."""
+    count = 0
+    while image is not None:
+        if getattr(image, "encrypted", False):
+            image.unlock(passphrase)
+            count += 1
+        image = getattr(image, "backing", None)
+    return count
 
 
 def _open(

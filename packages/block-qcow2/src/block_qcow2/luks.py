@@ -110,6 +110,16 @@ def unlock(header: bytes, read: Callable[[int, int], bytes], passphrase: bytes) 
     raise WrongPassphraseError("no LUKS key slot opens with this passphrase")
 
 
+def rounds_for(milliseconds: int) -> int:
+    """PBKDF2 iterations that take about so long here."""
+    import time
+
+    sample = 20_000
+    start = time.perf_counter()
+    hashlib.pbkdf2_hmac("sha256", b"", bytes(32), sample, 64)
+    return min(max(int(sample * milliseconds / 1000 / (time.perf_counter() - start)), 1000), _MAX_ITERATIONS)
+
+
 def _text(field: bytes) -> str:
     return field.split(b"\0")[0].decode("ascii", "replace")
 

@@ -26,8 +26,11 @@ COMMANDS = {
     "compare": ("look", "compare [-f FMT] [-F FMT] [-s] [-q] [-p] [--allow-chain] [-U] FILE1 FILE2"),
     "measure": ("look", "measure [-O FMT] [-o OPTIONS] [--output human|json] (--size N | [-f FMT] [--allow-chain] FILE)"),
     "convert": (
-        "copy",
-        "convert [-f FMT] [-O FMT] [-o OPTS] [-cnpqU] [-l NAME] [-S N] [-m N] [-t CACHE] [--key-file K] [--allow-chain] IN… OUT",
+        "convert",
+        (
+            "convert [-f FMT] [-O FMT] [-o OPTS] [-B BACKING -F FMT] [-cnpqUWC] [-l NAME] [-S N] [-m N] [-r RATE] [-t CACHE]"
+            " [-T CACHE] [--bitmaps [--skip-broken-bitmaps]] [--salvage] [--target-is-zero] [--allow-chain] IN… OUT"
+        ),
     ),
     "amend": (
         "chain",
@@ -46,7 +49,7 @@ COMMANDS = {
         "serve [-f FMT] [-r] [-k SOCKET | -b HOST -p PORT] [-x NAME] [-e N] [--discard] [--direct] [--allow-chain] FILE",
     ),
     "dd": ("copy", "dd [-f FMT] [-O FMT] [-U] [--allow-chain] [bs=N] [count=N] [skip=N] if=FILE of=FILE"),
-    "commit": ("chain", "commit [-f FMT] [-d] [-p] [-q] --allow-chain FILE"),
+    "commit": ("chain", "commit [-f FMT] [-d] [-p] [-q] [-r RATE] --allow-chain FILE"),
     "rebase": ("chain", "rebase [-f FMT] [-u] [-p] [-q] [--allow-chain] -b BACKING [-F FMT] FILE"),
 }
 
@@ -98,7 +101,8 @@ def usage() -> str:
     return (
         f"stratovirt-img: look at, make and change disk images (raw, qcow2)\n\n{lines}\n\n"
         "Files that an image names (backing file, data file) are opened only with --allow-chain.\n"
-        "SIZE and N take a suffix of K, M, G, T, P or E (1024-based)."
+        "SIZE and N take a suffix of K, M, G, T, P or E (1024-based). Encrypted images are opened with --key-file FILE, or\n"
+        "--object secret,id=ID,file=FILE (or data=, format=base64) and, where there are several, --key-secret ID."
     )
 
 

@@ -7,12 +7,13 @@ import time
 from typing import Any
 
 from ..errors import BlockError
-from ..images import READ_FORMATS, create_image, open_image, resolve_name
+from ..images import READ_FORMATS, create_image, open_image, resolve_name, unlock
 from ..qcow2.create import Options
 from . import args
 from .args import UsageError, parse
+from .secrets import SECRETS, passphrase, secret
 
-CREATE = {"f": "value", "o": "value", "b": "value", "F": "value", "q": "", "u": "", "key-file": "value"}
+CREATE = {**SECRETS, "f": "value", "o": "value", "b": "value", "F": "value", "q": "", "u": ""}
 _COMPAT = {"0.10": 2, "1.1": 3, "v2": 2, "v3": 3}
 
 
@@ -54,16 +55,43 @@ def qcow2_options(pairs: dict[str, str]) -> Options:
     return Options(**found)
 
 
-def key_file(given: args.Given) -> bytes | None:
-    """The passphrase of a LUKS image: the whole content of the file that --key-file names."""
-    name = given.last("key-file")
-    if name is None:
-        return None
-    with open(name, "rb") as file:  # noqa: PTH123
-        data = file.read(4097)
-    if not 0 < len(data) <= 4096:
-        raise UsageError(f"--key-file {name}: {len(data)} bytes, expected 1 to 4096")
-    return data
+def opened(given: args.Given, path: str, fmt: str | None, *, read_only: bool = True, plain: bool = False, **options: Any) -> Any:
+    """Open an image as a command line says: -U, --allow-chain, and the passphrase of what is encrypted.
+
+    `plain`: a passphrase may be of another image of the command.
+    """
+    image = open_image(
+        path, format=fmt, read_only=read_only, allow=given.flag("allow-chain"), force_share=given.flag("U"), **options
+    )
+    try:
+        words = passphrase(given)
+        named = given.last("key-file") is not None or given.last("key-secret") is not None
+        if words is not None and not unlock(image, words) and named and not plain:
+            raise BlockError(f"{path}: the image is not encrypted: it has no passphrase")
+    except BaseException:
+        image.close()
+        raise
+    return image
+
+
+def creation_options(given: args.Given, pairs: dict[str, str], key_file: bool = False) -> Options:
+    """What -o says of a new qcow2 image, encryption included. `key_file`: --key-file is of the new image."""
+    pairs = dict(pairs)
+    encrypt = pairs.pop("encrypt.format", None)
+    ident, time_ms = pairs.pop("encrypt.key-secret", None), pairs.pop("encrypt.iter-time", None)
+    if encrypt not in (None, "luks"):
+        raise UsageError(f"Invalid value '{encrypt}' for encrypt.format: expected luks")
+    words = secret(given, ident) if ident is not None else passphrase(given) if key_file and encrypt else None
+    if encrypt is None and (ident or time_ms or (key_file and given.last("key-file"))):
+        raise UsageError("a passphrase is of encrypted images: -o encrypt.format=luks")
+    if encrypt and words is None:
+        raise UsageError("encrypt.format=luks needs a passphrase: encrypt.key-secret=ID" + (" or --key-file" if key_file else ""))
+    options = qcow2_options(pairs)._replace(passphrase=words)
+    if time_ms is not None:
+        from .. import luks
+
+        options = options._replace(luks_rounds=luks.rounds_for(args.number(time_ms, "encrypt.iter-time", 1, 1 << 20)))
+    return options
 
 
 def create(words: list[str]) -> int:
@@ -82,12 +110,7 @@ def create(words: list[str]) -> int:
     if fmt == "raw":
         for name in pairs:
             raise UsageError(f"Format raw does not support parameter '{name}'")
-    encrypt = pairs.pop("encrypt.format", None)
-    if encrypt not in (None, "luks"):
-        raise UsageError(f"Invalid value '{encrypt}' for encrypt.format: expected luks")
-    if (encrypt is None) != (key_file(given) is None):
-        raise UsageError("encrypt.format=luks needs a passphrase, --key-file FILE, and the other way round")
-    options = qcow2_options(pairs)._replace(passphrase=key_file(given))
+    options = creation_options(given, pairs, key_file=True)
     if len(given.words) == 2:
         size = args.size(given.words[1], "image size")
     elif options.backing_file:
@@ -223,12 +246,11 @@ def _check_json(path: str, fmt: str, r: Any) -> dict[str, Any]:
 def resize(words: list[str]) -> int:
     if len(words) < 2:
         raise UsageError("Not enough arguments")
-    given = parse(words[:-1], {"f": "value", "shrink": "", "q": "", "allow-chain": ""})
+    given = parse(words[:-1], {**SECRETS, "f": "value", "shrink": "", "q": "", "allow-chain": ""})
     if len(given.words) != 1:
         raise UsageError(f"Unexpected argument: {given.words[1]}" if given.words else "Expecting image file name and size")
     word = words[-1]
-    fmt, allow = check_format(given.last("f")), given.flag("allow-chain")
-    with open_image(given.words[0], format=fmt, read_only=False, allow=allow) as image:
+    with opened(given, given.words[0], check_format(given.last("f")), read_only=False) as image:
         step = args.size(word.lstrip("+-"), "size") if word[:1] in "+-" else 0
         new = image.size + step if word[0] == "+" else image.size - step if word[0] == "-" else args.size(word, "size")
         if new < 0 or (new < image.size and not given.flag("shrink")):

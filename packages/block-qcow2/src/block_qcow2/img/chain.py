@@ -7,17 +7,17 @@ from typing import Any
 from ..errors import BlockError
 from ..images import open_image, resolve_name
 from .args import UsageError, boolean, option_list, parse, size
-from .basic import _one_path, check_format
-from .copy import copy
-from .look import Mapped
+from .basic import _one_path, check_format, opened
+from .copy import copy, own_parts
 from .progress import Progress
+from .secrets import SECRETS
 
 _CHUNK = 2 << 20
 
 
 def commit(words: list[str]) -> int:
     """Write what an image has into its backing image; then empty it, unless -d."""
-    given = parse(words, {"f": "value", "d": "", "p": "", "q": "", "allow-chain": ""})
+    given = parse(words, {**SECRETS, "f": "value", "d": "", "p": "", "q": "", "r": "value", "allow-chain": ""})
     path = _one_path(given.words, "Image commit requires path")
     fmt = check_format(given.last("f"))
     with open_image(path, format=fmt, read_only=True, named=False, lock=False) as image:
@@ -27,18 +27,15 @@ def commit(words: list[str]) -> int:
     below = resolve_name(path, name, given.flag("allow-chain"))
     # The overlay reads only what it has itself, so its backing image can be open for writing beside it.
     with (
-        open_image(path, format=fmt, read_only=False, named=False) as overlay,
-        open_image(below, format=backing_format, read_only=False, allow=True) as base,
+        opened(given, path, fmt, read_only=False, named=False, plain=True) as overlay,
+        opened(given, below, backing_format, read_only=False, plain=True) as base,
     ):
         if overlay.size > base.size:
             base.resize(overlay.size)
-        own = (
-            Mapped(e.offset, e.length, 0, True, e.zero, not e.zero, e.compressed, None, path)
-            for e in overlay.block_status()
-            if e.present
-        )
+        own = own_parts(overlay)
         with Progress(overlay.size, shown=given.flag("p"), quiet=given.flag("q")) as progress:
-            copy(overlay, base, 0, progress, zero=False, parts=own)
+            rate = size(given.last("r") or "0", "rate limit")
+            copy(overlay, base, 0, progress, zero=False, parts=own, rate=rate)
         base.flush()
         if not given.flag("d"):
             overlay.empty()
@@ -50,7 +47,8 @@ def commit(words: list[str]) -> int:
 
 def rebase(words: list[str]) -> int:
     """Give an image another backing file: with its content unchanged, or (-u) only its name."""
-    given = parse(words, {"f": "value", "b": "value", "F": "value", "u": "", "p": "", "q": "", "allow-chain": ""})
+    spec = {"f": "value", "b": "value", "F": "value", "u": "", "p": "", "q": "", "allow-chain": ""}
+    given = parse(words, {**SECRETS, **spec})
     path = _one_path(given.words, "Image rebase requires path")
     new, new_format = given.last("b"), check_format(given.last("F"))
     if new is None:
@@ -58,20 +56,18 @@ def rebase(words: list[str]) -> int:
     if new and not new_format:
         raise UsageError("backing_file needs its format: -F FMT")
     unsafe = given.flag("u")
-    fmt, allow = check_format(given.last("f")), given.flag("allow-chain")
-    with open_image(path, format=fmt, read_only=False, allow=allow, named=not unsafe) as image:
+    with opened(given, path, check_format(given.last("f")), read_only=False, named=not unsafe) as image:
         if image.format != "qcow2":
             raise BlockError(f"{path}: a {image.format} image has no backing file")
         if not unsafe:
-            _keep_content(image, path, new, new_format, allow, given.flag("p"), given.flag("q"))
+            base = opened(given, resolve_name(path, new, True), new_format, plain=True) if new else None
+            _keep_content(image, base, given.flag("p"), given.flag("q"))
         image.set_backing(new or None, new_format)
     return 0
 
 
-def _keep_content(image: Any, path: str, new: str, fmt: str | None, allow: bool, shown: bool, quiet: bool) -> None:
-    """Write into the image what would read differently over the new backing image."""
-    # The user names the new backing file; what it names in turn is the image's word.
-    base = open_image(resolve_name(path, new, True), format=fmt, allow=allow) if new else None
+def _keep_content(image: Any, base: Any, shown: bool, quiet: bool) -> None:
+    """Write into the image what would read differently over the new backing image, which is closed then."""
     try:
         with Progress(image.size, shown=shown, quiet=quiet) as progress:
             for e in image.block_status():

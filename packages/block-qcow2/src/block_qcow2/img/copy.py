@@ -1,150 +1,43 @@
-"""Commands that copy guest data into another image: convert, dd.
+"""Copying guest data from one image to another, and the command dd.
 
-Reading (and compressing) runs ahead on threads, writing follows in order; what reads as zeroes is not written. A target that
-is not finished is removed.
+Reading (and compressing) runs ahead on threads, writing follows in order, unless any order will do. What reads as zeroes is
+not written where the target reads as zeroes anyway. Not here: which images (`convert`).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import BlockError
 from ..images import create_image, open_image
 from ..zeroes import is_zero
 from . import args
 from .args import UsageError, parse
-from .basic import check_format, key_file, qcow2_options, read_format
+from .basic import check_format, opened, read_format
 from .look import Mapped, joined, mapped
 from .progress import Progress
+from .secrets import SECRETS
 
-CONVERT = {
-    "f": "value",
-    "O": "value",
-    "o": "value",
-    "c": "",
-    "n": "",
-    "l": "value",
-    "S": "value",
-    "m": "value",
-    "p": "",
-    "q": "",
-    "U": "",
-    "force-share": "=U",
-    "allow-chain": "",
-    "target-is-zero": "",
-    "key-file": "value",
-    "t": "value",
-}
 _CHUNK = 1 << 20
 _ZEROES = bytes(_CHUNK)
-_SPARSE = 4096  # bytes: what reads as zeroes in pieces of this size is left out
+SPARSE = 4096  # bytes: what reads as zeroes in pieces of this size is left out
+_SECTOR = 512
+_NO_OFFLOAD = {errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF, errno.ETXTBSY}
 
 
-def convert(words: list[str]) -> int:
-    given = parse(words, CONVERT)
-    if len(given.words) < 2:
-        raise UsageError("Must specify image file name and output file name")
-    *sources, target = given.words
-    fmt = check_format(given.last("O")) or "raw"
-    pairs = args.option_list(given.all("o"))
-    packed = given.flag("c")
-    if packed and fmt != "qcow2":
-        raise UsageError(f"Compression not supported for format {fmt}")
-    if given.flag("n") and pairs:
-        raise UsageError("-o has no effect on an image that exists already")
-    sparse = args.size(given.last("S") or str(_SPARSE), "sparse size")
-    if sparse % 512:
-        raise UsageError("Invalid sparse size: expected a multiple of 512, or 0")
-    # One reader and one writer keep a disk busy; more of them only fight over the page cache. Compression scales.
-    usual = min(os.cpu_count() or 1, 8) if packed else 1
-    threads = args.number(given.last("m") or str(usual), "number of threads", 1, 16)
-    opened: list[Any] = []
-    try:
-        for name in sources:
-            if os.path.realpath(name) == os.path.realpath(target):
-                raise UsageError(f"{target} is a source and the target")
-            image = open_image(
-                name,
-                format=read_format(given.last("f")),
-                allow=given.flag("allow-chain"),
-                force_share=given.flag("U"),
-                passphrase=key_file(given),
-            )
-            opened.append(image)
-            if given.last("l") is not None:
-                _show_snapshot(image, given.last("l") or "")
-        size = sum(i.size for i in opened)
-        cache = given.last("t") or ("writeback" if given.flag("n") else "unsafe")
-        if cache not in ("writeback", "unsafe"):
-            raise UsageError(f"-t {cache}: expected writeback (on the disk when done) or unsafe (in the page cache)")
-        with _Target(target, fmt, size, pairs, existing=given.flag("n"), volatile=cache == "unsafe") as out:
-            zero = not given.flag("n") or given.flag("target-is-zero")
-            with Progress(size, shown=given.flag("p"), quiet=given.flag("q")) as progress:
-                base = 0
-                for image in opened:
-                    copy(image, out, base, progress, zero=zero, packed=packed, sparse=sparse, threads=threads)
-                    base += image.size
-    finally:
-        for image in opened:
-            image.close()
-    return 0
+class _Rules(NamedTuple):
+    """How one copy goes."""
 
-
-def _show_snapshot(image: Any, name: str) -> None:
-    from ..qcow2.snapshots import Snapshots
-
-    if image.format != "qcow2":
-        raise BlockError(f"{image.path}: a {image.format} image has no snapshots")
-    name = name.removeprefix("snapshot.name=").removeprefix("snapshot.id=")
-    found = Snapshots(image).find(name, by_id=True)
-    image.show_snapshot(found.l1_table_offset, found.l1_size, found.disk_size)
-
-
-class _Target:
-    """The image that is written. What was created for it is removed when the copy does not finish."""
-
-    def __init__(self, path: str, fmt: str, size: int, pairs: dict[str, str], *, existing: bool, volatile: bool = False) -> None:
-        self._path = path
-        self._made = False
-        options = qcow2_options(pairs) if fmt == "qcow2" else None
-        if fmt == "raw" and pairs:
-            raise UsageError(f"Format raw does not support parameter '{next(iter(pairs))}'")
-        if not existing:
-            create_image(path, size, format=fmt, options=options)
-            self._made = True
-        try:
-            self.image = open_image(path, format=fmt, read_only=False, allow=options is not None and bool(options.backing_file))
-            self.image.file.volatile = volatile
-            if self.image.size < size:
-                raise BlockError(f"{path}: {self.image.size} bytes are too few for {size}")
-        except BaseException:
-            self._remove()
-            raise
-
-    def __enter__(self) -> Any:
-        return self.image
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            try:
-                if kind is None:
-                    self.image.flush()
-            finally:
-                self.image.close()
-        except BaseException:
-            self._remove()
-            raise
-        if kind is not None:
-            self._remove()
-
-    def _remove(self) -> None:
-        if self._made and os.path.isfile(self._path):  # noqa: PTH113
-            os.unlink(self._path)  # noqa: PTH108
+    zero: bool  # the target reads as zeroes already
+    sparse: int  # bytes; 0: zeroes are written like everything else
+    salvage: bool
 
 
 def copy(
@@ -155,40 +48,57 @@ def copy(
     *,
     zero: bool,
     packed: bool = False,
-    sparse: int = _SPARSE,
+    sparse: int = SPARSE,
     threads: int = 2,
     parts: Iterator[Mapped] | None = None,
+    ordered: bool = True,
+    offload: bool = False,
+    salvage: bool = False,
+    rate: int = 0,
 ) -> None:
-    """Copy all guest data of `source` to `target` at `base`. `zero`: the target reads as zeroes already."""
+    """Copy all guest data of `source` (or only `parts` of them) to `target` at `base`.
+
+    `zero`: the target reads as zeroes already. `ordered=False`: threads write too, in any order. `offload`: let the kernel copy
+    where it can. `salvage`: what cannot be read is zeroes, and a warning. `rate`: bytes a second, 0 for no limit.
+    """
     # A thread that comes back from a read or write wants the interpreter now, not after the default 5 ms.
     sys.setswitchinterval(5e-5)
+    rules = _Rules(zero, sparse, salvage)
     step = _CHUNK
     if packed:
         cluster = target.cluster_size
         if base % cluster:
             raise BlockError("compressed images are joined at cluster borders only")
         step = max(_CHUNK // cluster, 1) * cluster
+    if parts is None:
+        parts = _salvaged(source) if salvage else mapped(source, 0, source.size)
+        parts = joined(parts)
+    if offload:
+        parts = _offloaded(source, target, base, parts)
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="copy")
     waiting: deque[tuple[int, Future[Any]]] = deque()
     spare: list[bytearray] = []
     pack = target.compressor() if packed else None
+    started = time.monotonic()
+    sent = 0
 
     def finish() -> None:
         at, future = waiting.popleft()
-        buffer, writes = future.result()
+        buffer, length, writes = future.result()
         if packed:
             for offset, data, small in writes:
-                target.write_compressed(base + offset, data, small)
-        elif writes:
-            with memoryview(buffer) as view:
-                for start, end in writes:
-                    target.write_from(base + at + start, [view[start:end]])
+                if len(data) == target.cluster_size or base + offset + len(data) == target.size:
+                    target.write_compressed(base + offset, data, small)
+                else:  # the target is longer, and what it has in this cluster stays
+                    target.write(base + offset, data)
+        elif writes is not None:
+            _write(target, base + at, buffer, length, writes, zero)
         if buffer is not None:
             spare.append(buffer)
         progress.at(base + at)
 
     try:
-        for at, length, data in _chunks(source, step, packed, parts):
+        for at, length, data in _chunks(parts, source.size, step, packed):
             if not data:
                 if not zero:
                     target.write_zeroes(base + at, length, unmap=True)
@@ -196,22 +106,41 @@ def copy(
             buffer = spare.pop() if spare else bytearray(step)
             job: Callable[[], Any]
             if pack is not None:
-                job = _pack_job(source, at, length, buffer, pack, target.cluster_size)
+                job = _pack_job(source, at, length, buffer, pack, target.cluster_size, rules)
+            elif ordered:
+                job = _read_job(source, at, length, buffer, rules)
             else:
-                job = _read_job(source, at, length, buffer, sparse if zero else 0)
+                job = _copy_job(source, target, base, at, length, buffer, rules)
             waiting.append((at, pool.submit(job)))
+            sent += length
             if len(waiting) > 2 * threads:
                 finish()
+            if rate:
+                _pause(started + sent / rate)
         while waiting:
             finish()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(source: Any, step: int, packed: bool, parts: Iterator[Mapped] | None) -> Iterator[tuple[int, int, bool]]:
+def _pause(until: float) -> None:
+    left = until - time.monotonic()
+    if left > 0:
+        time.sleep(left)
+
+
+def own_parts(image: Any) -> Iterator[Mapped]:
+    """What an image has itself, zeroes included; what comes from its backing image is left out."""
+    for e in image.block_status():
+        if e.present or image.backing is None:
+            zero = e.zero or not e.present
+            yield Mapped(e.offset, e.length, 0, e.present, zero, not zero, e.compressed, e.host, image.path)
+
+
+def _chunks(parts: Iterator[Mapped], size: int, step: int, packed: bool) -> Iterator[tuple[int, int, bool]]:
     """(offset, length, whether there are data) in pieces of up to `step` bytes; whole clusters of the target if packed."""
     done = 0
-    for part in parts if parts is not None else joined(mapped(source, 0, source.size)):
+    for part in parts:
         start, end = max(part.start, done), part.start + part.length
         if start >= end:
             continue
@@ -219,7 +148,7 @@ def _chunks(source: Any, step: int, packed: bool, parts: Iterator[Mapped] | None
             yield start, end - start, False
             continue
         if packed:  # data anywhere in a cluster make it one of data
-            start, end = start // step * step, min(-(-end // step) * step, source.size)
+            start, end = start // step * step, min(-(-end // step) * step, size)
             start = max(start, done)
         at = start
         while at < end:
@@ -229,18 +158,61 @@ def _chunks(source: Any, step: int, packed: bool, parts: Iterator[Mapped] | None
         done = end
 
 
-def _read_job(source: Any, at: int, length: int, buffer: bytearray, sparse: int) -> Callable[[], Any]:
-    def job() -> tuple[bytearray, list[tuple[int, int]]]:
+# --- on the threads ---
+
+
+def _read_job(source: Any, at: int, length: int, buffer: bytearray, rules: _Rules) -> Callable[[], Any]:
+    def job() -> tuple[bytearray, int, list[tuple[int, int]]]:
         with memoryview(buffer) as view:
-            source.read_into(at, [view[:length]])
-        if not sparse:
-            return buffer, [(0, length)]
+            _read(source, at, view[:length], rules.salvage)
+        if not rules.sparse:
+            return buffer, length, [(0, length)]
         # Against the whole buffer of zeroes first: one memcmp for the common case.
         if length == _CHUNK == len(buffer) and buffer == _ZEROES:
-            return buffer, []
-        return buffer, data_runs(buffer, length, sparse)
+            return buffer, length, []
+        return buffer, length, data_runs(buffer, length, rules.sparse)
 
     return job
+
+
+def _copy_job(source: Any, target: Any, base: int, at: int, length: int, buffer: bytearray, rules: _Rules) -> Callable[[], Any]:
+    read = _read_job(source, at, length, buffer, rules)
+
+    def job() -> tuple[bytearray, int, None]:
+        _, _, writes = read()
+        _write(target, base + at, buffer, length, writes, rules.zero)
+        return buffer, length, None
+
+    return job
+
+
+def _pack_job(
+    source: Any, at: int, length: int, buffer: bytearray, pack: Callable[[Any], bytes], cluster: int, rules: _Rules
+) -> Callable[[], Any]:
+    def job() -> tuple[bytearray, int, list[tuple[int, bytes, bytes]]]:
+        with memoryview(buffer) as view:
+            _read(source, at, view[:length], rules.salvage)
+            found = []
+            for start in range(0, length, cluster):
+                data = bytes(view[start : min(start + cluster, length)])
+                if not (rules.zero and is_zero(memoryview(data))):
+                    found.append((at + start, data, pack(data + bytes(cluster - len(data)))))
+        return buffer, length, found
+
+    return job
+
+
+def _write(target: Any, at: int, buffer: bytearray, length: int, writes: list[tuple[int, int]], zero: bool) -> None:
+    """Write the runs of data of a buffer; what is between them too, as zeroes, unless it is zero already."""
+    done = 0
+    with memoryview(buffer) as view:
+        for start, end in writes:
+            if not zero and start > done:
+                target.write_zeroes(at + done, start - done, unmap=True)
+            target.write_from(at + start, [view[start:end]])
+            done = end
+    if not zero and done < length:
+        target.write_zeroes(at + done, length - done, unmap=True)
 
 
 def data_runs(data: bytes | bytearray, length: int, piece: int) -> list[tuple[int, int]]:
@@ -265,20 +237,69 @@ def data_runs(data: bytes | bytearray, length: int, piece: int) -> list[tuple[in
     return found
 
 
-def _pack_job(
-    source: Any, at: int, length: int, buffer: bytearray, pack: Callable[[Any], bytes], cluster: int
-) -> Callable[[], Any]:
-    def job() -> tuple[None, list[tuple[int, bytes, bytes]]]:
-        with memoryview(buffer) as view:
-            source.read_into(at, [view[:length]])
-            found = []
-            for start in range(0, length, cluster):
-                data = bytes(view[start : min(start + cluster, length)])
-                if not is_zero(memoryview(data)):
-                    found.append((at + start, data, pack(data + bytes(cluster - len(data)))))
-        return None, found
+# --- images that cannot be read everywhere ---
 
-    return job
+
+def _read(source: Any, at: int, view: memoryview, salvage: bool) -> None:
+    try:
+        source.read_into(at, [view])
+    except (OSError, BlockError):
+        if not salvage:
+            raise
+        for start in range(0, len(view), _SECTOR):
+            part = view[start : start + _SECTOR]
+            try:
+                source.read_into(at + start, [part])
+            except (OSError, BlockError) as e:
+                print(f"stratovirt-img: warning: error while reading offset {at + start}: {e}", file=sys.stderr)
+                part[:] = bytes(len(part))
+
+
+def _salvaged(source: Any) -> Iterator[Mapped]:
+    """What `mapped` says; where it cannot say anything, data are tried."""
+    at = 0
+    while at < source.size:
+        try:
+            for part in mapped(source, at, source.size - at):
+                yield part
+                at = part.start + part.length
+        except (OSError, BlockError) as e:
+            n = min(_CHUNK - at % _CHUNK, source.size - at)
+            print(f"stratovirt-img: warning: error while reading block status at offset {at}: {e}", file=sys.stderr)
+            yield Mapped(at, n, 0, True, False, True, False, None, source.path)
+            at += n
+
+
+# --- copying in the kernel ---
+
+
+def _offloaded(source: Any, target: Any, base: int, parts: Iterator[Mapped]) -> Iterator[Mapped]:
+    """Let the kernel copy the parts that are the same in both files; yield what is left to be copied here."""
+    works = target.format == "raw"
+    for part in parts:
+        if not (works and part.data and part.offset is not None and not part.compressed):
+            yield part
+            continue
+        image = source
+        for _ in range(part.depth):
+            image = image.backing
+        if getattr(image, "encrypted", False):
+            yield part
+            continue
+        fd = (image.data_file if image.format == "qcow2" else image.file).fd
+        done = 0
+        try:
+            while done < part.length:
+                n = os.copy_file_range(fd, target.file.fd, part.length - done, part.offset + done, base + part.start + done)
+                if not n:
+                    break  # the file ends here; what is behind reads as zeroes
+                done += n
+        except OSError as e:
+            if e.errno not in _NO_OFFLOAD:
+                raise
+            works = False  # these two files never will
+        if done < part.length:
+            yield part._replace(start=part.start + done, length=part.length - done, offset=part.offset + done)
 
 
 # --- dd ---
@@ -286,7 +307,7 @@ def _pack_job(
 
 def dd(words: list[str]) -> int:
     """Copy blocks between images: bs=, count=, skip= as dd's; the target is created with the size of what is copied."""
-    given = parse(words, {"f": "value", "O": "value", "U": "", "force-share": "=U", "allow-chain": ""})
+    given = parse(words, {**SECRETS, "f": "value", "O": "value", "U": "", "force-share": "=U", "allow-chain": ""})
     pairs = {}
     for word in given.words:
         name, equals, value = word.partition("=")
@@ -299,21 +320,26 @@ def dd(words: list[str]) -> int:
     if not block:
         raise UsageError("Invalid bs '0': expected at least 1")
     fmt = check_format(given.last("O")) or "raw"
-    with open_image(
-        pairs["if"], format=read_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
-    ) as source:
+    if os.path.realpath(pairs["if"]) == os.path.realpath(pairs["of"]):
+        raise UsageError(f"{pairs['of']} is the source and the target")
+    with opened(given, pairs["if"], read_format(given.last("f"))) as source:
         start = min(args.size(pairs.get("skip", "0"), "skip") * block, source.size)
         length = source.size - start
         if "count" in pairs:
             length = min(length, args.size(pairs["count"], "count") * block)
-        size = -(-length // 512) * 512 if fmt == "qcow2" else length
-        with _Target(pairs["of"], fmt, size, {}, existing=False) as out, Progress(length, shown=False) as progress:
-            at = 0
-            while at < length:
-                data = source.read(start + at, min(_CHUNK, length - at))
-                with memoryview(data) as view:
-                    for a, b in data_runs(data, len(data), _SPARSE):
-                        out.write(at + a, view[a:b])
-                at += len(data)
-                progress.at(at)
+        create_image(pairs["of"], -(-length // 512) * 512 if fmt == "qcow2" else length, format=fmt)
+        try:
+            with open_image(pairs["of"], format=fmt, read_only=False) as out, Progress(length, shown=False) as progress:
+                at = 0
+                while at < length:
+                    data = source.read(start + at, min(_CHUNK, length - at))
+                    with memoryview(data) as view:
+                        for a, b in data_runs(data, len(data), SPARSE):
+                            out.write(at + a, view[a:b])
+                    at += len(data)
+                    progress.at(at)
+        except BaseException:
+            if os.path.isfile(pairs["of"]):  # noqa: PTH113
+                os.unlink(pairs["of"])  # noqa: PTH108
+            raise
     return 0

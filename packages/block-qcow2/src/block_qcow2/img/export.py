@@ -17,10 +17,12 @@ from ..images import RawImage
 from ..nbd.protocol import BASE_ALLOCATION, DIRTY_BITMAP, STATE_HOLE, STATE_ZERO
 from . import args
 from .args import UsageError, parse
-from .basic import _one_path, check_format, key_file
+from .basic import _one_path, check_format
 from .look import joined, mapped
+from .secrets import SECRETS, passphrase
 
 SERVE = {
+    **SECRETS,
     "f": "value",
     "r": "",
     "read-only": "=r",
@@ -36,7 +38,6 @@ SERVE = {
     "shared": "=e",
     "discard": "",
     "allow-chain": "",
-    "key-file": "value",
     "aio": "value",
     "direct": "",
     "type": "value",
@@ -86,7 +87,7 @@ def serve(words: list[str]) -> int:
         aio=given.last("aio") or ("native" if given.flag("direct") else "off"),
         discard=given.flag("discard"),
         allow=given.flag("allow-chain"),
-        passphrase=key_file(given),
+        passphrase=passphrase(given),
     )
     try:
         disk.lock()
@@ -200,7 +201,7 @@ BENCH = {
     "direct": "",
     "q": "",
 }
-BENCH |= {"U": "", "pattern": "value", "flush-interval": "value", "allow-chain": "", "key-file": "value"}
+BENCH |= {"U": "", "pattern": "value", "flush-interval": "value", "allow-chain": ""} | SECRETS
 
 
 def bench(words: list[str]) -> int:
@@ -223,7 +224,7 @@ def bench(words: list[str]) -> int:
         direct=given.flag("direct"),
         aio=given.last("aio") or ("native" if given.flag("direct") else "off"),
         allow=given.flag("allow-chain"),
-        passphrase=key_file(given),
+        passphrase=passphrase(given),
     )
     try:
         if not given.flag("U"):

@@ -14,10 +14,11 @@ from ..qcow2.bitmaps import load as load_bitmaps
 from ..qcow2.format import EXT_BITMAPS
 from . import args
 from .args import UsageError, human_size, parse
-from .basic import _one_path, _output, check_format, listing, qcow2_options, read_format
+from .basic import _one_path, _output, check_format, listing, opened, qcow2_options, read_format
 from .progress import Progress
+from .secrets import SECRETS
 
-_COMMON = {"f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": "", "q": "", "p": ""}
+_COMMON = {**SECRETS, "f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": "", "q": "", "p": ""}
 
 # --- info ---
 
@@ -222,9 +223,7 @@ def map(words: list[str]) -> int:
     path = _one_path(given.words, "Image map requires path")
     output = _output(given.last("output"))
     start = args.size(given.last("start-offset") or "0", "start offset")
-    with open_image(
-        path, format=read_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
-    ) as image:
+    with opened(given, path, read_format(given.last("f"))) as image:
         length = args.size(given.last("max-length") or str(image.size), "length")
         parts = joined(mapped(image, start, length))
         if output == "json":
@@ -255,11 +254,12 @@ _CHUNK = 2 << 20
 
 
 def compare(words: list[str]) -> int:
-    """Exit status as qemu-img's: 0 the same, 1 different, 2 an error."""
+    """Exit status as qemu-img's: 0 the same, 1 different, 2 not opened, 3 not mapped, 4 not read."""
     given = parse(words, COMPARE)
     if len(given.words) != 2:
         raise UsageError("Expecting two image file names")
-    allow, share, strict, quiet = given.flag("allow-chain"), given.flag("U"), given.flag("s"), given.flag("q")
+    strict, quiet = given.flag("s"), given.flag("q")
+    status = 2
 
     def say(text: str) -> None:
         if not quiet:
@@ -267,10 +267,11 @@ def compare(words: list[str]) -> int:
 
     try:
         with (
-            open_image(given.words[0], format=read_format(given.last("f")), allow=allow, force_share=share) as a,
-            open_image(given.words[1], format=read_format(given.last("F")), allow=allow, force_share=share) as b,
-            Progress(max(a.size, b.size), shown=given.flag("p")) as progress,
+            opened(given, given.words[0], read_format(given.last("f")), plain=True) as a,
+            opened(given, given.words[1], read_format(given.last("F")), plain=True) as b,
+            Progress(max(a.size, b.size), shown=given.flag("p"), quiet=quiet) as progress,
         ):
+            status = 3
             if a.size != b.size:
                 if strict:
                     say("Strict mode: Image size mismatch!")
@@ -285,9 +286,23 @@ def compare(words: list[str]) -> int:
                 return 1
             say("Images are identical.")
             return 0
+    except _ReadError as e:
+        print(f"stratovirt-img: {e}", file=sys.stderr)
+        return 4
     except (BlockError, OSError) as e:
         print(f"stratovirt-img: {e}", file=sys.stderr)
-        return 2
+        return status
+
+
+class _ReadError(BlockError):
+    """Guest data cannot be read."""
+
+
+def _read_into(image: Any, at: int, view: memoryview) -> None:
+    try:
+        image.read_into(at, [view])
+    except (BlockError, OSError) as e:
+        raise _ReadError(f"Error while reading offset {at} of {image.path}: {e}") from e
 
 
 def difference(a: Any, b: Any, size: int, strict: bool, progress: Progress) -> int | None:
@@ -303,8 +318,8 @@ def difference(a: Any, b: Any, size: int, strict: bool, progress: Progress) -> i
         if x.data or y.data:
             n = min(end - at, _CHUNK)
             with memoryview(one) as v, memoryview(other) as w:
-                a.read_into(at, [v[:n]])
-                b.read_into(at, [w[:n]])
+                _read_into(a, at, v[:n])
+                _read_into(b, at, w[:n])
             if one != other if n == _CHUNK else one[:n] != other[:n]:
                 return at + next(i for i in range(n) if one[i] != other[i])
             at += n
@@ -327,7 +342,9 @@ def first_nonzero(image: Any, start: int) -> int | None:
     for m in mapped(image, start, image.size - start):
         at = m.start
         while m.data and at < m.start + m.length:
-            data = image.read(at, min(_CHUNK, m.start + m.length - at))
+            data = bytearray(min(_CHUNK, m.start + m.length - at))
+            with memoryview(data) as view:
+                _read_into(image, at, view)
             stripped = data.lstrip(b"\0")
             if stripped:
                 return at + len(data) - len(stripped)
@@ -352,9 +369,7 @@ def measure(words: list[str]) -> int:
         size, clusters, bitmaps = args.size(given.last("size") or "", "size"), 0, False
     else:
         path = _one_path(given.words, "Either --size N or one filename must be specified")
-        with open_image(
-            path, format=read_format(given.last("f")), allow=given.flag("allow-chain"), force_share=given.flag("U")
-        ) as image:
+        with opened(given, path, read_format(given.last("f"))) as image:
             size = image.size
             bitmaps = target == image.format == "qcow2" and image.header.version >= 3
             if bitmaps and image.header.extension(EXT_BITMAPS):
