@@ -18,7 +18,7 @@ from lab.vmm import Qmp, Vmm
 
 PROMPT = r"guest:\S*# "
 WAIT = 120.0
-PAYLOAD = hashlib.shake_256(b"network").digest(8 << 20)
+PAYLOAD = hashlib.shake_256(b"network").digest(4 << 20)
 DIGEST = hashlib.sha256(PAYLOAD).hexdigest()
 
 Start = Callable[..., Vmm]
@@ -151,15 +151,15 @@ def test_what_is_sent_arrives_over_taps_vhost_and_passt_through_pauses_and_a_tap
 
     # A tap with two pairs of queues: the driver takes one a CPU.
     vmm.run("ip addr add 10.77.0.2/24 dev eth0; ip link set eth0 up")
-    vmm.run("ping -c 3 -i 0.2 10.77.0.1")
-    run(str(guests.busybox()), "ping", "-c", "3", "-i", "0.2", "10.77.0.2")
+    vmm.run("ping -c 2 -i 0.2 10.77.0.1")
+    run(str(guests.busybox()), "ping", "-c", "2", "-i", "0.2", "10.77.0.2")
     assert vmm.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l").strip() == "2"
     transfer(vmm, "10.77.0.1", "10.77.0.1", pause)
 
     # The same through the host's kernel.
     vmm.run("ip addr add 10.78.0.2/24 dev eth2; ip link set eth2 up")
     assert vmm.run("cat /sys/class/net/eth2/address").strip() == "52:54:00:77:77:77"
-    vmm.run("ping -c 3 -i 0.2 10.78.0.1")
+    vmm.run("ping -c 2 -i 0.2 10.78.0.1")
     transfer(vmm, "10.78.0.1", "10.78.0.1", pause)
 
     # Without privileges: the gateway's address is the host's loopback, and a port of the host leads to the guest.

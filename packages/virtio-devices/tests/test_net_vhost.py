@@ -56,7 +56,7 @@ class FakeTap:
         self.counts: list[int] = []
 
     def alive(self) -> bool:
-        return True
+        return bool(self.pipes) and self.pipes[0][1] >= 0
 
     def set_offloads(self, features: int) -> None:
         self.offloads = features
@@ -65,7 +65,7 @@ class FakeTap:
         self.counts.append(count)
 
     def unplug(self) -> None:
-        """Have the first descriptor report what a deleted tap's does."""
+        """Be deleted."""
         os.close(self.pipes[0][1])
         self.pipes[0] = (self.pipes[0][0], -1)
 

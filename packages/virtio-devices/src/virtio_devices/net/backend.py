@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 FRAMES, BYTES = 64, 1 << 18
 IOV_MAX = 1024  # buffers of one system call (limits.h)
 
-_HANG_UP = 0x10  # EPOLLHUP: reported, like errors, whether it is asked for or not
-
 
 class Statistics(NamedTuple):
     """What went through since the device was made. Frames and bytes of frames, without headers; as the guest sees directions."""
@@ -113,8 +111,7 @@ class Lane:
         self._ready.clear()
 
     def guard(self) -> None:
-        """Notice when the network is gone, for a pair that the back end serves."""
-        self._watch(_HANG_UP)
+        """Notice when the network is gone, until rest(). For a pair that the back end serves."""
 
     def drop_all(self, queue: SplitQueue) -> None:
         """Take the driver's frames and send none."""

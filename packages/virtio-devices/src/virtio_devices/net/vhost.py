@@ -13,7 +13,7 @@ from virtio_devices.net.backend import Backend, Lane, Owner
 from virtio_devices.net.features import F_MRG_RXBUF
 from virtio_devices.queue import SplitQueue
 from virtio_devices.vhost_kernel import Request, VhostKernel
-from vmm_core.loop import Loop
+from vmm_core.loop import Loop, Timer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vmm_core.guestmem import GuestMemory
 
 PATH = "/dev/vhost-net"
+
+_LOOK_NS = 1_000_000_000  # between two looks at the tap
 
 _NET_SET_BACKEND = Request("VHOST_NET_SET_BACKEND", 0x30, writes=8)
 _VRING_FILE = Struct("<Ii")  # vhost_vring_file: index, fd
@@ -49,7 +51,7 @@ class VhostBackend(Backend):
 
     def lane(self, owner: Owner, pair: int, loop: Loop) -> Lane:
         """Return a lane that moves nothing, and notices when the tap is gone."""
-        return _KernelLane(owner, pair, loop, self._tap.fds[pair])
+        return _KernelLane(owner, pair, loop, self._tap)
 
     def alive(self) -> bool:
         """Tell whether the interface is still there."""
@@ -115,7 +117,30 @@ class VhostBackend(Backend):
 
 
 class _KernelLane(Lane):
-    """A pair of queues that the kernel serves."""
+    """A pair of queues that the kernel serves. It looks after the tap from time to time.
+
+    A deleted tap wakes who waits for frames, and nobody who waits for errors alone; but each frame would be a wake-up then.
+    """
+
+    def __init__(self, owner: Owner, pair: int, loop: Loop, tap: TapBackend) -> None:
+        """Make a lane at rest."""
+        super().__init__(owner, pair, loop, tap.fds[pair])
+        self._tap = tap
+        self._timer: Timer | None = None
+
+    def guard(self) -> None:
+        """Look after the tap, until rest()."""
+        if self._tap.alive():
+            self._timer = self.loop.call_later(_LOOK_NS, self.guard, host=True)
+        else:
+            self._timer = None
+            self._die("the other side has gone")
+
+    def rest(self, rx: SplitQueue | None) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def receive(self, queue: SplitQueue) -> None:
         """Nothing to do: the kernel does it."""
