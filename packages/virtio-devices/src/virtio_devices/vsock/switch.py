@@ -37,8 +37,6 @@ _GATHER_MAX = 64  # pieces of one write
 
 Key = tuple[int, int]  # port of the host, port of the guest
 Packet = tuple[int, Key, int, int, int, Connection | None]  # source cid, key, type, op, flags, whose credit it tells
-    int, Key, int, int, int, Connection | None
-]  # source cid, key, type, op, flags, the connection whose credit it tells
 
 
 class Switchboard:
