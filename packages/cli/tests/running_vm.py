@@ -62,7 +62,7 @@ class RunningVm:
             self._messages += self._framer.feed(self._socket.recv(65536))
         return self._messages.pop(0)
 
-    def answers(self, command: str, /, fds: tuple[int, ...] = (), **arguments: Any) -> list[Any]:
+    def answers(self, command: str, fds: tuple[int, ...] = (), /, **arguments: Any) -> list[Any]:
         """Run a command; every message up to its reply. `_` in the name of an argument stands for `-`."""
         request = {"execute": command, "arguments": {name.replace("_", "-"): value for name, value in arguments.items()}}
         passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
@@ -72,7 +72,7 @@ class RunningVm:
             messages.append(self.read())
         return messages
 
-    def run(self, command: str, /, fds: tuple[int, ...] = (), **arguments: Any) -> Any:
+    def run(self, command: str, fds: tuple[int, ...] = (), /, **arguments: Any) -> Any:
         """Run a command and return its result. Raises Refused."""
         reply = self.answers(command, fds, **arguments)[-1]
         if "error" in reply:

@@ -27,8 +27,6 @@ LIMIT = 60.0  # seconds, for what takes a tenth of one
 
 # Commands whose device does not exist in this program yet. A command that learns to work must leave this set.
 NOT_YET = {
-    "netdev_add",
-    "netdev_del",
     "migrate",
     "migrate_cancel",
 }
@@ -45,7 +43,7 @@ NOT_ON_MICROVM = {
     "update_region",
 }
 # What succeeds only after something else, see test_hotplug.
-NEEDS_OTHERS = {"blockdev-add", "blockdev-del", "device_add", "device_del", "chardev-remove"}
+NEEDS_OTHERS = {"blockdev-add", "blockdev-del", "netdev_add", "netdev_del", "device_add", "device_del", "chardev-remove"}
 # A microvm that has none answers so.
 NO_BALLOON = {"balloon", "query-balloon"}
 
@@ -288,10 +286,10 @@ class TestQueries:
     def test_trace_points_can_be_switched_and_write_to_the_log(self, vm: Vm) -> None:
         client = Client(vm.unix)
         states = client.run("trace-get-state", {"name": "^virtio_tpt"})["return"]
-        assert states == [{"name": f"virtio_tpt_{kind}_config", "state": False} for kind in ("read", "write")]
+        assert states == [{"name": f"virtio_tpt_{kind}_config", "state": "disabled"} for kind in ("read", "write")]
         assert len(client.run("trace-get-state", {"name": ""})["return"]) == len(POINTS)
         assert client.run("trace-set-state", {"name": "virtio_tpt_read", "enable": True}) == {"return": {}}
-        assert client.run("trace-get-state", {"name": "_read_config"})["return"][0]["state"] is True
+        assert client.run("trace-get-state", {"name": "_read_config"})["return"][0]["state"] == "enabled"
         vm.ask("readl 0xf0100000")
         assert client.run("trace-set-state", {"name": "virtio", "enable": False}) == {"return": {}}
         vm.ask("readl 0xf0100004")

@@ -21,9 +21,13 @@ from vmm_core.errors import VmmError
 from vmm_core.machine.core import VmStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pystratovirt.cmdline.backends import Drive, SocketChardev
+    from pystratovirt.cmdline.netdevs import Tap, User
     from pystratovirt.vm import VirtualMachine
     from virtio_devices.blk.device import BlkDevice
+    from virtio_devices.net.device import NetDevice
 
 REPLACEABLE = len(DISK_SLOTS) + len(NET_SLOTS)
 _SLOTS = {DISK: DISK_SLOTS, NET: NET_SLOTS}
@@ -63,10 +67,12 @@ class HotPlug:
         for slot, plugged in sorted(vm.slots.items()):
             device = plugged.declaration
             if device is not None and device.place in _SLOTS:
-                name = getattr(device, "drive" if device.place == DISK else "netdev")
-                self._backends.append(Backend(device.place, name, device.id, slot))
-        used = {backend.name for backend in self._backends if backend.kind == DISK}
-        self._backends += [Backend(DISK, name) for name in vm.drives if name not in used]
+                name = getattr(device, "drive" if device.place == DISK else "netdev", None)
+                if name is not None:
+                    self._backends.append(Backend(device.place, name, device.id, slot))
+        used = {(backend.kind, backend.name) for backend in self._backends}
+        waiting = [(DISK, name) for name in vm.drives] + [(NET, name) for name in vm.netdevs]
+        self._backends += [Backend(kind, name) for kind, name in waiting if (kind, name) not in used]
 
     # Back ends
 
@@ -101,6 +107,24 @@ class HotPlug:
     def remove_drive(self, name: str) -> None:
         """Close an image that no device uses, or that went with its device. Raises HotPlugError."""
         self._remove(DISK, name, "Drive")
+
+    def add_netdev(self, netdev: Tap | User, take: Callable[[str], int | None]) -> None:
+        """Open a network, for a device to come. `take` as in `devices.net.open_netdev`. Raises HotPlugError."""
+        from pystratovirt.devices.net import open_netdev
+
+        self._expect_alive()
+        backend = Backend(NET, netdev.id)
+        self._register(backend)
+        try:
+            self._vm.networks[netdev.id] = open_netdev(netdev, take)
+        except (VmmError, OSError) as error:
+            self._backends.remove(backend)
+            raise HotPlugError(f"Add netdev error: {error}") from None
+        self._vm.netdevs[netdev.id] = netdev
+
+    def remove_netdev(self, name: str) -> None:
+        """Close a network that no device uses, or that went with its device. Raises HotPlugError."""
+        self._remove(NET, name, "Netdev")
 
     # Character devices
 
@@ -146,6 +170,9 @@ class HotPlug:
         from block_qcow2.errors import BlockError
 
         self._backends.remove(backend)
+        if backend.kind == NET:
+            self._vm.close_netdev(backend.name)
+            return
         try:
             self._vm.close_drive(backend.name)
         except (BlockError, OSError) as error:
@@ -154,12 +181,21 @@ class HotPlug:
     # Devices
 
     def plug(
-        self, device: str, driver: str, addr: str | None, lun: int | None, *, backend: str | None = None, serial: str = ""
+        self,
+        device: str,
+        driver: str,
+        addr: str | None,
+        lun: int | None,
+        *,
+        backend: str | None = None,
+        serial: str = "",
+        mac: bytes | None = None,
     ) -> None:
         """Put a back end into a slot, under the id `device`. Raises HotPlugError.
 
         `addr` is the slot's number among its kind, decimal or with 0x; without one `lun` + 1 is; without both, 0. The back end is
-        the one called as the device or, when there is none, the one called `backend`.
+        the one called as the device or, when there is none, the one called `backend`. `serial` is a disk's. `mac` is a network
+        device's, and of no effect when a driver has the device already.
         """
         self._expect_alive()
         number = _slot_number(device, addr, lun)
@@ -179,7 +215,7 @@ class HotPlug:
         if found.device is not None or any(each.id == device for each in self._vm.config.devices):
             raise HotPlugError(f"Device id {device} existed")
         try:
-            self._attach(found, slot, serial)
+            self._attach(found, slot, serial, mac)
         except VmmError as error:
             raise HotPlugError(f"{device}: failed to update config. {error}") from None
         found.device, found.slot = device, slot
@@ -198,7 +234,7 @@ class HotPlug:
             if found.slot >= REPLACEABLE:
                 raise HotPlugError(f"Device {device} is in no slot that can be emptied")
             try:
-                self._detach(found, found.slot)
+                self._detach(found.slot)
             except VmmError as error:
                 raise HotPlugError(f"{device}: failed to update config. {error}") from None
             self._vm.machine.clear(found.slot)
@@ -220,13 +256,19 @@ class HotPlug:
     def _unplugged(self, name: str) -> Backend | None:
         return next((each for each in self._backends if each.name == name and each.device is None), None)
 
-    def _attach(self, backend: Backend, slot: int, serial: str) -> None:
-        device = cast("BlkDevice", self._vm.slots[slot].device)
-        drive = self._vm.drives[backend.name]
-        device.attach(self._vm.disks[backend.name], serial=serial, iops=drive.iops_total or 0, bps=drive.bps_total or 0)
+    def _attach(self, backend: Backend, slot: int, serial: str, mac: bytes | None) -> None:
+        device = self._vm.slots[slot].device
+        if backend.kind == NET:
+            card = cast("NetDevice", device)
+            if mac is not None and not card.active:  # a driver has read its address; StratoVirt never changes it
+                card.set_mac(mac)
+            card.attach(self._vm.networks[backend.name])
+        else:
+            drive, disk = self._vm.drives[backend.name], self._vm.disks[backend.name]
+            cast("BlkDevice", device).attach(disk, serial=serial, iops=drive.iops_total or 0, bps=drive.bps_total or 0)
 
-    def _detach(self, backend: Backend, slot: int) -> None:
-        cast("BlkDevice", self._vm.slots[slot].device).detach()
+    def _detach(self, slot: int) -> None:
+        cast("BlkDevice | NetDevice", self._vm.slots[slot].device).detach()
 
     def _expect_alive(self) -> None:
         if self._vm.machine.status is VmStatus.SHUTDOWN:

@@ -5,16 +5,23 @@ Not here: what happens (`pystratovirt.hotplug`), drives (`block`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from pystratovirt.cmdline.backends import SocketChardev
+from pystratovirt.cmdline.errors import BadKey
 from pystratovirt.qmp_handlers.block import refusals_as_replies
-from qmp_protocol.commands.device import ChardevAdd, ChardevRemove, DeviceAdd, DeviceDel
+from qmp_protocol.commands.device import ChardevAdd, ChardevRemove, DeviceAdd, DeviceDel, NetdevAdd, NetdevDel
 from qmp_protocol.errors import GENERIC_ERROR, QmpError
 from qmp_protocol.events import DeviceDeleted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pystratovirt.cmdline.netdevs import Tap, User
     from pystratovirt.runtime import Runtime
+    from qmp_server.descriptors import DescriptorTable
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
 
@@ -33,6 +40,7 @@ def register(server: QmpServer, runtime: Runtime) -> None:
                 arguments.lun,
                 backend=arguments.drive or arguments.netdev,
                 serial=arguments.serial or "",
+                mac=_mac(arguments.mac),
             )
 
     @server.handler(DeviceDel)
@@ -47,6 +55,16 @@ def register(server: QmpServer, runtime: Runtime) -> None:
                 call.emit(deleted)
                 raise
             call.emit(deleted)
+
+    @server.handler(NetdevAdd)
+    def netdev_add(arguments: NetdevAdd, call: Call) -> None:
+        with refusals_as_replies(), _lent(server.fds) as take:
+            vm.hotplug.add_netdev(declared(arguments), take)
+
+    @server.handler(NetdevDel)
+    def netdev_del(arguments: NetdevDel, call: Call) -> None:
+        with refusals_as_replies():
+            vm.hotplug.remove_netdev(arguments.id)
 
     @server.handler(ChardevAdd)
     def chardev_add(arguments: ChardevAdd, call: Call) -> None:
@@ -64,3 +82,68 @@ def register(server: QmpServer, runtime: Runtime) -> None:
     def chardev_remove(arguments: ChardevRemove, call: Call) -> None:
         with refusals_as_replies():
             vm.hotplug.remove_chardev(arguments.id)
+
+
+def declared(arguments: NetdevAdd) -> Tap | User:
+    """Return what the command line would say. Raises QmpError."""
+    from pystratovirt.cmdline.netdevs import PAIRS_MAX, Tap, User
+
+    kind = User if arguments.type == "user" else Tap
+    values: dict[str, Any] = {"id": arguments.id}
+    if kind is Tap:
+        if arguments.type == "vhost-user" or arguments.chardev is not None:
+            raise QmpError(GENERIC_ERROR, "netdev_add: vhost-user networks are not supported yet")
+        for name in ("fd", "fds", "vhostfd", "vhostfds"):
+            text = getattr(arguments, name)
+            if text is not None:
+                values[name] = tuple(text.split(":"))  # names or numbers
+        for name in ("ifname", "queues", "vhost"):
+            value = getattr(arguments, name)
+            if value is not None:
+                values[name] = value
+    try:
+        for name, value in values.items():
+            if isinstance(value, str):
+                kind.keys[name].kind.parse(value)
+        if values.get("queues", 1) not in range(1, PAIRS_MAX + 1):
+            raise BadKey(
+                f"queues={values['queues']}", f"The 'queues' {values['queues']} is bigger than max queue num {PAIRS_MAX}"
+            )
+        netdev = kind(**values)
+        netdev.check()
+    except BadKey as error:
+        raise QmpError(GENERIC_ERROR, f"{error.name}: {error.reason}".removeprefix(": ")) from None
+    except ValueError as error:
+        raise QmpError(GENERIC_ERROR, f"{name}: {error}") from None
+    return netdev
+
+
+def _mac(text: str | None) -> bytes | None:
+    from pystratovirt.cmdline.drivers.net import Mac
+
+    try:
+        return Mac().parse(text) if text else None
+    except ValueError as error:
+        raise QmpError(GENERIC_ERROR, f"mac: {error}") from None
+
+
+@contextmanager
+def _lent(fds: DescriptorTable) -> Iterator[Callable[[str], int | None]]:
+    """Hand out passed descriptors by name. They leave the table when all goes well, and are as before when it does not."""
+    lent: dict[str, int] = {}
+
+    def take(name: str) -> int | None:
+        fd = lent.get(name, fds.take(name))
+        if fd is None:
+            return None
+        lent[name] = fd
+        return os.dup(fd)
+
+    try:
+        yield take
+    except BaseException:
+        for name, fd in lent.items():
+            fds.put(name, fd)
+        raise
+    for fd in lent.values():
+        os.close(fd)

@@ -1,0 +1,264 @@
+"""Every sequence of hot-plug commands, against a model: answers, what the guest sees, and nothing left behind.
+
+The server, the handlers, the machine and its devices are the real ones, in test mode. Networks are socket pairs that are passed
+with getfd. Some commands come while the process is out of descriptors.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from block_qcow2 import create_image
+from block_qcow2.errors import ImageInUseError
+from block_qcow2.locks import lock
+from pystratovirt.cmdline.netdevs import Tap
+from pystratovirt.devices import net
+from running_vm import RunningVm, holdings
+from virtio_devices.device import DeviceError
+from virtio_devices.net.backend import Backend
+from virtio_devices.net.stream import StreamBackend
+
+NAMES = [f"n{number}" for number in range(4)]
+FILES = ["raw", "other", "qcow2", "folder", "missing"]
+SIZE = 1 << 20
+
+names = st.sampled_from(NAMES)
+starved = st.sampled_from([False, False, False, True])
+
+
+def open_pair(netdev: Any, take: Any = None) -> Backend:
+    """Stands in for `devices.net.open_netdev`: a descriptor that was passed is one end of a socket pair."""
+    assert isinstance(netdev, Tap)
+    fd = take(netdev.descriptors[0])
+    if fd is None:
+        raise DeviceError(f"{netdev.id}: no descriptor")
+    return StreamBackend(netdev.id, socket.socket(fileno=fd))
+
+
+@contextmanager
+def out_of_descriptors(really: bool) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if really:
+        probe = os.open("/", os.O_RDONLY)
+        os.close(probe)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (probe, hard))  # from the lowest that is free on
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def is_locked(path: Path) -> bool:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        lock(fd, str(path), write=True)
+    except ImageInUseError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+class HotPlugging(RuleBasedStateMachine):
+    """The model is what each back end is, and which slot it is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="hp-", dir="/tmp"))
+        for name in ("raw", "other"):
+            (self.folder / name).write_bytes(bytes(SIZE))
+        create_image(str(self.folder / "qcow2"), format="qcow2", size=SIZE)
+        (self.folder / "folder").mkdir()
+        self.original, net.open_netdev = net.open_netdev, open_pair  # type: ignore[assignment]
+        self.vm = RunningVm(self.folder)
+        self.drives: dict[str, tuple[str, bool]] = {}
+        self.networks: set[str] = set()
+        self.slots: dict[str, int] = {}
+        self.gone: set[tuple[str, str]] = set()
+        self.passed: set[str] = set()
+        self.paused = False
+
+    @initialize()
+    def know_what_an_idle_machine_holds(self) -> None:
+        """What is loaded or started once and for all is there after a first round."""
+        self.vm.drive_slot(0)
+        for kind, name in (("raw", "n0"), ("qcow2", "n1")):
+            self.vm.add_drive(name, self.folder / kind, driver=kind)
+            self.vm.run("device_add", id=name, driver="virtio-blk-mmio")
+            self.vm.run("device_del", id=name)
+        self.pass_descriptor("n0")
+        self.vm.run("netdev_add", id="n0", fds="n0")
+        self.vm.run("device_add", id="n0", driver="virtio-net-mmio")
+        self.vm.run("device_del", id="n0")
+        self.passed.clear()
+        self.gone = {("blk", "n0"), ("blk", "n1"), ("net", "n0")}
+        self.idle = holdings()
+
+    def attempt(self, right: bool, command: str, starve: bool = False, **arguments: Any) -> bool:
+        """Run a command that has to work exactly when it is `right`, or may fail as well when there are no descriptors."""
+        with out_of_descriptors(starve):
+            reply = self.vm.answers(command, **arguments)[-1]
+        if "return" in reply:
+            assert right, f"{command} {arguments} went through"
+            return True
+        assert reply["error"]["class"] == "GenericError"
+        desc = reply["error"]["desc"]
+        assert desc
+        assert "failed: " not in desc or starve, f"{command} is a bug of ours: {desc}"
+        assert not right or starve, f"{command} {arguments} was refused: {desc}"
+        return False
+
+    def pass_descriptor(self, name: str) -> None:
+        ours, theirs = socket.socketpair()
+        self.vm.run("getfd", (theirs.fileno(),), fdname=name)
+        self.passed.add(name)
+        ours.close()
+        theirs.close()
+
+    @property
+    def taken(self) -> set[str]:
+        return {*self.drives, *self.networks}
+
+    def may_open(self, file: str, read_only: bool) -> bool:
+        if file not in ("raw", "other", "qcow2"):
+            return False
+        return all(other != file or (read_only and shared) for other, shared in self.drives.values())
+
+    @rule(name=names, file=st.sampled_from(FILES), read_only=st.booleans(), human=st.booleans(), starve=starved)
+    def add_drive(self, name: str, file: str, read_only: bool, human: bool, starve: bool) -> None:
+        right = self.may_open(file, read_only) and name not in self.taken and len(self.taken) < 6
+        image = "qcow2" if file == "qcow2" else "raw"
+        if human:
+            line = f"drive_add 0 id={name},file={self.folder / file},format={image},direct=off,aio=threads"
+            line += f",readonly={'on' if read_only else 'off'}"
+            done = self.attempt(right, "human-monitor-command", starve, command_line=line)
+        else:
+            arguments = {"node_name": name, "driver": image, "read_only": read_only, "cache": {"direct": False}}
+            file_ = {"driver": "file", "filename": str(self.folder / file), "aio": "threads"}
+            done = self.attempt(right, "blockdev-add", starve, file=file_, **arguments)
+        if done:
+            self.drives[name] = (file, read_only)
+            self.gone.discard(("blk", name))
+
+    @rule(name=names, descriptor=names, starve=starved)
+    def add_network(self, name: str, descriptor: str, starve: bool) -> None:
+        right = descriptor in self.passed and name not in self.taken and len(self.taken) < 6
+        if self.attempt(right, "netdev_add", starve, id=name, fds=descriptor):
+            self.networks.add(name)
+            self.passed.remove(descriptor)
+            self.gone.discard(("net", name))
+
+    @rule(name=names)
+    def pass_a_descriptor(self, name: str) -> None:
+        self.pass_descriptor(name)
+
+    @rule(name=names, kind=st.sampled_from(["blk", "net", "rng"]), number=st.integers(0, 4), starve=starved)
+    def plug(self, name: str, kind: str, number: int, starve: bool) -> None:
+        fits = {"blk": name in self.drives and number < 4, "net": name in self.networks and number < 2}
+        slot = number + 4 * (kind == "net")
+        right = fits.get(kind, False) and name not in self.slots and slot not in self.slots.values()
+        if self.attempt(right, "device_add", starve, id=name, driver=f"virtio-{kind}-mmio", addr=hex(number)):
+            self.slots[name] = slot
+
+    @rule(name=names)
+    def unplug(self, name: str) -> None:
+        if self.attempt(name in self.taken, "device_del", id=name):
+            self.gone.add(("blk" if name in self.drives else "net", name))
+            self.drives.pop(name, None)
+            self.networks.discard(name)
+            self.slots.pop(name, None)
+
+    @rule(name=names, kind=st.sampled_from(["blk", "net"]), human=st.booleans())
+    def remove(self, name: str, kind: str, human: bool) -> None:
+        table: Any = self.drives if kind == "blk" else self.networks
+        right = (name in table and name not in self.slots) or (name not in table and (kind, name) in self.gone)
+        if kind == "net":
+            done = self.attempt(right, "netdev_del", id=name)
+        elif human:
+            done = self.attempt(right, "human-monitor-command", command_line=f"drive_del {name}")
+        else:
+            done = self.attempt(right, "blockdev-del", node_name=name)
+        if done and name in table:
+            self.drives.pop(name, None)
+            self.networks.discard(name)
+        elif done:
+            self.gone.remove((kind, name))
+
+    @rule(slot=st.integers(0, 5))
+    def load_a_driver(self, slot: int) -> None:
+        self.vm.drive_slot(slot)
+
+    @rule(paused=st.booleans())
+    def stop_or_go_on(self, paused: bool) -> None:
+        self.attempt(True, "stop" if paused else "cont")
+        self.paused = paused
+
+    @rule()
+    @precondition(lambda self: not self.paused)
+    def reset(self) -> None:
+        self.attempt(True, "system_reset")
+
+    @invariant()
+    def clients_are_told_what_there_is(self) -> None:
+        listed = {each["device"]: each["qdev"] for each in self.vm.run("query-block")}
+        assert listed == {name: name if name in self.slots else "" for name in self.drives}
+
+    @invariant()
+    def the_guest_sees_what_is_plugged(self) -> None:
+        plugged = set(self.slots.values())
+        assert [self.vm.capacity(slot) for slot in range(4)] == [SIZE // 512 * (slot in plugged) for slot in range(4)]
+        links = [self.vm.register(slot, 0x104) >> 16 & 1 for slot in (4, 5)]
+        assert links == [int(slot in plugged) for slot in (4, 5)]
+
+    @invariant()
+    def images_are_locked_exactly_while_there_is_a_drive(self) -> None:
+        used = {file for file, _ in self.drives.values()}
+        for file in ("raw", "other", "qcow2"):
+            assert is_locked(self.folder / file) == (file in used)
+
+    def teardown(self) -> None:
+        try:
+            for name in list(self.taken):
+                self.unplug(name)
+            for name in list(self.passed):
+                # Nobody else asks for them: what is in the table is closed when its name is used again, or at the end.
+                self.add_network(name, name, False)
+                self.unplug(name)
+            if hasattr(self, "idle"):
+                assert holdings() == self.idle
+        finally:
+            self.vm.close()
+            net.open_netdev = self.original
+            shutil.rmtree(self.folder)
+
+
+HotPlugging.TestCase.settings = settings(
+    phases=[Phase.generate],  # to shrink a leak takes minutes; who looks for one lets it
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestEverySequence = HotPlugging.TestCase
+
+
+@pytest.mark.soak
+class TestEveryLongSequence(HotPlugging.TestCase):  # type: ignore[misc, name-defined]
+    """The same for longer, and other sequences each time."""
+
+    settings = settings(max_examples=1000, stateful_step_count=100, deadline=None, suppress_health_check=list(HealthCheck))
