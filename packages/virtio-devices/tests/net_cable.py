@@ -7,12 +7,16 @@ import socket
 import struct
 
 from virtio_devices.device import F_EVENT_IDX
-from virtio_devices.net.backend import Backend, Lane, Owner
+from virtio_devices.net.backend import Backend, Lane
 from virtio_devices.net.device import NetDevice
 from virtio_devices.net.features import F_MRG_RXBUF, HEADER, OFFLOADS
 from virtio_devices.net.tap import TapLane
 from virtio_driver import Driver
 from vmm_core.loop import Loop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtio_devices.net.backend import Owner
 
 MAC = bytes.fromhex("525400123456")
 OTHER = bytes.fromhex("525400aabbcc")

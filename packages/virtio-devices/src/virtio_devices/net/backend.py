@@ -9,7 +9,7 @@ Not here: what features mean, control commands, and the life of a device (`devic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC
 from virtio_devices.net.features import ETHERNET, F_MRG_RXBUF, HEADER, NUM_BUFFERS
@@ -18,8 +18,40 @@ from vmm_core.loop import READ, WRITE, Loop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from virtio_devices.net.filter import RxFilter
     from vmm_core.guestmem import GuestMemory
+
+    class Owner(Protocol):
+        """What a lane needs of its device. On the lane's loop."""
+
+        @property
+        def working(self) -> bool:
+            """Whether queues may be touched now."""
+            ...
+
+        @property
+        def rx_filter(self) -> RxFilter | None:
+            """What decides which frames the driver wants; None for all."""
+            ...
+
+        def publish(self, index: int, queue: SplitQueue) -> None:
+            """Publish what was given back."""
+            ...
+
+        def serve(self, index: int) -> None:
+            """Serve a queue now."""
+            ...
+
+        def serve_later(self, index: int) -> None:
+            """Serve a queue after the loop's other work."""
+            ...
+
+        def lost(self, reason: str) -> None:
+            """Note that the network is gone for good."""
+            ...
+
 
 # One turn of a queue ends after this many frames, or bytes, so that the other direction and other devices have theirs; and what
 # was done until then is published, so that a driver need not wait for the end of a long queue.
@@ -37,36 +69,6 @@ class Statistics(NamedTuple):
     tx_frames: int = 0
     tx_bytes: int = 0
     tx_dropped: int = 0  # refused by the network, or without one
-
-
-class Owner(Protocol):
-    """What a lane needs of its device. On the lane's loop."""
-
-    @property
-    def working(self) -> bool:
-        """Whether queues may be touched now."""
-        ...
-
-    @property
-    def rx_filter(self) -> RxFilter | None:
-        """What decides which frames the driver wants; None for all."""
-        ...
-
-    def publish(self, index: int, queue: SplitQueue) -> None:
-        """Publish what was given back."""
-        ...
-
-    def serve(self, index: int) -> None:
-        """Serve a queue now."""
-        ...
-
-    def serve_later(self, index: int) -> None:
-        """Serve a queue after the loop's other work."""
-        ...
-
-    def lost(self, reason: str) -> None:
-        """Note that the network is gone for good."""
-        ...
 
 
 class Lane:

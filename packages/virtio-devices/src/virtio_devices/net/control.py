@@ -7,8 +7,6 @@ Not here: what the answers lead to on other loops (`device`).
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from virtio_devices.net.backend import peek
 from virtio_devices.net.features import (
     ACK_ERR,
@@ -44,6 +42,38 @@ from virtio_devices.net.features import (
 from virtio_devices.net.filter import TABLE_MAX, VLANS, RxFilter
 from virtio_devices.queue import QueueError, SplitQueue
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Controlled(Protocol):
+        """What commands change. On the control queue's loop."""
+
+        negotiated: int
+
+        @property
+        def wishes(self) -> RxFilter:
+            """Which frames the driver wants."""
+            ...
+
+        @wishes.setter
+        def wishes(self, wishes: RxFilter) -> None: ...
+
+        def set_mac(self, mac: bytes) -> None: ...
+
+        def announced(self) -> None:
+            """The driver has told the network where it is."""
+            ...
+
+        def set_pairs(self, count: int) -> bool:
+            """Use the first `count` pairs of queues; False when that cannot be."""
+            ...
+
+        def set_guest_offloads(self, features: int) -> bool:
+            """Deliver frames with these of the negotiated offloads; False when that cannot be."""
+            ...
+
+
 _SWITCHES = {
     RX_PROMISC: ("promiscuous", F_CTRL_RX),
     RX_ALLMULTI: ("all_multicast", F_CTRL_RX),
@@ -52,34 +82,6 @@ _SWITCHES = {
     RX_NOUNI: ("no_unicast", F_CTRL_RX_EXTRA),
     RX_NOBCAST: ("no_broadcast", F_CTRL_RX_EXTRA),
 }
-
-
-class Controlled(Protocol):
-    """What commands change. On the control queue's loop."""
-
-    negotiated: int
-
-    @property
-    def wishes(self) -> RxFilter:
-        """Which frames the driver wants."""
-        ...
-
-    @wishes.setter
-    def wishes(self, wishes: RxFilter) -> None: ...
-
-    def set_mac(self, mac: bytes) -> None: ...
-
-    def announced(self) -> None:
-        """The driver has told the network where it is."""
-        ...
-
-    def set_pairs(self, count: int) -> bool:
-        """Use the first `count` pairs of queues; False when that cannot be."""
-        ...
-
-    def set_guest_offloads(self, features: int) -> bool:
-        """Deliver frames with these of the negotiated offloads; False when that cannot be."""
-        ...
 
 
 def serve_commands(device: Controlled, queue: SplitQueue) -> None:

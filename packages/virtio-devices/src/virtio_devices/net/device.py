@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from virtio_devices.device import F_VERSION_1, DeviceError, VirtioDevice
 from virtio_devices.net.backend import Backend, Lane, Statistics
-from virtio_devices.net.control import serve_commands
 from virtio_devices.net.features import (
     CONFIG,
     CONFIG_STATUS,
@@ -359,6 +358,8 @@ class NetDevice(VirtioDevice):
             self._kick_later(index)
 
     def _serve_control(self, queue: SplitQueue) -> None:
+        from virtio_devices.net.control import serve_commands  # not before a driver has something to say
+
         try:
             serve_commands(self, queue)
         finally:

@@ -12,10 +12,14 @@ import os
 from socket import SO_SNDBUF, SOL_SOCKET, socket
 from struct import Struct
 
-from virtio_devices.net.backend import BYTES, FRAMES, IOV_MAX, Backend, Lane, Owner
+from virtio_devices.net.backend import BYTES, FRAMES, IOV_MAX, Backend, Lane
 from virtio_devices.net.features import ETHERNET, HEADER
 from virtio_devices.queue import QueueError, SplitQueue
 from vmm_core.loop import WRITE, Loop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtio_devices.net.backend import Owner
 
 _LENGTH = Struct(">I")
 FRAME_MAX = 0x1_0400  # bytes: 64 KiB of payload and more headers than there are

@@ -15,7 +15,7 @@ from fcntl import F_GETFL, F_SETFL, fcntl, ioctl
 from struct import Struct
 
 from virtio_devices.device import DeviceError
-from virtio_devices.net.backend import BYTES, FRAMES, IOV_MAX, Backend, Lane, Owner, peek
+from virtio_devices.net.backend import BYTES, FRAMES, IOV_MAX, Backend, Lane, peek
 from virtio_devices.net.features import (
     ETHERNET,
     F_GUEST_CSUM,
@@ -30,6 +30,10 @@ from virtio_devices.net.features import (
 )
 from virtio_devices.queue import QueueError, SplitQueue
 from vmm_core.loop import WRITE, Loop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtio_devices.net.backend import Owner
 
 # <linux/if_tun.h>
 _TUNSETIFF, _TUNSETOFFLOAD, _TUNGETIFF = 0x4004_54CA, 0x4004_54D0, 0x8004_54D2

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, DeviceError
-from virtio_devices.net.backend import Backend, Lane, Owner
+from virtio_devices.net.backend import Backend, Lane
 from virtio_devices.net.features import F_MRG_RXBUF
 from virtio_devices.queue import SplitQueue
 from virtio_devices.vhost_kernel import Request, VhostKernel
@@ -17,6 +17,7 @@ from vmm_core.loop import Loop, Timer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from virtio_devices.net.backend import Owner
     from virtio_devices.net.tap import TapBackend
     from vmm_core.guestmem import GuestMemory
 
