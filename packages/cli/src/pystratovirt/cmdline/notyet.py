@@ -13,7 +13,6 @@ OBJECTS = {
 }
 
 DRIVERS = {
-    "vhost-vsock-device": "sockets between host and guest",
     "virtserialport": "a serial port that is not a console",
     "vhost-user-blk-device": "a disk served by another process",
     "vhost-user-fs-device": "a shared folder",

@@ -29,6 +29,8 @@ BUILDERS: Mapping[str, Builder] = cast(
             "virtio-net-device": ("net", "build_net"),
             "virtio-rng-device": ("rng", "build_rng"),
             "virtio-balloon-device": ("balloon", "build_balloon"),
+            "vhost-vsock-device": ("vsock", "build_vhost_vsock"),
+            "virtio-vsock-device": ("vsock", "build_virtio_vsock"),
         },
     ),
 )

@@ -26,6 +26,8 @@ DRIVERS: Mapping[str, type[Device]] = cast(
             "virtio-net-device": ("net", "VirtioNet"),
             "virtio-rng-device": ("rng", "VirtioRng"),
             "virtio-balloon-device": ("balloon", "VirtioBalloon"),
+            "vhost-vsock-device": ("vsock", "VhostVsock"),
+            "virtio-vsock-device": ("vsock", "VirtioVsock"),
         },
     ),
 )
