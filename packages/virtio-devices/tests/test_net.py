@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from net_cable import BROADCAST, MAC, OTHER, Cable, Net, frame
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, DeviceError
 from virtio_devices.mmio import CONFIG_CHANGE
-from virtio_devices.net.device import NetDevice, NetState
+from virtio_devices.net.device import NetDevice
 from virtio_devices.net.features import (
     CLASS_ANNOUNCE,
     CLASS_GUEST_OFFLOADS,
@@ -46,6 +46,7 @@ from virtio_devices.net.features import (
     VLAN_DEL,
 )
 from virtio_devices.net.filter import RxFilter
+from virtio_devices.net.state import NetState
 from virtio_driver import DATA, descriptors, new_loop, watched
 from vmm_core.directloop import DirectLoop
 from vmm_core.errors import StateError
@@ -452,6 +453,8 @@ def test_the_address_is_the_driver_s_to_change(make: Make) -> None:
     assert driver.config(0, 4).to_bytes(4, "little") == OTHER[:4]
     assert driver.read(0x0FC) == generation
     assert driver.command(CLASS_MAC, MAC_ADDR_SET, OTHER[:5]) == ERR
+    driver.status = 0
+    assert driver.device.mac == MAC, "the next driver finds the device's own"
 
 
 def listens(driver: Net, cable: Cable, *frames: bytes) -> list[bytes]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from virtio_devices.device import F_VERSION_1, DeviceError, VirtioDevice
 from virtio_devices.net.backend import Backend, Lane, Statistics
@@ -33,33 +33,18 @@ from virtio_devices.net.features import (
     S_ANNOUNCE,
     S_LINK_UP,
 )
-from virtio_devices.net.filter import TABLE_MAX, VLANS, RxFilter
+from virtio_devices.net.filter import RxFilter
+from virtio_devices.net.state import NetState, fits, saved_state, saved_wishes
 from virtio_devices.queue import QueueError, SplitQueue
 from vmm_core.errors import StateError, VmmError
 from vmm_core.loop import Loop
-from vmm_core.state import expect, versioned
+from vmm_core.state import expect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm_core.guestmem import GuestMemory
 
 QUEUE_SIZE_MIN, QUEUE_SIZE_MAX = 256, 4096  # reference virtio, section 6.1
-
-_SWITCHES = ("promiscuous", "all_multicast", "all_unicast", "no_multicast", "no_unicast", "no_broadcast")
-
-
-@versioned(1)
-class NetState(NamedTuple):
-    """What the driver said over the control queue. `switches` is a bit for each of the filter's, `None` a table that is full."""
-
-    mac: bytes
-    announcing: bool
-    pairs: int
-    guest_offloads: int
-    switches: int
-    unicast: tuple[bytes, ...] | None
-    multicast: tuple[bytes, ...] | None
-    vlans: tuple[int, ...] | None
 
 
 class NetDevice(VirtioDevice):
@@ -101,6 +86,7 @@ class NetDevice(VirtioDevice):
         )
         self.pairs = pairs  # that a driver may use
         self.wishes = RxFilter(mac)
+        self._own_mac = mac  # what a driver finds that has not set another
         self._memory = memory
         self._report = report
         self._backend: Backend | None = None
@@ -286,6 +272,9 @@ class NetDevice(VirtioDevice):
             if lane.loop is loop:
                 lane.rest(self.queues[2 * pair])
 
+    def _stop(self) -> None:
+        self._patch_config(0, self._own_mac)
+
     def close(self) -> None:
         """Reset, and let go of the back end, which is its owner's."""
         with self._lock:
@@ -401,8 +390,10 @@ class NetDevice(VirtioDevice):
     # For commands, on the control queue's loop
 
     def set_mac(self, mac: bytes) -> None:
-        """Take the driver's address."""
+        """Take the driver's address, until a reset; without a driver, the device's own."""
         self._patch_config(0, mac)
+        if not self.active:
+            self._own_mac = mac
         self.wishes = self.wishes._replace(mac=mac)
 
     def announced(self) -> None:
@@ -452,33 +443,16 @@ class NetDevice(VirtioDevice):
 
     def save(self) -> NetState:
         """Return what the driver said over the control queue. While paused."""
-        wishes = self.wishes
         if not self.active:
             return NetState(self.mac, False, 0, 0, 0, (), (), None)
-        return NetState(
-            self.mac,
-            bool(self._config[1][CONFIG_STATUS] & S_ANNOUNCE),
-            self._enabled_pairs,
-            self._guest_offloads,
-            sum(1 << at for at, name in enumerate(_SWITCHES) if getattr(wishes, name)),
-            None if wishes.unicast is None else tuple(sorted(wishes.unicast)),
-            None if wishes.multicast is None else tuple(sorted(wishes.multicast)),
-            None if wishes.vlans is None else tuple(sorted(wishes.vlans)),
-        )
+        announcing = bool(self._config[1][CONFIG_STATUS] & S_ANNOUNCE)
+        return saved_state(self.mac, announcing, self._enabled_pairs, self._guest_offloads, self.wishes)
 
     def restore(self, state: Any) -> None:
         """Put a saved state back, before or after the transport's. Raises StateError when it does not fit."""
         saved = expect(state, NetState, self.name)
-        tables = [*(saved.unicast or ()), *(saved.multicast or ())]
-        if (
-            len(saved.mac) != 6
-            or not 0 <= saved.pairs <= self.pairs
-            or saved.guest_offloads & ~(self.negotiated & GUEST_OFFLOADS if self.active else GUEST_OFFLOADS)
-            or saved.switches >> len(_SWITCHES)
-            or len(tables) > TABLE_MAX
-            or any(len(address) != 6 for address in tables)
-            or not all(0 <= vlan < VLANS for vlan in saved.vlans or ())
-        ):
+        offloads = self.negotiated & GUEST_OFFLOADS if self.active else GUEST_OFFLOADS
+        if not fits(saved, self.pairs, offloads):
             raise StateError(f"{self.name}: the saved state does not fit")
         with self._lock:
             self._patch_config(0, saved.mac)
@@ -493,10 +467,7 @@ class NetDevice(VirtioDevice):
     def _take(self, saved: NetState) -> None:
         self._enabled_pairs = saved.pairs
         self._guest_offloads = saved.guest_offloads & self.negotiated
-        tables = [None if table is None else frozenset(table) for table in (saved.unicast, saved.multicast)]
-        vlans = None if saved.vlans is None else frozenset(saved.vlans)
-        switches = {name: bool(saved.switches & 1 << at) for at, name in enumerate(_SWITCHES)}
-        self.wishes = RxFilter(saved.mac, unicast=tables[0], multicast=tables[1], vlans=vlans)._replace(**switches)  # type: ignore[arg-type]
+        self.wishes = saved_wishes(saved)
 
 
 def _offered(backend: Backend | None, pairs: int) -> int:
