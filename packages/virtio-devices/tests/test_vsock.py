@@ -458,6 +458,7 @@ def test_a_guest_that_closes_is_answered_and_the_host_gets_what_it_sent(make: Ma
     assert set(got) == {ord("z")}
     assert len(got) % 30_000 == 0
     assert len(got) >= held
+    assert guest.packets() == [], "the port's new connection hears nothing of the old one"
     assert device(guest).connections == 1
 
 

@@ -321,6 +321,10 @@ class Switchboard:
         """The loop's word on a socket."""
         if mask & (_EPOLLHUP | _EPOLLERR):
             self._hung_up(connection)
+        elif connection in self._draining:
+            connection.flush()
+            if not connection.backlog:
+                self._forget(connection)
         else:
             if mask & READ:
                 connection.readable = True
@@ -329,8 +333,6 @@ class Switchboard:
                 connection.flush()
                 self._written(connection)
                 self._pass_end(connection)
-            if connection in self._draining and not connection.backlog:
-                self._forget(connection)
             self.watch(connection)
         self._wake()
 
