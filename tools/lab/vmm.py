@@ -180,12 +180,18 @@ class Qmp:
         if negotiate:
             self.execute("qmp_capabilities")
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None, timeout: float = WAIT) -> Any:
-        """Run a command; returns its "return" member. Raises QmpError when the answer is an error."""
+    def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, timeout: float = WAIT, fds: Sequence[int] = ()
+    ) -> Any:
+        """Run a command; returns its "return" member. Raises QmpError when the answer is an error. `fds` go with it."""
         request: dict[str, Any] = {"execute": command}
         if arguments is not None:
             request["arguments"] = arguments
-        self.send(json.dumps(request).encode() + b"\n")
+        data = json.dumps(request).encode() + b"\n"
+        if fds:
+            socket.send_fds(self._socket, [data], list(fds))
+        else:
+            self.send(data)
         while True:
             message = self._read(timeout)
             if "event" in message:

@@ -629,6 +629,20 @@ def test_a_disk_can_be_put_in_before_there_is_a_driver(make: Make) -> None:
     driver.device.detach()
 
 
+def test_the_next_driver_is_offered_what_suits_the_disk(make: Make) -> None:
+    driver = make().start()
+    driver.device.attach(MemoryDisk(read_only=True))
+    assert not driver.device.features & F_RO, "this driver has its features"
+    assert driver.write_disk(0, bytes(512)) == S_IOERR
+    driver.write(0x070, 0)
+    assert driver.device.features & F_RO
+    driver.device.detach()
+    driver.device.attach(MemoryDisk())
+    assert not driver.device.features & F_RO
+    assert driver.start().write_disk(0, bytes(512)) == S_OK
+    driver.device.detach()
+
+
 def test_a_disk_that_grows_is_larger_for_the_driver_too(make: Make) -> None:
     disk = MemoryDisk()
     driver = make(disk).start()

@@ -33,5 +33,8 @@ def build_blk(vm: VirtualMachine, device: VirtioBlk, name: str) -> BlkDevice:
 
 
 def empty_blk(vm: VirtualMachine, slot: int) -> BlkDevice:
-    """Return a disk that is not there yet: clients may fill the slot later, guests see a capacity of 0 until then."""
-    return BlkDevice(f"blk-slot{slot}", [vm.main_loop], vm.clock)
+    """Return a disk that is not there yet: clients may fill the slot later, guests see a capacity of 0 until then.
+
+    A driver chooses now what it may ask of every disk to come, so it is offered everything.
+    """
+    return BlkDevice(f"blk-slot{slot}", [vm.main_loop], vm.clock, discard=True, write_zeroes=True)

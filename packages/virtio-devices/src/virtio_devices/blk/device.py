@@ -143,7 +143,7 @@ class BlkDevice(VirtioDevice):
     def attach(self, disk: Disk, *, serial: str = "", iops: int = 0, bps: int = 0) -> None:
         """Put a disk in, with its serial number and its limits, and tell the driver.
 
-        The features stay what they are: writing to a read-only disk just fails.
+        What a driver has negotiated stays: for one that does not know that a disk is read-only, writing just fails.
 
         Raises DeviceError when there is a disk, the serial number is too long, or a channel to the disk cannot be opened.
         """
@@ -159,6 +159,9 @@ class BlkDevice(VirtioDevice):
                 except DeviceError:
                     self._disk = None
                     raise
+            self._read_only = disk.read_only
+            if not self.active:
+                self._offer()
             self._set_config(0, (disk.size // 512).to_bytes(8, "little"))
 
     def detach(self) -> None:
@@ -168,6 +171,9 @@ class BlkDevice(VirtioDevice):
                 raise DeviceError(f"{self.name}: has no disk")
             self._disk = None
             self._close_channels()
+            self._read_only = False
+            if not self.active:
+                self._offer()
             self._set_config(0, bytes(8))
 
     def disk_resized(self) -> None:
@@ -203,6 +209,10 @@ class BlkDevice(VirtioDevice):
         if len(encoded) > SERIAL_MAX:
             raise DeviceError(f"{self.name}: a serial number has at most {SERIAL_MAX} bytes")
         return encoded.ljust(SERIAL_MAX, b"\0")
+
+    def _offer(self) -> None:
+        """Offer to the next driver what suits the disk."""
+        self.features = self.features & ~F_RO | (F_RO if self._read_only else 0)
 
     def _start(self) -> None:
         self._open_channels()
@@ -419,6 +429,7 @@ class BlkDevice(VirtioDevice):
                 lane.timers.clear()
 
             lane.loop.run(forget)
+        self._offer()
 
 
 def _take_header(readable: list[memoryview]) -> tuple[int, int]:
