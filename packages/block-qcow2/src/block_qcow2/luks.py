@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import BlockError, ImageFormatError, UnsupportedFeatureError
 from .hostfile import Cursor, HostFile
@@ -79,35 +79,113 @@ class Cipher:
             data[at : at + SECTOR] = context.update(bytes(data[at : at + SECTOR]))
 
 
-def unlock(header: bytes, read: Callable[[int, int], bytes], passphrase: bytes) -> Cipher:
-    """The cipher of the payload, if some key slot opens with `passphrase`.
+class Slot(NamedTuple):
+    """One key slot as it stands in the header. `offset` in sectors from the header."""
 
-    `header` is the first sectors of the LUKS header, `read(offset, length)` reads key material from it. Raises ImageFormatError,
-    UnsupportedFeatureError, WrongPassphraseError.
-    """
-    if len(header) < _HEADER.size + _SLOTS * _SLOT.size or header[:6] != _MAGIC:
+    active: bool
+    rounds: int
+    salt: bytes
+    offset: int
+    stripes: int
+
+
+class Header(NamedTuple):
+    """What a LUKS header says. Numbers that cost memory or time are checked."""
+
+    mode: str
+    kind: str  # the hash
+    key_bytes: int
+    digest: bytes
+    salt: bytes
+    rounds: int
+    slots: list[Slot]
+
+
+Read = Callable[[int, int], bytes]
+Write = Callable[[int, bytes], None]
+
+
+def parse(read: Read) -> Header:
+    """The header that `read(offset, length)` reads. ImageFormatError, UnsupportedFeatureError."""
+    data = read(0, _HEADER.size + _SLOTS * _SLOT.size)
+    if data[:6] != _MAGIC:
         raise ImageFormatError("LUKS header: no magic number")
-    _, version, name, mode, digest_name, _, key_bytes, digest, salt, iterations, _ = _HEADER.unpack_from(header)
+    _, version, name, mode, digest_name, _, key_bytes, digest, salt, rounds, _ = _HEADER.unpack_from(data)
     if version != 1:
         raise UnsupportedFeatureError(f"LUKS version {version}: only 1 is supported")
     cipher, mode, kind = (_text(field) for field in (name, mode, digest_name))
     if cipher != "aes" or kind not in _HASHES:
         raise UnsupportedFeatureError(f"LUKS cipher {cipher!r} with hash {kind!r} is not supported")
-    if key_bytes not in (16, 24, 32, 64) or not 0 < iterations <= _MAX_ITERATIONS:
-        raise ImageFormatError(f"LUKS header: key of {key_bytes} bytes, {iterations} iterations")
+    if key_bytes not in (16, 24, 32, 64) or not 0 < rounds <= _MAX_ITERATIONS:
+        raise ImageFormatError(f"LUKS header: key of {key_bytes} bytes, {rounds} iterations")
+    slots = []
     for i in range(_SLOTS):
-        active, rounds, slot_salt, offset, stripes = _SLOT.unpack_from(header, _HEADER.size + i * _SLOT.size)
-        if active != _ACTIVE:
-            continue
-        if stripes != _STRIPES or not 0 < rounds <= _MAX_ITERATIONS:
-            raise ImageFormatError(f"LUKS key slot {i}: {stripes} stripes, {rounds} iterations")
-        material = bytearray(read(offset * SECTOR, -(-key_bytes * stripes // SECTOR) * SECTOR))
-        slot_key = hashlib.pbkdf2_hmac(kind, passphrase, slot_salt, rounds, key_bytes)
-        Cipher(mode, slot_key).decrypt(0, memoryview(material))
-        key = _merge(bytes(material[: key_bytes * stripes]), key_bytes, stripes, kind)
-        if hashlib.pbkdf2_hmac(kind, key, salt, iterations, 20) == digest:
-            return Cipher(mode, key)
+        active, slot_rounds, slot_salt, offset, stripes = _SLOT.unpack_from(data, _HEADER.size + i * _SLOT.size)
+        if active == _ACTIVE and (stripes != _STRIPES or not 0 < slot_rounds <= _MAX_ITERATIONS):
+            raise ImageFormatError(f"LUKS key slot {i}: {stripes} stripes, {slot_rounds} iterations")
+        slots.append(Slot(active == _ACTIVE, slot_rounds, slot_salt, offset, stripes))
+    return Header(mode, kind, key_bytes, digest, salt, rounds, slots)
+
+
+def master_key(header: Header, read: Read, passphrase: bytes) -> tuple[bytes, int]:
+    """The key of the payload, and the slot that `passphrase` opens. WrongPassphraseError if there is none."""
+    for i, slot in enumerate(header.slots):
+        if slot.active:
+            key = _slot_key(header, slot, read, passphrase)
+            if key is not None:
+                return key, i
     raise WrongPassphraseError("no LUKS key slot opens with this passphrase")
+
+
+def opens(header: Header, read: Read, slot: int, passphrase: bytes) -> bool:
+    """Whether `passphrase` opens that slot."""
+    return _slot_key(header, header.slots[slot], read, passphrase) is not None
+
+
+def unlock(read: Read, passphrase: bytes) -> Cipher:
+    """The cipher of the payload, if some key slot opens with `passphrase`.
+
+    `read(offset, length)` reads from the LUKS header. Raises ImageFormatError, UnsupportedFeatureError, WrongPassphraseError.
+    """
+    header = parse(read)
+    return Cipher(header.mode, master_key(header, read, passphrase)[0])
+
+
+def _slot_key(header: Header, slot: Slot, read: Read, passphrase: bytes) -> bytes | None:
+    size = header.key_bytes * slot.stripes
+    material = bytearray(read(slot.offset * SECTOR, -(-size // SECTOR) * SECTOR))
+    slot_key = hashlib.pbkdf2_hmac(header.kind, passphrase, slot.salt, slot.rounds, header.key_bytes)
+    Cipher(header.mode, slot_key).decrypt(0, memoryview(material))
+    key = _merge(bytes(material[:size]), header.key_bytes, slot.stripes, header.kind)
+    return key if hashlib.pbkdf2_hmac(header.kind, key, header.salt, header.rounds, 20) == header.digest else None
+
+
+def set_slot(header: Header, number: int, key: bytes, passphrase: bytes, rounds: int, write: Write) -> None:
+    """Let `passphrase` open slot `number`, which holds `key`. `write(offset, data)` writes and flushes."""
+    slot = header.slots[number]
+    if slot.stripes != _STRIPES:
+        raise ImageFormatError(f"LUKS key slot {number}: {slot.stripes} stripes")
+    salt = os.urandom(32)
+    if slot.active:
+        erase_slot(header, number, write)
+    write(slot.offset * SECTOR, _material(header.mode, header.kind, key, passphrase, salt, rounds))
+    write(_HEADER.size + number * _SLOT.size, _SLOT.pack(_ACTIVE, rounds, salt, slot.offset, _STRIPES))
+
+
+def erase_slot(header: Header, number: int, write: Write) -> None:
+    """Nobody opens that slot any more: its key material is overwritten."""
+    slot = header.slots[number]
+    write(_HEADER.size + number * _SLOT.size, _SLOT.pack(_DISABLED, 0, bytes(32), slot.offset, slot.stripes))
+    write(slot.offset * SECTOR, os.urandom(-(-header.key_bytes * _STRIPES // SECTOR) * SECTOR))
+
+
+def _material(mode: str, kind: str, key: bytes, passphrase: bytes, salt: bytes, rounds: int) -> bytes:
+    """What a slot keeps of the key: split, and encrypted with the passphrase."""
+    slot_key = hashlib.pbkdf2_hmac(kind, passphrase, salt, rounds, len(key))
+    material = bytearray(_split(key, _STRIPES, kind))
+    material += bytes(-len(material) % SECTOR)
+    Cipher(mode, slot_key).encrypt(0, memoryview(material))
+    return bytes(material)
 
 
 def rounds_for(milliseconds: int) -> int:
@@ -163,16 +241,13 @@ def format_header(passphrase: bytes, *, rounds: int = 200_000) -> bytes:
     sectors = -(-sectors // 8) * 8
     salt, slot_salt = os.urandom(32), os.urandom(32)
     digest = hashlib.pbkdf2_hmac(kind, key, salt, rounds, 20)
-    slot_key = hashlib.pbkdf2_hmac(kind, passphrase, slot_salt, rounds, key_bytes)
-    material = bytearray(_split(key, _STRIPES, kind))
-    material += bytes(-len(material) % SECTOR)
-    Cipher(mode, slot_key).encrypt(0, memoryview(material))
+    material = _material(mode, kind, key, passphrase, slot_salt, rounds)
     payload, name = 8 + sectors * _SLOTS, str(uuid.uuid4()).encode()
     head = _HEADER.pack(_MAGIC, 1, b"aes", mode.encode(), kind.encode(), payload, key_bytes, digest, salt, rounds, name)
     for i in range(_SLOTS):
         where = 8 + i * sectors
         head += _SLOT.pack(_DISABLED if i else _ACTIVE, 0 if i else rounds, bytes(32) if i else slot_salt, where, _STRIPES)
-    data = head.ljust(8 * SECTOR, b"\0") + bytes(material)
+    data = head.ljust(8 * SECTOR, b"\0") + material
     return data.ljust((8 + sectors * _SLOTS) * SECTOR, b"\0")
 
 

@@ -33,8 +33,11 @@ COMMANDS = {
         ),
     ),
     "amend": (
-        "chain",
-        "amend [-f FMT] [-q] [--allow-chain] -o OPTIONS FILE    (backing_file backing_fmt compat lazy_refcounts size)",
+        "amend",
+        (
+            "amend [-f FMT] [-q] [-p] [--force] [--allow-chain] -o OPTIONS FILE    (backing_file backing_fmt compat data_file"
+            " data_file_raw lazy_refcounts refcount_bits size encrypt.{state,keyslot,old-secret,new-secret,iter-time})"
+        ),
     ),
     "bench": (
         "export",

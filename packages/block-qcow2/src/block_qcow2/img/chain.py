@@ -1,4 +1,4 @@
-"""Commands on an image and what goes with it: commit, rebase, amend, bitmap."""
+"""Commands on an image and what goes with it: commit, rebase, bitmap."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import BlockError
 from ..images import open_image, resolve_name
-from .args import UsageError, boolean, option_list, parse, size
+from .args import UsageError, parse, size
 from .basic import _one_path, check_format, opened
 from .copy import copy, own_parts
 from .progress import Progress
@@ -100,45 +100,6 @@ def _keep_part(image: Any, base: Any, at: int, length: int) -> None:
                 image.write_zeroes(at + start, len(part))
             else:
                 image.write(at + start, part)
-
-
-AMEND = {"f": "value", "o": "value", "q": "", "allow-chain": ""}
-
-
-def amend(words: list[str]) -> int:
-    """Change options of an image in place: others than these are refused by name."""
-    given = parse(words, AMEND)
-    path = _one_path(given.words, "Image amend requires path")
-    pairs = option_list(given.all("o"))
-    if not pairs:
-        raise UsageError("Must specify options (-o)")
-    for name in pairs:
-        if name not in ("backing_file", "backing_fmt", "compat", "lazy_refcounts", "size"):
-            raise UsageError(f"Changing '{name}' of an image is not supported yet")
-    if "compat" in pairs and pairs["compat"] not in ("1.1", "v3"):
-        raise UsageError("Going back to an older compat is not supported yet")
-    lazy = boolean(pairs["lazy_refcounts"], "lazy_refcounts") if "lazy_refcounts" in pairs else None
-    new_size = size(pairs["size"], "size") if "size" in pairs else None
-    if new_size is not None and new_size % 512:
-        raise UsageError(f"The new size {new_size} is not aligned to 512")
-    # Only resizing looks at guest data.
-    named = new_size is not None
-    fmt = check_format(given.last("f"))
-    with open_image(path, format=fmt, read_only=False, named=named, allow=given.flag("allow-chain")) as image:
-        if image.format != "qcow2":
-            raise BlockError(f"{path}: a {image.format} image has no options to change")
-        if "compat" in pairs:
-            image.upgrade()
-        if lazy is not None:
-            image.set_lazy_refcounts(lazy)
-        if new_size is not None:
-            image.resize(new_size)
-        if "backing_file" in pairs or "backing_fmt" in pairs:
-            name = pairs.get("backing_file", image.backing_file)
-            if name and not pairs.get("backing_fmt", image.backing_format):
-                raise UsageError("backing_file needs its format: backing_fmt")
-            image.set_backing(name or None, check_format(pairs.get("backing_fmt", image.backing_format)))
-    return 0
 
 
 BITMAP = {"f": "value", "F": "value", "b": "value", "g": "value", "granularity": "=g", "q": "", "merge": "value"}

@@ -84,22 +84,22 @@ class Qcow2Image(Writer):
         """Make the guest data of a LUKS image readable. Raises WrongPassphraseError, ImageFormatError."""
         from .. import luks
 
-        where = self.header.luks_header
-        if self.header.crypt_method != CRYPT_LUKS or where is None:
+        if self.header.crypt_method != CRYPT_LUKS:
             raise ImageFormatError(f"{self.path}: the image is not encrypted with LUKS")
-        offset, length = where
-
-        def read(at: int, n: int) -> bytes:
-            if at + n > length:
-                raise ImageFormatError(f"{self.path}: LUKS key material at {at:#x}, expected inside the header of {length} bytes")
-            data = bytearray(n)
-            with memoryview(data) as view:
-                read_padded(self.file, offset + at, [view])
-            return bytes(data)
-
-        cipher = luks.unlock(read(0, min(length, 4096)), read, passphrase)
-        self.data_file = luks.CryptFile(self.file, cipher)  # type: ignore[assignment]
+        self.data_file = luks.CryptFile(self.file, luks.unlock(self.read_luks, passphrase))  # type: ignore[assignment]
         self.unlocked = True
+
+    def read_luks(self, at: int, n: int) -> bytes:
+        """Part of the LUKS header or its key material."""
+        where = self.header.luks_header
+        assert where is not None  # the header was checked
+        offset, length = where
+        if at + n > length:
+            raise ImageFormatError(f"{self.path}: LUKS key material at {at:#x}, expected inside the header of {length} bytes")
+        data = bytearray(n)
+        with memoryview(data) as view:
+            read_padded(self.file, offset + at, [view])
+        return bytes(data)
 
     def show_snapshot(self, l1_table_offset: int, l1_size: int, disk_size: int) -> None:
         """Read the guest data of a snapshot from now on, instead of the present ones. Read-only images only."""
