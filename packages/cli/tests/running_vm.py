@@ -13,11 +13,15 @@ from typing import Any, Self
 import anyio
 
 from pystratovirt.cmdline import parse
+from pystratovirt.cmdline.netdevs import Tap
 from pystratovirt.events import EventChannel
 from pystratovirt.runtime import Runtime
 from pystratovirt.vm import VirtualMachine
 from qmp_protocol.framing import Framer
 from qmp_server.sockets import listen_unix
+from virtio_devices.device import DeviceError
+from virtio_devices.net.backend import Backend
+from virtio_devices.net.stream import StreamBackend
 
 LIMIT = 60.0  # seconds, for what takes a hundredth of one
 SLOT = 0xF010_0000
@@ -136,3 +140,12 @@ def holdings() -> tuple[list[str], list[str]]:
             continue
     numbers = [link.partition(":")[0] if link.startswith(("socket:", "pipe:")) else link for link in links]
     return sorted(numbers), sorted(thread.name for thread in threading.enumerate())
+
+
+def open_pair(netdev: Any, take: Any = None) -> Backend:
+    """Stands in for `devices.net.open_netdev`: a descriptor that was passed is one end of a socket pair."""
+    assert isinstance(netdev, Tap)
+    fd = take(netdev.descriptors[0])
+    if fd is None:
+        raise DeviceError(f"{netdev.id}: no descriptor")
+    return StreamBackend(netdev.id, socket.socket(fileno=fd))

@@ -1,7 +1,8 @@
-"""Disks that come and go over QMP, in test mode: what clients are answered, what a guest sees, and what is left behind."""
+"""Disks and networks that come and go over QMP, in test mode: what clients are answered, what guests see, and what is left."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 
 from block_qcow2 import create_image, open_disk
 from block_qcow2.errors import ImageInUseError
-from running_vm import Refused, RunningVm, holdings
+from pystratovirt.devices import net
+from running_vm import Refused, RunningVm, holdings, open_pair
 from vmm_core.state import decode, encode
 
 MiB = 1 << 20
@@ -263,6 +265,7 @@ class TestTheGuest:
         vm.add_drive("d", image)
         vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="3")
         vm.run("system_reset")
+        assert vm.read()["event"] == "RESET"
         assert vm.run("query-status")["status"] == "running"
         assert vm.capacity(3) == MiB // 512
         vm.run("device_del", id="d")
@@ -288,6 +291,80 @@ class TestTheGuest:
             target.run("cont")
             target.run("device_del", id="d")
             assert target.interrupts(1) == CONFIG_CHANGE
+
+
+class TestNetworks:
+    """With socket pairs, passed by getfd, in the place of taps; see tests/lab for those."""
+
+    @pytest.fixture(autouse=True)
+    def pairs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(net, "open_netdev", open_pair)
+
+    @pytest.fixture
+    def peer(self, vm: RunningVm) -> Iterator[socket.socket]:
+        ours, theirs = socket.socketpair()
+        vm.run("getfd", (theirs.fileno(),), fdname="tapA")
+        theirs.close()
+        with ours:
+            yield ours
+
+    def link(self, vm: RunningVm, slot: int) -> bool:
+        return bool(vm.register(slot, 0x104) >> 16 & 1)
+
+    def test_a_passed_descriptor_is_plugged_and_closed_with_the_device(self, vm: RunningVm, peer: socket.socket) -> None:
+        """Transcript 20.6, but that netdev_del works."""
+        vm.run("netdev_add", id="nic7", fds="tapA")
+        vm.run("device_add", id="nic7", driver="virtio-net-mmio", addr="0x1")
+        assert refusal(vm, "netdev_del", id="nic7") == "Netdev nic7 is in use: device nic7 has it"
+        assert refusal(vm, "getfd", fdname="tapB") == "Invalid SCM message"
+        assert [self.link(vm, slot) for slot in (4, 5)] == [False, True]
+        event, _ = vm.answers("device_del", id="nic7")
+        assert event["data"] == {"device": "nic7", "path": "nic7"}
+        assert not self.link(vm, 5)
+        assert peer.recv(1) == b""
+        vm.run("netdev_del", id="nic7")
+        assert refusal(vm, "netdev_del", id="nic7") == "Netdev nic7 not found"
+
+    def test_a_guest_with_acpi_finds_a_card_that_was_not_there(self, vm: RunningVm, peer: socket.socket) -> None:
+        present, event, ged = 0xF000_0020, 0xF000_0000, vm.vm.machine.interrupt_line(16)
+        assert vm.access.read(present, 4) == bytes(4)
+        vm.run("netdev_add", id="n", fds="tapA")
+        vm.run("device_add", id="n", driver="virtio-net-mmio", mac="52:54:00:00:00:99")
+        assert ged.take() == 1  # type: ignore[attr-defined]
+        assert vm.access.read(event, 4) == (1 << 12).to_bytes(4, "little")
+        assert vm.access.read(present, 4) == (1 << 4).to_bytes(4, "little")
+        assert vm.access.read(0xF010_0900, 8)[:6] == bytes.fromhex("525400000099")
+        vm.run("device_del", id="n")
+        assert vm.access.read(present, 4) == (1 << 4).to_bytes(4, "little")  # Linux would not let go of it
+        vm.run("system_reset")
+        assert vm.read()["event"] == "RESET"
+        assert vm.access.read(present, 4) == bytes(4)
+
+    def test_a_descriptor_stays_passed_when_the_command_fails(self, vm: RunningVm, peer: socket.socket, image: Path) -> None:
+        vm.add_drive("n", image)
+        assert refusal(vm, "netdev_add", id="n", fds="tapA") == "n is already registered."
+        assert "Add netdev error: m: no descriptor" in refusal(vm, "netdev_add", id="m", fds="tapB")
+        assert "no address of one device" in refusal(vm, "device_add", id="n", driver="virtio-net-mmio", mac="01:00:00:00:00:00")
+        vm.run("netdev_add", id="m", fds="tapA")
+        assert refusal(vm, "netdev_add", id="o", fds="tapA") == "Add netdev error: o: no descriptor"
+        assert refusal(vm, "device_add", id="m", driver="virtio-blk-mmio") == (
+            "The device type is blk, but the target config is not for this type."
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            ({}, "Tap device is missing, use 'ifname' or 'fd' to configure a tap device"),
+            ({"ifname": "t", "fds": "tapA"}, "give one of the two"),
+            ({"ifname": "much-too-long-for-one"}, "ifname: at most 15 bytes"),
+            ({"ifname": "t", "queues": 17}, "The 'queues' 17 is bigger than max queue num 16"),
+            ({"fds": "tapA", "vhostfd": "v"}, "Argument 'vhostfd' is not needed for virtio-net device"),
+            ({"fds": ":".join(f"t{number}" for number in range(17))}, "The num of fd 17 is bigger than max queue num 16"),
+            ({"id": "", "ifname": "t"}, "id: empty"),
+        ],
+    )
+    def test_a_network_that_contradicts_itself_is_refused(self, vm: RunningVm, arguments: dict[str, Any], text: str) -> None:
+        assert text in refusal(vm, "netdev_add", **{"id": "n", **arguments})
 
 
 class TestOtherCommands:

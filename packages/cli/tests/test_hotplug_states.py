@@ -24,12 +24,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from block_qcow2 import create_image
 from block_qcow2.errors import ImageInUseError
 from block_qcow2.locks import lock
-from pystratovirt.cmdline.netdevs import Tap
 from pystratovirt.devices import net
-from running_vm import RunningVm, holdings
-from virtio_devices.device import DeviceError
-from virtio_devices.net.backend import Backend
-from virtio_devices.net.stream import StreamBackend
+from running_vm import RunningVm, holdings, open_pair
 
 NAMES = [f"n{number}" for number in range(4)]
 FILES = ["raw", "other", "qcow2", "folder", "missing"]
@@ -37,15 +33,6 @@ SIZE = 1 << 20
 
 names = st.sampled_from(NAMES)
 starved = st.sampled_from([False, False, False, True])
-
-
-def open_pair(netdev: Any, take: Any = None) -> Backend:
-    """Stands in for `devices.net.open_netdev`: a descriptor that was passed is one end of a socket pair."""
-    assert isinstance(netdev, Tap)
-    fd = take(netdev.descriptors[0])
-    if fd is None:
-        raise DeviceError(f"{netdev.id}: no descriptor")
-    return StreamBackend(netdev.id, socket.socket(fileno=fd))
 
 
 @contextmanager

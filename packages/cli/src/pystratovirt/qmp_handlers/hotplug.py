@@ -19,7 +19,7 @@ from qmp_protocol.events import DeviceDeleted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pystratovirt.cmdline.netdevs import Tap, User
+    from pystratovirt.cmdline.netdevs import Netdev
     from pystratovirt.runtime import Runtime
     from qmp_server.descriptors import DescriptorTable
     from qmp_server.dispatch import Call
@@ -84,15 +84,23 @@ def register(server: QmpServer, runtime: Runtime) -> None:
             vm.hotplug.remove_chardev(arguments.id)
 
 
-def declared(arguments: NetdevAdd) -> Tap | User:
+def declared(arguments: NetdevAdd) -> Netdev:
     """Return what the command line would say. Raises QmpError."""
-    from pystratovirt.cmdline.netdevs import PAIRS_MAX, Tap, User
+    from pystratovirt.cmdline.netdevs import PAIRS_MAX, Tap, User, VhostUser
 
-    kind = User if arguments.type == "user" else Tap
+    kind: type[Netdev] = {"user": User, "vhost-user": VhostUser}.get(arguments.type or "", Tap)
     values: dict[str, Any] = {"id": arguments.id}
+    if kind is VhostUser:
+        if arguments.vhost:
+            raise QmpError(GENERIC_ERROR, "vhost-user netdev does not support 'vhost' option")
+        if arguments.chardev is None:
+            raise QmpError(GENERIC_ERROR, "netdev_add: a vhost-user netdev needs chardev")
+        values["chardev"] = arguments.chardev
+        if arguments.queues is not None:
+            values["queues"] = arguments.queues
+    elif arguments.chardev is not None:
+        raise QmpError(GENERIC_ERROR, "netdev_add: chardev is for type vhost-user")
     if kind is Tap:
-        if arguments.type == "vhost-user" or arguments.chardev is not None:
-            raise QmpError(GENERIC_ERROR, "netdev_add: vhost-user networks are not supported yet")
         for name in ("fd", "fds", "vhostfd", "vhostfds"):
             text = getattr(arguments, name)
             if text is not None:
@@ -105,10 +113,10 @@ def declared(arguments: NetdevAdd) -> Tap | User:
         for name, value in values.items():
             if isinstance(value, str):
                 kind.keys[name].kind.parse(value)
-        if values.get("queues", 1) not in range(1, PAIRS_MAX + 1):
-            raise BadKey(
-                f"queues={values['queues']}", f"The 'queues' {values['queues']} is bigger than max queue num {PAIRS_MAX}"
-            )
+            elif isinstance(value, tuple) and len(value) > PAIRS_MAX:
+                raise ValueError(f"The num of fd {len(value)} is bigger than max queue num {PAIRS_MAX}")
+            elif name == "queues" and not 1 <= value <= PAIRS_MAX:
+                raise ValueError(f"The 'queues' {value} is bigger than max queue num {PAIRS_MAX}")
         netdev = kind(**values)
         netdev.check()
     except BadKey as error:
