@@ -373,6 +373,27 @@ def test_measure_says_what_qemu_img_says(img: Any, source: bytes, options: str) 
     assert img(*words, "a").out == qemu_img(*words, "a")
 
 
+@pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=4k", "cluster_size=2M"])
+def test_measure_counts_bitmaps_and_the_header_of_encryption(img: Any, options: str) -> None:
+    img("create", "-f", "qcow2", "a", "10G")
+    for words in (["-g", "4096", "a", "first"], ["a", "a longer name for a bitmap"], ["-g", "512", "a", "x"]):
+        qemu_img("bitmap", "--add", *words)
+    words = ["measure", "-O", "qcow2", "-o", options]
+    assert img(*words, "a").out == qemu_img(*words, "a")
+    assert json.loads(img(*words, "--output", "json", "a").out) == json.loads(qemu_img(*words, "--output", "json", "a"))
+    words = ["measure", "-O", "qcow2", "-o", f"{options},encrypt.format=luks,encrypt.key-secret=s", "--size", "1G"]
+    assert img(*words).out == qemu_img(*words, "--object", "secret,id=s,data=x")
+
+
+def test_measure_of_a_snapshot(img: Any) -> None:
+    img("create", "-f", "qcow2", "a", "8M")
+    img("snapshot", "-c", "empty", "a")
+    qemu_io(Path("a"), "write 0 4M")
+    assert img("measure", "-O", "qcow2", "-l", "empty", "a").out == img("measure", "-O", "qcow2", "--size", "8M").out + (
+        "bitmaps size: 0\n"
+    )
+
+
 def test_the_command_runs_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "block_qcow2.img", "create", "-f", "qcow2", str(tmp_path / "a"), "1M"],

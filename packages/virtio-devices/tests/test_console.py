@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from virtio_devices.console import RECEIVE, TRANSMIT, ConsoleDevice, ConsoleState, PortState
+from virtio_devices.console.device import F_MULTIPORT, F_SIZE, ConsoleDevice, ConsoleState
+from virtio_devices.console.port import ConsolePort, PortState
 from virtio_devices.device import F_VERSION_1, DeviceState
 from virtio_driver import DATA, Driver, new_loop, watched
 from vmm_core.devices.chardev import FdBackend
@@ -22,6 +23,9 @@ from vmm_core.state import decode, encode
 if TYPE_CHECKING:
     from vmm_core.devices.chardev import CharFrontend
     from vmm_core.loop import Loop
+
+
+RECEIVE, TRANSMIT = 0, 1  # queues of port 0 (5.3.2)
 
 
 class Terminal:
@@ -70,11 +74,18 @@ class Terminal:
 
 
 class Console(Driver):
-    """A console's driver."""
+    """A console's driver that knows of one port."""
+
+    @property
+    def port(self) -> ConsolePort:
+        return self.device.ports[0]
+
+    def start(self, features: int | None = F_VERSION_1, *, size: int = 8, without: int = 0) -> Driver:
+        return super().start(features, size=size, without=without)
 
     @property
     def terminal(self) -> Terminal:
-        backend = self.device.port._backend
+        backend = self.port._backend
         assert isinstance(backend, Terminal)
         return backend
 
@@ -113,13 +124,13 @@ def make(memory: GuestMemory, loop: DirectLoop) -> Iterator[Make]:
 
     def make(terminal: Terminal | None = None) -> Console:
         device = ConsoleDevice("console0", loop)
-        device.port.connect(terminal or Terminal())
+        device.add_port(0, "con", console=True).connect(terminal or Terminal())
         made.append(Console(device, memory, loop))
         return made[-1]
 
     yield make
     for driver in made:
-        terminal = driver.terminal if driver.device.port._backend else None
+        terminal = driver.terminal if driver.port._backend else None
         driver.close()
         driver.close()
         assert terminal is None or terminal.closed
@@ -128,9 +139,9 @@ def make(memory: GuestMemory, loop: DirectLoop) -> Iterator[Make]:
 
 def test_it_offers_what_works(make: Make) -> None:
     driver = make()
-    assert driver.offered() == F_VERSION_1
+    assert driver.offered() == F_VERSION_1 | F_MULTIPORT | F_SIZE
     assert [driver.config(offset, 4) for offset in (0, 4, 8)] == [0, 1, 0]
-    assert driver.device.port.connected
+    assert driver.port.connected
 
 
 # Input
@@ -187,14 +198,14 @@ def test_room_that_is_taken_away_loses_no_byte(make: Make) -> None:
     """A driver that rewrites its descriptors after the device has looked at them."""
     driver = make().start()
     driver.room(8)
-    frontend = driver.device.port
+    frontend = driver.port
     assert frontend.input_room() == 8
     ring = driver.rings[RECEIVE]
     ring.descriptor(0, DATA, 3, 2)
     frontend.receive(b"01234567")
     assert driver.heard() == b"012"
     assert frontend.input_room() == 0, "first what waits"
-    assert driver.device.save() == ConsoleState((PortState(b"34567", 0),))
+    assert driver.device.save() == ConsoleState(False, (PortState(0, b"34567", 0, False, False, False),), ())
     driver.room(2)
     assert driver.heard() == b"34"
     driver.terminal.type(b"89")
@@ -205,9 +216,9 @@ def test_room_that_is_taken_away_loses_no_byte(make: Make) -> None:
 def test_input_for_a_driver_that_is_gone_waits_for_the_next(make: Make) -> None:
     driver = make().start()
     driver.room(8)
-    assert driver.device.port.input_room() == 8
+    assert driver.port.input_room() == 8
     driver.status = 0
-    driver.device.port.receive(b"kept")
+    driver.port.receive(b"kept")
     driver.restart()
     driver.room(8)
     assert driver.heard() == b"kept"
@@ -228,7 +239,7 @@ def test_a_paused_console_takes_nothing(make: Make) -> None:
 @pytest.mark.parametrize("at", ["input_room", "receive", "kick"])
 def test_a_receive_buffer_that_cannot_be_written_breaks_the_device(make: Make, at: str) -> None:
     driver = make().start()
-    port = driver.device.port
+    port = driver.port
     if at == "kick":
         port._waiting = b"waiting"
     driver.offer(b"readable", queue=RECEIVE)
@@ -321,7 +332,9 @@ def test_a_transmit_buffer_that_cannot_be_read_breaks_the_device(make: Make) -> 
 
 
 def test_without_a_host_s_end_output_is_dropped(memory: GuestMemory, loop: DirectLoop) -> None:
-    driver = Console(ConsoleDevice("console0", loop), memory, loop)
+    device = ConsoleDevice("console0", loop)
+    device.add_port(0, "con", console=True)
+    driver = Console(device, memory, loop)
     driver.start()
     driver.say(b"nobody hears this")
     driver.room(8)
@@ -332,11 +345,28 @@ def test_without_a_host_s_end_output_is_dropped(memory: GuestMemory, loop: Direc
 # State and a real back end
 
 
-@pytest.mark.parametrize("ports", [(), (PortState(b"x" * 4097, 0),), (PortState(b"", -1),), (PortState(b"", 0),) * 2])
-def test_states_that_cannot_be_are_refused(make: Make, ports: tuple[PortState, ...]) -> None:
+FRESH = PortState(0, b"", 0, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("ports", "messages"),
+    [
+        ((), ()),
+        ((FRESH._replace(waiting=b"x" * 4097),), ()),
+        ((FRESH._replace(sent=-1),), ()),
+        ((FRESH._replace(nr=1),), ()),
+        ((FRESH,) * 2, ()),
+        ((FRESH,), (b"short",)),
+        ((FRESH,), (bytes(300),)),
+        ((FRESH,), (b"\1" + bytes(7),)),
+        ((FRESH,), (bytes(4) + b"\x08" + bytes(3),)),
+        ((FRESH,), (bytes(6) + b"\2\0",)),
+    ],
+)
+def test_states_that_cannot_be_are_refused(make: Make, ports: tuple[PortState, ...], messages: tuple[bytes, ...]) -> None:
     driver = make()
     with pytest.raises(StateError, match="console0"):
-        driver.device.restore(ConsoleState(ports))
+        driver.device.restore(ConsoleState(False, ports, messages))
     with pytest.raises(StateError, match="console0"):
         driver.device.restore(DeviceState(3))
 
@@ -344,7 +374,7 @@ def test_states_that_cannot_be_are_refused(make: Make, ports: tuple[PortState, .
 def test_bytes_go_both_ways_through_a_real_back_end(memory: GuestMemory, loop: DirectLoop) -> None:
     ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC), os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     device = ConsoleDevice("console0", loop)
-    device.port.connect(FdBackend("pipes", ours[0], theirs[1], print))
+    device.add_port(0, "con", console=True).connect(FdBackend("pipes", ours[0], theirs[1], print))
     driver = Console(device, memory, loop)
     driver.start()
     os.write(ours[1], b"typed")
@@ -370,7 +400,7 @@ def check_actions(actions: list[tuple[str, object]]) -> None:
     memory, loop = GuestMemory([(0, 1 << 20)]), new_loop()
     device = ConsoleDevice("console0", loop)
     terminal = Terminal(takes=0)
-    device.port.connect(terminal)
+    device.add_port(0, "con", console=True).connect(terminal)
     driver = Console(device, memory, loop)
     typed = said = heard = b""
     try:

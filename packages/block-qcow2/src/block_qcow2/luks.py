@@ -231,14 +231,18 @@ def _split(key: bytes, stripes: int, kind: str) -> bytes:
     return b"".join([*parts, _xor(d, key)])
 
 
+_KEY_BYTES = 64  # of new images: aes-256-xts takes two keys
+_MATERIAL_SECTORS = (_KEY_BYTES * _STRIPES + 8 * SECTOR - 1) // (8 * SECTOR) * 8
+NEW_HEADER_BYTES = (8 + _MATERIAL_SECTORS * _SLOTS) * SECTOR
+
+
 def format_header(passphrase: bytes, *, rounds: int = 200_000) -> bytes:
     """A new LUKS header with a new key: aes-256 xts-plain64, sha256, one key slot. A multiple of the sector size."""
     import uuid
 
-    kind, mode, key_bytes = "sha256", "xts-plain64", 64
+    kind, mode, key_bytes = "sha256", "xts-plain64", _KEY_BYTES
     key = os.urandom(key_bytes)
-    sectors = -(-key_bytes * _STRIPES // SECTOR)
-    sectors = -(-sectors // 8) * 8
+    sectors = _MATERIAL_SECTORS
     salt, slot_salt = os.urandom(32), os.urandom(32)
     digest = hashlib.pbkdf2_hmac(kind, key, salt, rounds, 20)
     material = _material(mode, kind, key, passphrase, slot_salt, rounds)
@@ -248,7 +252,7 @@ def format_header(passphrase: bytes, *, rounds: int = 200_000) -> bytes:
         where = 8 + i * sectors
         head += _SLOT.pack(_DISABLED if i else _ACTIVE, 0 if i else rounds, bytes(32) if i else slot_salt, where, _STRIPES)
     data = head.ljust(8 * SECTOR, b"\0") + material
-    return data.ljust((8 + sectors * _SLOTS) * SECTOR, b"\0")
+    return data.ljust(NEW_HEADER_BYTES, b"\0")
 
 
 class CryptFile:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pystratovirt.cmdline.backends import Drive, SocketChardev
-    from pystratovirt.cmdline.netdevs import Tap, User
+    from pystratovirt.cmdline.netdevs import Netdev
     from pystratovirt.vm import VirtualMachine
     from virtio_devices.blk.device import BlkDevice
     from virtio_devices.net.device import NetDevice
@@ -108,15 +108,15 @@ class HotPlug:
         """Close an image that no device uses, or that went with its device. Raises HotPlugError."""
         self._remove(DISK, name, "Drive")
 
-    def add_netdev(self, netdev: Tap | User, take: Callable[[str], int | None]) -> None:
+    def add_netdev(self, netdev: Netdev, take: Callable[[str], int | None]) -> None:
         """Open a network, for a device to come. `take` as in `devices.net.open_netdev`. Raises HotPlugError."""
-        from pystratovirt.devices.net import open_netdev
+        from pystratovirt.devices.net import open_network
 
         self._expect_alive()
         backend = Backend(NET, netdev.id)
         self._register(backend)
         try:
-            self._vm.networks[netdev.id] = open_netdev(netdev, take)
+            self._vm.networks[netdev.id] = open_network(self._vm, netdev, take)
         except (VmmError, OSError) as error:
             self._backends.remove(backend)
             raise HotPlugError(f"Add netdev error: {error}") from None
@@ -141,7 +141,7 @@ class HotPlug:
         """Forget a character device that nothing uses. Raises HotPlugError."""
         if name not in self._vm.declared_chardevs:
             raise HotPlugError(f"Chardev {name} not found")
-        if name in self._vm.chardevs or any(name == monitor.chardev for monitor in self._vm.config.monitors):
+        if self._vm.uses_chardev(name) or any(name == monitor.chardev for monitor in self._vm.config.monitors):
             raise HotPlugError(f"Chardev {name} is in use")
         del self._vm.declared_chardevs[name]
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pystratovirt.cmdline.backends import Chardev, Drive
     from pystratovirt.cmdline.config import Config
     from pystratovirt.cmdline.drivers.base import Device
-    from pystratovirt.cmdline.netdevs import Tap, User
+    from pystratovirt.cmdline.netdevs import Netdev
     from pystratovirt.hotplug import HotPlug
     from virtio_devices.device import VirtioDevice
     from virtio_devices.net.backend import Backend as NetBackend
@@ -60,7 +60,7 @@ class VirtualMachine:
         self.config = config
         self.drives: dict[str, Drive] = {}  # declarations of the disks below
         self.disks: dict[str, Disk] = {}
-        self.netdevs: dict[str, Tap | User] = {}  # declarations of the networks below
+        self.netdevs: dict[str, Netdev] = {}  # declarations of the networks below
         self.networks: dict[str, NetBackend] = {}
         self.io_threads: dict[str, IoThread] = {}
         self.chardevs: dict[str, CharBackend] = {}
@@ -120,8 +120,6 @@ class VirtualMachine:
         for drive in config.drives.values():
             self.open_drive(drive)
         self._stack.callback(self._close_netdevs)
-        for netdev in config.netdevs.values():
-            self.open_netdev(netdev)
         with blame(""):
             hypervisor = self._hypervisor()
         try:
@@ -142,6 +140,8 @@ class VirtualMachine:
             acpi=config.machine.acpi,
         )
         self._stack.callback(self.machine.close)
+        for netdev in config.netdevs.values():
+            self.open_netdev(netdev)
         if config.serial:
             self._add_serial(config.serial)
         self._add_devices()
@@ -203,12 +203,12 @@ class VirtualMachine:
             for name in self.disks:
                 stack.callback(self.close_drive, name)
 
-    def open_netdev(self, netdev: Tap | User, take: Callable[[str], int | None] = lambda _name: None) -> None:
+    def open_netdev(self, netdev: Netdev, take: Callable[[str], int | None] = lambda _name: None) -> None:
         """Open a network, until close_netdev() or close(). `take` hands over descriptors by name. Raises VmError."""
-        from pystratovirt.devices.net import open_netdev
+        from pystratovirt.devices.net import open_network
 
         with blame("-netdev"):
-            self.networks[netdev.id] = open_netdev(netdev, take)
+            self.networks[netdev.id] = open_network(self, netdev, take)
         self.netdevs[netdev.id] = netdev
 
     def close_netdev(self, name: str) -> None:
@@ -228,6 +228,11 @@ class VirtualMachine:
             backend = open_chardev(chardev, log.info)
         self.chardevs[chardev.id] = backend
         return backend
+
+    def uses_chardev(self, name: str) -> bool:
+        """Tell whether a port, a device that another process serves, or a network has the character device `name`."""
+        users = [*(plugged.declaration for plugged in self.slots.values()), *self.netdevs.values()]
+        return name in self.chardevs or any(getattr(user, "chardev", None) == name for user in users)
 
     def loops(self, iothread: str | None) -> list[IoThread]:
         """Return the threads that serve a device which names `iothread`."""

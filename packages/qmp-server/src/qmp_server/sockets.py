@@ -15,7 +15,10 @@ import os
 import socket
 import stat
 import time
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _LOCK_TRIES = 40
 _LOCK_PAUSE = 0.025  # seconds: a second in all, far longer than a bind takes
@@ -56,12 +59,14 @@ def listen_unix(path: str | os.PathLike[str], *, backlog: int = 128) -> Listener
     path = os.path.abspath(os.fspath(path))  # noqa: PTH100 - as above
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        try:
-            _bind(sock, path)
-        except FileExistsError:
-            _replace_stale(sock, path)
-        os.chmod(path, 0o600)  # noqa: PTH101  # connecting is not possible before listen(), so nobody gets in between
-        sock.listen(backlog)
+        with _alone(path):
+            try:
+                _bind(sock, path)
+            except FileExistsError:
+                _remove_stale(path)
+                _bind(sock, path)
+            os.chmod(path, 0o600)  # noqa: PTH101  # connecting is not possible before listen(), so nobody gets in between
+            sock.listen(backlog)  # from here on the next one in line finds it alive
     except BaseException:
         sock.close()
         raise
@@ -93,23 +98,30 @@ def _bind(sock: socket.socket, path: str) -> None:
         raise OSError(error.errno, error.strerror, path) from None
 
 
-def _replace_stale(sock: socket.socket, path: str) -> None:
-    """Bind where a file is. The directory is locked meanwhile: two processes must not both find the file stale."""
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Lock the directory of `path`: a socket that is bound and does not listen yet looks as stale as a dead one."""
+    try:
+        directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
+    except OSError:  # one that may not be read, which is no reason not to bind there; bind() reports the rest
+        yield
+        return
     try:
         _lock(directory, path)
-        try:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise FileExistsError(errno.EEXIST, "the file is not a socket", path)
-            if _somebody_listens(path):
-                raise OSError(errno.EADDRINUSE, "another process listens there", path)
-            os.unlink(path)  # noqa: PTH108
-        except FileNotFoundError:
-            pass  # it went away by itself
-        _bind(sock, path)
-        sock.listen(0)  # from here on the next one in line finds it alive
+        yield
     finally:
         os.close(directory)
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "the file is not a socket", path)
+        if _somebody_listens(path):
+            raise OSError(errno.EADDRINUSE, "another process listens there", path)
+        os.unlink(path)  # noqa: PTH108
+    except FileNotFoundError:
+        pass  # it went away by itself
 
 
 def _lock(directory: int, path: str) -> None:

@@ -130,10 +130,11 @@ class VirtualClock:
         self._sources = tuple(other for other in self._sources if other is not source)
 
     def step(self) -> int:
-        """Move to the nearest deadline and run what is due there. Does not move when nothing is armed or something is due.
+        """Run what is due, then move to the nearest deadline and run what is due there. Does not move when nothing is armed.
 
         Returns the new time.
         """
+        self._settle()
         nearest = self._nearest()
         return self._now if nearest is None or nearest <= self._now else self.set(nearest)
 
@@ -148,6 +149,7 @@ class VirtualClock:
         timer's callback.
         """
         with self._moving:
+            self._settle()
             rounds = 0
             while (nearest := self._nearest()) is not None and nearest <= target and rounds < self.ROUNDS:
                 if nearest > self._now:
@@ -159,6 +161,15 @@ class VirtualClock:
             for source in self._sources:
                 source.clock_changed()
             return self._now
+
+    def _settle(self) -> None:
+        """Let every loop handle what it has been woken for, such as a doorbell: it may arm a timer that is due on the way.
+
+        Once is not enough: a loop that is awake already may serve us before the events that it got together with us.
+        """
+        for _ in range(2):
+            for source in self._sources:
+                source.run_due()
 
     def _run_due(self) -> None:
         for source in self._sources:

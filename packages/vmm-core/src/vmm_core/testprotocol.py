@@ -7,7 +7,8 @@
 
 Addresses, sizes and values are hexadecimal, with or without `0x`; times and interrupt numbers decimal. Requests end with a
 newline, and any number of them may be on their way; one without a newline is taken as well when it is all that one read
-brought, because existing harnesses send one request a write. A request that makes no sense is answered with a line
+brought, because existing harnesses send one request a write. What follows a newline in the same read is the beginning of a
+request until its own newline comes. A request that makes no sense is answered with a line
 `Error: <command>: <reason>`, a command that there is not with `Unsupported command: <command>`.
 
 Beyond the reference: `inb`, `inw`, `inl` PORT and `outb`, `outw`, `outl` PORT VALUE (hexadecimal) for x86 ports, and
@@ -68,9 +69,11 @@ class TestProtocol:
     def receive(self, data: bytes) -> bytes:
         """Take what one read brought; return the replies to everything that is complete."""
         replies: list[str] = []
-        if self._answered and data:
-            self._answered = False
-            data = data.removeprefix(b"\r").removeprefix(b"\n")
+        if self._answered:
+            data = data.removeprefix(b"\r")
+            self._answered = not data  # the two may come one by one
+            data = data.removeprefix(b"\n")
+        alone = not self._pending
         *lines, rest = (self._pending + data).split(b"\n")
         for line in lines:
             self._lines = True
@@ -83,7 +86,7 @@ class TestProtocol:
             self._pending = b""
             self._skipping = True
             replies.append(f"Error: a request is longer than {LONGEST_REQUEST} bytes")
-        elif self._pending.strip():
+        elif self._pending.strip() and ((alone and not lines) or not self._lines):
             reply = self._answer_unfinished(self._pending)
             if reply is not None:
                 self._pending = b""
@@ -133,7 +136,7 @@ def _count(arguments: list[str], *allowed: int) -> None:
 def _digits(text: str) -> str:
     digits = text.removeprefix("0x")
     if not digits or not _HEX.issuperset(digits):
-        raise _Malformed(f"{text!r} is not a hexadecimal number")
+        raise _Malformed(f"{text[:40]!r} is not a hexadecimal number")
     return digits
 
 
@@ -148,7 +151,7 @@ def _hex(text: str, limit: int = _U64) -> int:
 def _decimal(text: str, limit: int) -> int:
     digits = text.removeprefix("+")
     if not digits or not _DECIMAL.issuperset(digits):
-        raise _Malformed(f"{text!r} is not a decimal number")
+        raise _Malformed(f"{text[:40]!r} is not a decimal number")
     digits = digits.lstrip("0") or "0"
     if len(digits) > 20 or (value := int(digits)) >= limit:
         raise _Malformed(f"{text[:40]!r} is more than {limit - 1}")

@@ -24,7 +24,10 @@ COMMANDS = {
     "info": ("look", "info [-f FMT] [--output human|json] [--backing-chain] [--allow-chain] [-U] FILE"),
     "map": ("look", "map [-f FMT] [--output human|json] [--start-offset N] [--max-length N] [--allow-chain] [-U] FILE"),
     "compare": ("look", "compare [-f FMT] [-F FMT] [-s] [-q] [-p] [--allow-chain] [-U] FILE1 FILE2"),
-    "measure": ("look", "measure [-O FMT] [-o OPTIONS] [--output human|json] (--size N | [-f FMT] [--allow-chain] FILE)"),
+    "measure": (
+        "measure",
+        "measure [-O FMT] [-o OPTIONS] [--output human|json] (--size N | [-f FMT] [-l SNAPSHOT] [--allow-chain] FILE)",
+    ),
     "convert": (
         "convert",
         (

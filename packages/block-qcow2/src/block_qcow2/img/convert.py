@@ -71,7 +71,7 @@ def convert(words: list[str]) -> int:
             direct = _CACHE[_mode(given, "T", "writeback")]
             images.append(opened(given, name, read_format(given.last("f")), direct=direct))
             if given.last("l") is not None:
-                _show_snapshot(images[-1], given.last("l") or "")
+                show_snapshot(images[-1], given.last("l") or "")
         bitmaps = _bitmaps(given, images[0]) if given.flag("bitmaps") else None
         size = sum(i.size for i in images)
         with Target(target, fmt, size, given, pairs, cache) as out:
@@ -146,7 +146,8 @@ def _mode(given: args.Given, option: str, usual: str) -> str:
     return mode
 
 
-def _show_snapshot(image: Any, name: str) -> None:
+def show_snapshot(image: Any, name: str) -> None:
+    """Let an image that is open for reading show a snapshot, by id or name."""
     from ..qcow2.snapshots import Snapshots
 
     if image.format != "qcow2":

@@ -1,4 +1,4 @@
-"""Commands that look at images and change nothing: info, map, compare, measure."""
+"""Commands that look at images and change nothing: info, map, compare."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from typing import Any, NamedTuple
 from ..errors import BlockError
 from ..images import open_image, resolve_name
 from ..qcow2.bitmaps import load as load_bitmaps
-from ..qcow2.format import EXT_BITMAPS
 from . import args
 from .args import UsageError, human_size, parse
-from .basic import _one_path, _output, check_format, listing, opened, qcow2_options, read_format
+from .basic import _one_path, _output, listing, opened, read_format
 from .progress import Progress
 from .secrets import SECRETS
 
-_COMMON = {**SECRETS, "f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": "", "q": "", "p": ""}
+COMMON = {**SECRETS, "f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": "", "q": "", "p": ""}
 
 # --- info ---
 
 
 def info(words: list[str]) -> int:
     """Look at the metadata of one image; with --backing-chain (and --allow-chain) of those below it too."""
-    given = parse(words, {**_COMMON, "backing-chain": ""})
+    given = parse(words, {**COMMON, "backing-chain": ""})
     path = _one_path(given.words, "Image info requires path")
     output = _output(given.last("output"))
     fmt, share = read_format(given.last("f")), given.flag("U")
@@ -219,7 +218,7 @@ def joined(parts: Iterator[Mapped]) -> Iterator[Mapped]:
 
 
 def map(words: list[str]) -> int:
-    given = parse(words, {**_COMMON, "start-offset": "value", "s": "=start-offset", "max-length": "value", "l": "=max-length"})
+    given = parse(words, {**COMMON, "start-offset": "value", "s": "=start-offset", "max-length": "value", "l": "=max-length"})
     path = _one_path(given.words, "Image map requires path")
     output = _output(given.last("output"))
     start = args.size(given.last("start-offset") or "0", "start offset")
@@ -249,7 +248,7 @@ def map(words: list[str]) -> int:
 
 # --- compare ---
 
-COMPARE = {**_COMMON, "F": "value", "s": ""}
+COMPARE = {**COMMON, "F": "value", "s": ""}
 _CHUNK = 2 << 20
 
 
@@ -350,65 +349,3 @@ def first_nonzero(image: Any, start: int) -> int | None:
                 return at + len(data) - len(stripped)
             at += len(data)
     return None
-
-
-# --- measure ---
-
-MEASURE = {**_COMMON, "O": "value", "o": "value", "size": "value"}
-
-
-def measure(words: list[str]) -> int:
-    """How large a new image would be: at least (with what the source has), and with every cluster allocated."""
-    given = parse(words, MEASURE)
-    target = check_format(given.last("O")) or "raw"
-    options = qcow2_options(args.option_list(given.all("o")))
-    output = _output(given.last("output"))
-    if given.last("size") is not None:
-        if given.words:
-            raise UsageError("--size and an image do not go together")
-        size, clusters, bitmaps = args.size(given.last("size") or "", "size"), 0, False
-    else:
-        path = _one_path(given.words, "Either --size N or one filename must be specified")
-        with opened(given, path, read_format(given.last("f"))) as image:
-            size = image.size
-            bitmaps = target == image.format == "qcow2" and image.header.version >= 3
-            if bitmaps and image.header.extension(EXT_BITMAPS):
-                raise BlockError(f"{path}: measuring persistent dirty bitmaps is not supported yet")
-            bits = options.cluster_size.bit_length() - 1
-            clusters, last = 0, -1
-            for m in mapped(image, 0, size):
-                if m.data:
-                    first = max(m.start >> bits, last + 1)
-                    last = (m.start + m.length - 1) >> bits
-                    clusters += last + 1 - first
-    if target == "raw":
-        required = full = size
-    else:
-        full = _qcow2_size(size, options)
-        data = -(-size // options.cluster_size) * options.cluster_size
-        required = full - data + clusters * options.cluster_size
-    if output == "json":
-        import json
-
-        print(json.dumps({"required": required, "fully-allocated": full} | ({"bitmaps": 0} if bitmaps else {}), indent=4))
-    else:
-        print(f"required size: {required}\nfully allocated size: {full}" + ("\nbitmaps size: 0" if bitmaps else ""))
-    return 0
-
-
-def _qcow2_size(size: int, o: Any) -> int:
-    """Bytes of an image with every cluster allocated: header, L1, L2 tables, data, and what counts all of them."""
-    cs = o.cluster_size
-    entry = 16 if o.extended_l2 else 8
-    clusters = -(-size // cs)
-    l2_tables = -(-clusters * entry // cs)
-    total = 1 + max(-(-l2_tables * 8 // cs), 1) + l2_tables + clusters
-    per_block = cs * 8 // o.refcount_bits
-    blocks = table = 1
-    while True:
-        need = -(-(total + blocks + table) // per_block)
-        need_table = -(-need * 8 // cs)
-        if (need, need_table) == (blocks, table):
-            break
-        blocks, table = max(need, blocks), max(need_table, table)
-    return int((total + blocks + table) * cs)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .backends import Chardev, Object, RngRandom
     from .drivers.base import Device
-    from .netdevs import Tap, User
+    from .netdevs import Netdev
 
 P = TypeVar("P", bound=Parameters)
 
@@ -130,7 +130,7 @@ class _Users:
         self.iothreads: dict[str, IoThread] = {}
         self.rngs: dict[str, RngRandom] = {}
         self.chardevs: dict[str, Chardev] = {}
-        self.netdevs: dict[str, Tap | User] = {}
+        self.netdevs: dict[str, Netdev] = {}
         self._used: dict[tuple[str, str], str] = {}
         for text in given.get("drive", ()):
             self._drive(text)
@@ -174,8 +174,12 @@ class _Users:
     def _netdev(self, text: str) -> None:
         from .netdevs import NETDEVS
 
-        made: Tap | User = _choose("-netdev", text, NETDEVS, "type").parse("-netdev", text)
+        made: Netdev = _choose("-netdev", text, NETDEVS, "type").parse("-netdev", text)
         _new("-netdev", made.id, self.netdevs)
+        for key in made.keys.values():
+            if isinstance(key.kind, Reference):
+                value = getattr(made, key.attribute)
+                self.use("-netdev", f"{made.selector}: {key.name}={show(value)}", key.kind, value, f"netdev {show(made.id)}")
         self.netdevs[made.id] = made
 
     def use(self, option: str, where: str, kind: Reference, name: str, user: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .backends import Chardev, Drive, IoThread, Listener, RngRandom
     from .drivers.base import Device
-    from .netdevs import Tap, User
+    from .netdevs import Netdev
 
 
 class Config(Record):
@@ -37,7 +37,7 @@ class Config(Record):
     iothreads: Mapping[str, IoThread] = {}
     rngs: Mapping[str, RngRandom] = {}
     chardevs: Mapping[str, Chardev] = {}
-    netdevs: Mapping[str, Tap | User] = {}
+    netdevs: Mapping[str, Netdev] = {}
     devices: tuple[Device, ...] = ()
     serial: Chardev | None = None  # also in chardevs when it was given by -chardev
 

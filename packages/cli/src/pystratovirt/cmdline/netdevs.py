@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .declare import Parameters, key
 from .errors import BadKey, show
-from .values import ID, PATH, SWITCH, Integer, Kind, Text
+from .values import ID, PATH, SWITCH, Integer, Kind, Reference, Text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,4 +98,13 @@ class User(Parameters, selector="user"):
     udp_ports: str | None = key(_Ports(4096), default=None, doc="the same for UDP")
 
 
-NETDEVS: Mapping[str, type[Tap | User]] = {"tap": Tap, "user": User}
+class VhostUser(Parameters, selector="vhost-user"):
+    """A network that another process carries, over a unix socket. Guest memory has to be shared (`-machine mem-share=on`)."""
+
+    id: str = key(ID, doc="the name that a device uses")
+    chardev: str = key(Reference("chardev"), doc="the socket of that process: `-chardev socket,path=…`, without server")
+    queues: int = key(Integer(1, PAIRS_MAX, bits=16), default=1, doc="pairs of queues")
+
+
+Netdev = Tap | User | VhostUser
+NETDEVS: Mapping[str, type[Netdev]] = {"tap": Tap, "user": User, "vhost-user": VhostUser}

@@ -13,9 +13,6 @@ OBJECTS = {
 }
 
 DRIVERS = {
-    "virtserialport": "a serial port that is not a console",
-    "vhost-user-blk-device": "a disk served by another process",
-    "vhost-user-fs-device": "a shared folder",
     "virtio-blk-pci": _PCI,
     "virtio-scsi-pci": _PCI,
     "scsi-hd": _PCI,

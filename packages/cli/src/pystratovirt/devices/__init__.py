@@ -31,6 +31,8 @@ BUILDERS: Mapping[str, Builder] = cast(
             "virtio-balloon-device": ("balloon", "build_balloon"),
             "vhost-vsock-device": ("vsock", "build_vhost_vsock"),
             "virtio-vsock-device": ("vsock", "build_virtio_vsock"),
+            "vhost-user-blk-device": ("vhost_user", "build_blk"),
+            "vhost-user-fs-device": ("vhost_user", "build_fs"),
         },
     ),
 )

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from pystratovirt import log
 from pystratovirt.cmdline.drivers.net import VirtioNet
-from pystratovirt.cmdline.netdevs import Tap, User
+from pystratovirt.cmdline.netdevs import Tap, User, VhostUser
 from virtio_devices.device import DeviceError
 from virtio_devices.net.device import NetDevice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pystratovirt.cmdline.netdevs import Netdev
     from pystratovirt.vm import VirtualMachine
     from virtio_devices.net.backend import Backend
 
@@ -51,6 +52,15 @@ def _free_mac(vm: VirtualMachine) -> bytes:
         if mac not in used:
             return mac
     raise DeviceError("Failed to get a free mac address")
+
+
+def open_network(vm: VirtualMachine, netdev: Netdev, take: Callable[[str], int | None]) -> Backend:
+    """Open what a -netdev or netdev_add of any type describes, as open_netdev() does."""
+    if isinstance(netdev, VhostUser):
+        from pystratovirt.devices import vhost_user
+
+        return vhost_user.open_network(vm, netdev)
+    return open_netdev(netdev, take)
 
 
 def open_netdev(netdev: Tap | User, take: Callable[[str], int | None] = lambda _name: None) -> Backend:

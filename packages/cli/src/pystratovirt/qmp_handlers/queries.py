@@ -112,7 +112,7 @@ def _about_the_machine(runtime: Runtime) -> dict[type[Command[Any]], Callable[[A
             ChardevInfo(
                 label=name,
                 filename=_chardev_name(declared, vm.chardevs.get(name)),
-                frontend_open=name in vm.chardevs or name in monitors,
+                frontend_open=vm.uses_chardev(name) or name in monitors,
             )
             for name, declared in vm.declared_chardevs.items()
         ]

@@ -6,21 +6,28 @@ Not here: the blocking client (`client`), the protocol (`qmp_protocol`).
 from __future__ import annotations
 
 import asyncio
-from typing import Self
+import socket
+from collections.abc import Sequence
+from typing import Self, TypeVar
 
 from pystratovirt.qmpshell.client import QmpConnectionError, QmpTimeout, connect_socket
 from qmp_protocol.connection import BadMessage, ClientConnection, ClientEvent, Negotiated, PeerClosed, Reply
 from qmp_protocol.errors import QmpError
 from qmp_protocol.messages import ABSENT, Absent, Error, Event, Greeting, Json
+from qmp_protocol.methods import AsyncMethods
+from qmp_protocol.schema import Command
+
+R = TypeVar("R")
 
 _KEPT_EVENTS = 10_000  # shown late or never, when a server floods
 
 
-class AsyncClient(asyncio.Protocol):
-    """One negotiated connection. Belongs to one event loop."""
+class AsyncClient(AsyncMethods, asyncio.Protocol):
+    """One negotiated connection. Belongs to one event loop. Every command of StratoVirt is a method to be awaited."""
 
-    def __init__(self) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
+        self._socket = sock  # the transport's, for descriptors: asyncio passes none
         self._connection = ClientConnection()
         self._transport: asyncio.Transport | None = None
         self._waiting: dict[int, asyncio.Future[Json]] = {}
@@ -36,7 +43,7 @@ class AsyncClient(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         sock = connect_socket(address, timeout)
         sock.setblocking(False)
-        _, client = await loop.create_connection(cls, sock=sock)
+        _, client = await loop.create_connection(lambda: cls(sock), sock=sock)
         try:
             await asyncio.wait_for(asyncio.shield(client._ready), timeout)
         except TimeoutError:
@@ -58,18 +65,37 @@ class AsyncClient(asyncio.Protocol):
         if self._transport:
             self._transport.close()
 
-    async def execute(self, command: str, arguments: Json | Absent = ABSENT) -> Json:
-        """Run a command and return its result. Raises QmpError for an error reply, QmpConnectionError when the server is gone."""
+    async def execute(self, command: str, arguments: Json | Absent = ABSENT, fds: Sequence[int] = ()) -> Json:
+        """Run a command and return its result. `fds` are passed along; they stay the caller's.
+
+        Raises QmpError for an error reply, QmpConnectionError when the server is gone.
+        """
         if self.ended.done() or self._transport is None:
             raise QmpConnectionError("the server hung up")
         number, line = self._connection.execute(command, arguments)
         reply: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
         self._waiting[number] = reply
-        self._transport.write(line)
         try:
+            self._transport.write(self._pass(line, fds) if fds else line)
             return await reply
         finally:
             del self._waiting[number]
+
+    async def call(self, command: Command[R], fds: Sequence[int] = ()) -> R:
+        """Run a typed command and return its typed result. Raises as `execute`, and QmpError when the result does not fit."""
+        return command.parse_result(await self.execute(command.name, command.to_json() or ABSENT, fds))
+
+    def _pass(self, line: bytes, fds: Sequence[int]) -> bytes:
+        """Send the beginning of `line` with descriptors and return the rest."""
+        if self._socket.family != socket.AF_UNIX:
+            raise QmpConnectionError("descriptors can be passed over a unix socket only")
+        assert self._transport is not None
+        if self._transport.get_write_buffer_size():
+            raise QmpConnectionError("descriptors cannot be passed while earlier commands are on their way")
+        try:
+            return line[socket.send_fds(self._socket, [line], list(fds)) :]
+        except OSError as error:
+            raise QmpConnectionError(f"the descriptors were not passed: {error.strerror}") from None
 
     # asyncio.Protocol
 
@@ -79,6 +105,8 @@ class AsyncClient(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for event in self._connection.receive(data):
+            if self.ended.done():
+                return
             self._handle(event)
 
     def connection_lost(self, exc: Exception | None) -> None:

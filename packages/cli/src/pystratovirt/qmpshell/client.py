@@ -9,12 +9,14 @@ import select
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
 from qmp_protocol.connection import BadMessage, ClientConnection, ClientEvent, Negotiated, PeerClosed, Reply
 from qmp_protocol.errors import QmpError, QmpProtocolError
 from qmp_protocol.messages import ABSENT, Absent, Error, Event, Greeting, Json
+from qmp_protocol.methods import Methods
 from qmp_protocol.schema import Command
 
 R = TypeVar("R")
@@ -73,8 +75,11 @@ def _connect_tcp(address: str, timeout: float | None) -> socket.socket:
     return socket.create_connection((host.strip("[]"), int(port)), timeout)
 
 
-class QmpClient:
-    """One connection, negotiated. Not for several threads at once. Usable as a context manager."""
+class QmpClient(Methods):
+    """One connection, negotiated. Not for several threads at once. Usable as a context manager.
+
+    Every command of StratoVirt is a method (`client.device_del(id="net-0")`); `execute` runs any command of any server.
+    """
 
     def __init__(self, address: str, *, timeout: float | None = 10.0) -> None:
         """Connect and negotiate. `timeout` in seconds bounds each wait for the peer; None waits for ever.
@@ -117,10 +122,15 @@ class QmpClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def execute(self, command: str, arguments: Json | Absent = ABSENT) -> Json:
-        """Run a command by name and return its result. Raises QmpError for an error reply, and QmpConnectionError."""
+    def execute(self, command: str, arguments: Json | Absent = ABSENT, fds: Sequence[int] = ()) -> Json:
+        """Run a command by name and return its result. `fds` are passed along; they stay the caller's.
+
+        Raises QmpError for an error reply, and QmpConnectionError.
+        """
+        if self._ended:
+            raise QmpConnectionError("the server hung up")
         number, line = self._connection.execute(command, arguments)
-        self._send(line)
+        self._send(line, fds)
         deadline = self._deadline(self._timeout)
         while True:
             event = self._next(deadline, f"reply to {command}")
@@ -129,10 +139,9 @@ class QmpClient:
                     raise QmpError(event.message.class_name, event.message.desc)
                 return event.message.value
 
-    def call(self, command: Command[R]) -> R:
+    def call(self, command: Command[R], fds: Sequence[int] = ()) -> R:
         """Run a typed command and return its typed result. Raises as `execute`, and QmpError when the result does not fit."""
-        arguments = command.to_json()
-        return command.parse_result(self.execute(command.name, arguments or ABSENT))
+        return command.parse_result(self.execute(command.name, command.to_json() or ABSENT, fds))
 
     def wait_event(self, timeout: float | None = None) -> Event:
         """Return the oldest event that nobody has taken, waiting for one if there is none.
@@ -169,15 +178,20 @@ class QmpClient:
             raise QmpConnectionError(f"the connection broke: {error.strerror}") from None
         self._arrived += self._connection.receive(data)
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        if fds and self._socket.family != socket.AF_UNIX:
+            raise QmpConnectionError("descriptors can be passed over a unix socket only")
         deadline = self._deadline(self._timeout)
         while data:
             try:
-                data = data[self._socket.send(data) :]
+                # Linux takes the descriptors with the first byte, or nothing.
+                sent = socket.send_fds(self._socket, [data], list(fds)) if fds else self._socket.send(data)
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline, "readiness")
             except OSError as error:
                 raise QmpConnectionError(f"the connection broke: {error.strerror}") from None
+            else:
+                data, fds = data[sent:], ()
 
     def _wait(self, events: int, deadline: float | None, what: str) -> None:
         poll = select.poll()

@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, TIMED_OUT)
     except QmpConnectionError as error:
         return _complain(error, NO_CONNECTION)
+    except RecursionError:
+        return _complain(QmpConnectionError("the server's schema is too deep to be understood"), NO_CONNECTION)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -84,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "-t", "--timeout", type=_seconds, metavar="SECONDS", help="how long to wait (default: 10; wait: for ever)"
     )
     parser.add_argument("-w", "--wait", metavar="EVENT", help="after the command, wait for this event and print it too")
+    parser.add_argument(
+        "--fd", type=_descriptor, metavar="NUMBER", action="append", help="pass this open descriptor with the command (getfd)"
+    )
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     parser.add_argument("--compact", action="store_true", help="one line of JSON, also on a terminal")
     return parser
@@ -97,6 +102,15 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds <= 10**9:
         raise argparse.ArgumentTypeError(f"{text}: seconds are wanted, 0 or more")
     return seconds
+
+
+def _descriptor(text: str) -> int:
+    try:
+        number = int(text)
+        os.fstat(number)
+    except (ValueError, OverflowError, OSError):
+        raise argparse.ArgumentTypeError(f"{text}: not an open descriptor") from None
+    return number
 
 
 class _Output:
@@ -120,6 +134,8 @@ def _run(options: argparse.Namespace) -> int:
     words: list[str] = options.words
     output = _Output(options)
     first = words[0] if words else ""
+    if options.fd and (not words or first in _VERBS):
+        raise Usage("--fd: passed with which command?")
     if first == "completion":
         return _print_script(words[1:])
     if first == "schema":
@@ -136,20 +152,26 @@ def _run(options: argparse.Namespace) -> int:
         elif not words:
             return _script(client, output)
         else:
-            _one(client, words, output)
+            _one(client, words, output, fds=options.fd or ())
             if options.wait:
                 output.event(_wait(client, [options.wait], options.timeout))
     return DONE
 
 
-def _one(client: QmpClient, words: Sequence[str], output: _Output, model: Callable[[], Model] | None = None) -> None:
+def _one(
+    client: QmpClient,
+    words: Sequence[str],
+    output: _Output,
+    model: Callable[[], Model] | None = None,
+    fds: Sequence[int] = (),
+) -> None:
     """Run one command and print its result."""
     if words[0] == "hmp":
         text = client.execute("human-monitor-command", {"command-line": " ".join(words[1:])})
         print(render.plain(text).rstrip("\n") if isinstance(text, str) else "", flush=True)
         return
     values = arguments.parse(model() if model else Model.of(client), words[0], words[1:]) if len(words) > 1 else ABSENT
-    output.value(client.execute(words[0], values))
+    output.value(client.execute(words[0], values, fds))
 
 
 def _script(client: QmpClient, output: _Output) -> int:
@@ -194,7 +216,7 @@ def _print_schema(options: argparse.Namespace, words: Sequence[str]) -> int:
     if len(words) > 1:
         raise Usage("schema: one name at most")
     if options.socket:
-        with QmpClient(options.socket) as client:
+        with QmpClient(options.socket, timeout=10.0 if options.timeout is None else options.timeout) as client:
             model = Model.of(client)
     else:
         model = Model.stratovirt()
@@ -215,7 +237,7 @@ def _print_script(words: Sequence[str]) -> int:
 
 
 _VERBS = ("wait", "schema", "hmp", "completion")
-_VALUE_OPTIONS = ("-s", "--socket", "-t", "--timeout", "-w", "--wait", "--color")
+_VALUE_OPTIONS = ("-s", "--socket", "-t", "--timeout", "-w", "--wait", "--fd", "--color")
 
 
 def _complete(words: Sequence[str]) -> int:
@@ -248,7 +270,7 @@ def _complete(words: Sequence[str]) -> int:
 
 
 def _complain(error: Exception, status: int) -> int:
-    print(f"qmp: {error}", file=sys.stderr)
+    print(f"qmp: {render.plain(str(error))}", file=sys.stderr)
     return status
 
 

@@ -5,8 +5,8 @@ Works the same for this VMM, StratoVirt (whose server does not describe itself) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 from pystratovirt.qmpshell.client import QmpClient
 from qmp_protocol.errors import QmpError
@@ -20,6 +20,20 @@ class Member(NamedTuple):
     optional: bool
 
 
+class _Entry(NamedTuple):
+    kind: str  # the meta-type
+    json_type: str
+    members: tuple[Member, ...]
+    variants: tuple[str, ...]
+    words: tuple[str, ...]
+    parts: tuple[str, ...]  # the types that a value of this one is made of, or can be: array, alternate
+    arguments: str
+    result: str
+
+
+_NOTHING: Final = _Entry("", "value", (), (), (), (), "", "")
+
+
 class Model:
     """Commands, events and types by name."""
 
@@ -29,10 +43,22 @@ class Model:
         `documented`: the documentation of StratoVirt's schema is that of this one too.
         """
         self.documented = documented
-        self._entries: dict[str, Mapping[str, Any]] = {}
+        self._entries: dict[str, _Entry] = {}
         for entry in entries:
             if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
-                self._entries[entry["name"]] = entry
+                self._entries[entry["name"]] = _read(entry)
+        self._break_circles()
+
+    def _break_circles(self) -> None:
+        """A type that is made of itself, which no honest server has, is made of nothing."""
+        waiting = {name: {*entry.parts, *entry.variants} & self._entries.keys() for name, entry in self._entries.items()}
+        while done := [name for name, needed in waiting.items() if not needed]:
+            for name in done:
+                del waiting[name]
+            for needed in waiting.values():
+                needed.difference_update(done)
+        for name in waiting:
+            self._entries[name] = self._entries[name]._replace(parts=(), variants=())
 
     @classmethod
     def stratovirt(cls) -> Model:
@@ -55,55 +81,47 @@ class Model:
 
     def names(self, kind: str) -> list[str]:
         """The names of all entries of a meta-type (`command`, `event`), sorted."""
-        return sorted(name for name, entry in self._entries.items() if entry.get("meta-type") == kind)
+        return sorted(name for name, entry in self._entries.items() if entry.kind == kind)
+
+    def _entry(self, name: str) -> _Entry:
+        return self._entries.get(name, _NOTHING)
 
     def kind(self, name: str) -> str:
         """The meta-type of an entry, or an empty string."""
-        return str(self._entries.get(name, {}).get("meta-type", ""))
+        return self._entry(name).kind
 
     def json_type(self, name: str) -> str:
         """The JSON type of a built-in type (`string`, `int`, `boolean`, `value`…)."""
-        return str(self._entries.get(name, {}).get("json-type", "value"))
+        return self._entry(name).json_type
 
     def values(self, name: str) -> list[str]:
         """The words of an enumeration."""
-        entry = self._entries.get(name, {})
-        members = [member["name"] for member in entry.get("members", []) if isinstance(member, Mapping) and "name" in member]
-        return members or list(entry.get("values", []))
+        return list(self._entry(name).words)
 
     def element(self, name: str) -> str:
         """The type of an array's elements."""
-        return str(self._entries.get(name, {}).get("element-type", ""))
+        return next(iter(self._entry(name).parts), "")
 
     def alternatives(self, name: str) -> list[str]:
         """The types of an alternate."""
-        if self.kind(name) != "alternate":
-            return []
-        return [str(member.get("type", "")) for member in self._entries[name].get("members", [])]
+        return list(self._entry(name).parts) if self.kind(name) == "alternate" else []
 
     def arguments(self, name: str) -> str:
         """The type of a command's arguments or an event's data."""
-        return str(self._entries.get(name, {}).get("arg-type", ""))
+        return self._entry(name).arguments
 
     def result(self, command: str) -> str:
         """The type of a command's result."""
-        return str(self._entries.get(command, {}).get("ret-type", ""))
+        return self._entry(command).result
 
     def members(self, name: str) -> list[Member]:
         """The members of an object, those of all its variants included."""
-        found: dict[str, Member] = {}
-        for member in self._members(name):
-            found.setdefault(member.name, member)
-        return list(found.values())
-
-    def _members(self, name: str) -> Iterator[Member]:
-        entry = self._entries.get(name, {})
-        for member in entry.get("members", []):
-            if isinstance(member, Mapping) and "name" in member and "type" in member:
-                yield Member(str(member["name"]), str(member["type"]), "default" in member)
-        for variant in entry.get("variants", []):
-            for member in self.members(str(variant.get("type", ""))):
-                yield member._replace(optional=True)
+        found = {member.name: member for member in reversed(self._entry(name).members)}
+        for variant in self._entry(name).variants:
+            for member in self.members(variant):
+                found.setdefault(member.name, member._replace(optional=True))
+        own = [member.name for member in self._entry(name).members]
+        return [found[each] for each in dict.fromkeys([*own, *found])]
 
     def object_behind(self, name: str) -> str:
         """The object type that a value of type `name` can be: itself, or one of its alternatives. Empty when it cannot."""
@@ -124,3 +142,39 @@ class Model:
         if kind == "alternate":
             return " or ".join(self.describe(each) for each in self.alternatives(name))
         return "object" if kind == "object" else "value"
+
+
+def _read(entry: Mapping[str, Any]) -> _Entry:
+    """Return what is understood of one entry."""
+    kind = _text(entry, "meta-type")
+    members = _objects(entry, "members")
+    words = [_text(member, "name") for member in members] or [word for word in _list(entry, "values") if isinstance(word, str)]
+    parts = [_text(entry, "element-type")] if kind == "array" else [_text(member, "type") for member in members]
+    return _Entry(
+        kind,
+        _text(entry, "json-type") or "value",
+        tuple(
+            Member(_text(member, "name"), _text(member, "type"), "default" in member)
+            for member in members
+            if _text(member, "name") and _text(member, "type")
+        ),
+        tuple(_text(variant, "type") for variant in _objects(entry, "variants")),
+        tuple(words) if kind == "enum" else (),
+        tuple(parts) if kind in ("array", "alternate") else (),
+        _text(entry, "arg-type"),
+        _text(entry, "ret-type"),
+    )
+
+
+def _text(entry: Mapping[str, Any], name: str) -> str:
+    value = entry.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _list(entry: Mapping[str, Any], name: str) -> list[Any]:
+    value = entry.get(name)
+    return value if isinstance(value, list) else []
+
+
+def _objects(entry: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    return [each for each in _list(entry, name) if isinstance(each, Mapping)]

@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,10 @@ class _Completer(Completer):
             yield Completion(each, start_position=-len(word))
 
 
+class _Interrupted(Exception):
+    """Ctrl-C."""
+
+
 class Shell:
     """One conversation. `run` is all of it."""
 
@@ -125,6 +130,7 @@ class Shell:
             completer=_Completer(model),
             complete_while_typing=False,
             auto_suggest=AutoSuggestFromHistory(),
+            interrupt_exception=_Interrupted,  # KeyboardInterrupt in a task would end the event loop
             input=input,
             output=output,
         )
@@ -132,7 +138,8 @@ class Shell:
     async def run(self) -> int:
         """Read lines until the user leaves or the server hangs up. Returns the exit status."""
         version = self._client.greeting.version
-        self._say(f"Connected to {version.get('package') or 'a QMP server'}. help tells more, Ctrl-D leaves.")
+        name = render.plain(str(version.get("package") or "a QMP server"))
+        self._say(f"Connected to {name}. help tells more, Ctrl-D leaves.")
         with patch_stdout(raw=True):
             events = asyncio.create_task(self._show_events())
             try:
@@ -146,7 +153,7 @@ class Shell:
         while True:
             try:
                 line = await self._prompt("(qmp) ")
-            except KeyboardInterrupt:
+            except _Interrupted:
                 continue  # Ctrl-C drops the line
             except EOFError:
                 return 0
@@ -160,10 +167,12 @@ class Shell:
                 await self._do(line.strip())
             except QmpError as error:
                 self._say(render.paint(render.ERROR, render.plain(str(error)), on=self._colour))
-            except (arguments.ArgumentError, ValueError) as error:
-                self._say(str(error))
+            except (arguments.ArgumentError, ValueError, RecursionError) as error:
+                self._say(render.plain(str(error)))
+            except _Interrupted:
+                self._say("Not waited for any longer; the command itself goes on.")
             except QmpConnectionError as error:
-                self._say(str(error))
+                self._say(render.plain(str(error)))
                 return 3
 
     async def _prompt(self, text: str) -> str | None:
@@ -172,7 +181,7 @@ class Shell:
         await asyncio.wait((asking, self._client.ended), return_when=asyncio.FIRST_COMPLETED)
         if not asking.done():
             asking.cancel()
-            with contextlib.suppress(asyncio.CancelledError, EOFError, KeyboardInterrupt):
+            with contextlib.suppress(asyncio.CancelledError, EOFError, _Interrupted):
                 await asking
             return None
         return asking.result()
@@ -188,14 +197,18 @@ class Shell:
                 self._say(self._help(words))
                 return
             if command == "hmp":
-                text = await self._client.execute("human-monitor-command", {"command-line": " ".join(words)})
+                text = await self._execute("human-monitor-command", {"command-line": " ".join(words)})
                 self._say(render.plain(text).rstrip("\n") if isinstance(text, str) else "")
                 return
             values = arguments.parse(self._model, command, words) if words else ABSENT
         if command == "quit" and not await self._sure():
             return
-        result = await self._client.execute(command, values)
+        result = await self._execute(command, values)
         self._say(render.to_text(result, pretty=True, colour=self._colour))
+
+    async def _execute(self, command: str, values: Json | Absent) -> Json:
+        """Run a command. Ctrl-C ends the wait for its reply and nothing else."""
+        return await _interruptible(self._client.execute(command, values))
 
     async def _sure(self) -> bool:
         answer = await self._prompt("This ends the virtual machine (exit leaves the shell). End it? [y/N] ")
@@ -212,7 +225,7 @@ class Shell:
     async def _show_events(self) -> None:
         while True:
             event = await self._client.events.get()
-            self._say(f"{render.paint(render.EVENT, event.name, on=self._colour)} {self._data(event)}")
+            self._say(f"{render.paint(render.EVENT, render.plain(event.name), on=self._colour)} {self._data(event)}")
 
     def _data(self, event: Event) -> str:
         return render.to_text(event.data, pretty=False, colour=self._colour)
@@ -229,3 +242,19 @@ def _from_json(line: str) -> tuple[str, Json | Absent]:
     if not isinstance(value.get("execute"), str):
         raise ValueError('an object with "execute" is wanted')  # noqa: TRY004 - it is the user's mistake
     return value["execute"], value.get("arguments", ABSENT)
+
+
+async def _interruptible(work: Coroutine[Any, Any, Json]) -> Json:
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: no Ctrl-C comes here
+        loop.add_signal_handler(signal.SIGINT, task.cancel)
+    try:
+        await asyncio.wait((task,))
+    finally:
+        with contextlib.suppress(ValueError, RuntimeError):
+            loop.remove_signal_handler(signal.SIGINT)
+        task.cancel()
+    if task.cancelled():
+        raise _Interrupted
+    return task.result()

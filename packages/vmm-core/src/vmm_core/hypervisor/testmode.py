@@ -336,7 +336,7 @@ class MachineAccess:
             else:
                 for piece, size in self._accesses(start, end):
                     found = self._mmio.find(piece)
-                    if found is not None:
+                    if found is not None and piece + size <= found.base + found.length:
                         value = self._mmio.read(piece, size)
                         data[piece - address : piece - address + size] = value.to_bytes(size, "little")
         return bytes(data)
@@ -393,8 +393,9 @@ class MachineAccess:
     # Ports
 
     def read_port(self, port: int, size: int) -> int:
-        """Read `size` bytes of a port; 0 where there is nothing."""
-        return 0 if self._pio.find(port) is None else self._pio.read(port, size)
+        """Read `size` bytes of a port; 0 where there is nothing that answers them all."""
+        found = self._pio.find(port)
+        return self._pio.read(port, size) if found is not None and port + size <= found.base + found.length else 0
 
     def write_port(self, port: int, size: int, value: int) -> None:
         """Write `size` bytes to a port."""

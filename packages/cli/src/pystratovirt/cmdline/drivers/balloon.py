@@ -20,9 +20,7 @@ class VirtioBalloon(Device, selector="virtio-balloon-device"):
 
     id: str = key(ID, doc="name of the device")
     deflate_on_oom: bool = key(SWITCH, default=False, doc="the guest may take memory back rather than end a process")
-    free_page_reporting: bool = key(
-        SWITCH, default=False, doc="the guest reports pages that it does not use, unasked"
-    )
+    free_page_reporting: bool = key(SWITCH, default=False, doc="the guest reports pages that it does not use, unasked")
     auto_balloon: bool = key(SWITCH, default=False, doc="a guest driver made for StratoVirt sets the size itself")
     membuf_percent: int = key(
         Integer(0, U32_MAX, bits=32), default=50, doc="what that driver keeps free, in percent; 20 to 80 with auto-balloon"

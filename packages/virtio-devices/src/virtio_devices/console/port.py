@@ -1,29 +1,24 @@
-"""The console device (virtio 1.2, section 5.3) with one port: a guest's terminal without a serial line.
+"""One port of a console (virtio 1.2, section 5.3.6): bytes between two queues and a back end.
 
-No byte is lost on the way. Input is taken from the back end only as far as the driver has room for it; output that the back
-end does not take stays in the driver's ring, and the guest waits.
+No byte is lost on the way. Input is taken from the back end only as far as the driver has room for it, and wants it; output that
+the back end does not take stays in the driver's ring, and the guest waits.
 
-Not here: more ports (VIRTIO_CONSOLE_F_MULTIPORT and its control queues are not offered), the window's size, and the host's end
-(`vmm_core.devices.chardev`).
+Not here: what is said about ports (`control`), and the host's end (`vmm_core.devices.chardev`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from virtio_devices.device import VirtioDevice
 from virtio_devices.queue import QueueError, SplitQueue
-from vmm_core.errors import StateError
 from vmm_core.loop import Loop
-from vmm_core.state import expect, versioned
+from vmm_core.state import versioned
 
 if TYPE_CHECKING:
+    from virtio_devices.console.device import ConsoleDevice
     from vmm_core.devices.chardev import CharBackend
 
-QUEUE_SIZE = 256
-RECEIVE, TRANSMIT = 0, 1  # queues of port 0 (5.3.2)
-
-_ROOM_MAX = 4096  # bytes of input taken at a time
+ROOM_MAX = 4096  # bytes of input taken at a time
 _PIECE = 1 << 16  # bytes of output handed over at a time: a file would take gigabytes, and hold the loop meanwhile
 _TURN = 1 << 18  # bytes of output after which the loop's other descriptors have their turn
 _REQUEST = 1 << 10  # what a request counts on top of its bytes, as many small ones take time too
@@ -31,28 +26,30 @@ _REQUEST = 1 << 10  # what a request counts on top of its bytes, as many small o
 _SENT, _LATER, _BLOCKED = range(3)  # what became of a request
 
 
-@versioned(1)
+@versioned(2)
 class PortState(NamedTuple):
-    """What a port holds between a ring and its back end."""
+    """What a port holds between a ring and its back end, and what it and its driver know of each other."""
 
+    nr: int
     waiting: bytes
     sent: int
-
-
-@versioned(1)
-class ConsoleState(NamedTuple):
-    """Saved state of a console device."""
-
-    ports: tuple[PortState, ...]
+    ready: bool
+    guest_open: bool
+    told_open: bool
 
 
 class ConsolePort:
-    """One port: two queues of the device, and a back end. Belongs to the loop; the `CharFrontend` of its back end."""
+    """Two queues of the device, and a back end. Belongs to the loop; the `CharFrontend` of its back end."""
 
-    def __init__(self, device: ConsoleDevice, loop: Loop, receive: int, transmit: int) -> None:
-        """Make a port on the queues with these indices."""
-        self.receive_queue, self.transmit_queue = receive, transmit
+    def __init__(self, device: ConsoleDevice, loop: Loop, nr: int, name: str, console: bool) -> None:
+        """Make port `nr`. The guest makes a terminal of a `console`, and a device that programs open by `name` of any other."""
+        self.nr, self.name, self.console = nr, name, console
+        self.receive_queue = 2 * nr + 2 if nr else 0  # 5.3.2: the control queues are the third and fourth
+        self.transmit_queue = self.receive_queue + 1
         self.connected = False  # somebody is at the host's end
+        self.ready = False  # the driver knows of the port, and takes messages about it
+        self.guest_open = False  # a program in the guest has it open
+        self.told_open = False  # what the driver was told of the host's end
         self._device = device
         self._loop = loop
         self._backend: CharBackend | None = None
@@ -60,6 +57,11 @@ class ConsolePort:
         self._sent = 0  # bytes of the transmit ring's first request that the back end has taken
         self._blocked = False  # the back end will say when it takes more
         self._budget = 0  # what may be sent in this turn of the loop
+
+    @property
+    def host_open(self) -> bool:
+        """Whether the guest should think that somebody is at the host's end. A terminal is never without a screen."""
+        return self.console or self.connected
 
     def connect(self, backend: CharBackend) -> None:
         """Give the port its host's end, for good; the port owns it. Raises ChardevError when it cannot be started."""
@@ -74,22 +76,29 @@ class ConsolePort:
 
     def save(self) -> PortState:
         """Return what is on its way. While paused."""
-        return PortState(self._waiting, self._sent)
+        return PortState(self.nr, self._waiting, self._sent, self.ready, self.guest_open, self.told_open)
 
     def restore(self, state: PortState) -> None:
         """Put a checked state back."""
-        self._waiting, self._sent = state
+        _, self._waiting, self._sent, self.ready, self.guest_open, self.told_open = state
 
-    def forget_output(self) -> None:
-        """A new driver begins with a new ring."""
+    def forget_driver(self) -> None:
+        """A new driver begins with new rings, and knows nothing."""
         self._sent = 0
+        self.ready = self.guest_open = self.told_open = False
+
+    def set_guest_open(self, opened: bool) -> None:
+        """A program in the guest has opened the port, or closed it: then input waits at the host."""
+        self.guest_open = opened
+        if opened:
+            self._device.serve(self.receive_queue)
 
     # Input: CharFrontend, on the loop
 
     def input_room(self) -> int:
         """How many bytes the driver's next buffer takes, up to what is taken at a time."""
         queue = self._device.live_queue(self.receive_queue)
-        if queue is None or self._waiting:
+        if queue is None or self._waiting or not self._wanted():
             return 0
         try:
             while not (room := _first_room(queue)):
@@ -98,7 +107,7 @@ class ConsolePort:
         except QueueError as error:
             self._device.broken_by(self.receive_queue, error)
             return 0
-        return min(room, _ROOM_MAX)
+        return min(room, ROOM_MAX)
 
     def receive(self, data: bytes) -> None:
         """Put input into the driver's buffers; what no longer fits waits here."""
@@ -112,8 +121,9 @@ class ConsolePort:
             self._device.broken_by(self.receive_queue, error)
 
     def peer_changed(self, connected: bool) -> None:
-        """Remember whether somebody is there. A driver without multiport is not told."""
+        """Remember whether somebody is there, and tell the driver."""
         self.connected = connected
+        self._device.control.host_changed(self)
 
     def new_room(self, queue: SplitQueue) -> None:
         """The driver has added receive buffers, or there is a driver now. Raises QueueError."""
@@ -121,13 +131,16 @@ class ConsolePort:
         self._deliver(queue)
         if self._waiting:
             # The buffers are used up already. Ask to be told of the next, or go on if it is there.
-            if queue.enable_kicks():
+            if self._wanted() and queue.enable_kicks():
                 self._device.serve_later(self.receive_queue)
         elif self._backend is not None:
             self._backend.input_wanted()
 
+    def _wanted(self) -> bool:
+        return self.guest_open or not self._device.multiport  # without messages nobody says that a port is open
+
     def _deliver(self, queue: SplitQueue) -> None:
-        if not self._waiting:
+        if not self._waiting or not self._wanted():
             return
         for head, _, writable in queue.chains():
             if not writable:
@@ -193,68 +206,6 @@ class ConsolePort:
                     return _BLOCKED
         self._sent = 0
         return _SENT
-
-
-class ConsoleDevice(VirtioDevice):
-    """A virtio console device with the one port `port`."""
-
-    device_type = 3
-
-    def __init__(self, name: str, loop: Loop) -> None:
-        """Make a device whose port has no other side yet: what a guest says is dropped."""
-        # cols, rows, max_nr_ports, emerg_wr (5.3.4): the last three are only valid with features that are not offered.
-        super().__init__(name, [loop], features=0, queue_sizes=[QUEUE_SIZE] * 2, config=bytes(4) + b"\1" + bytes(7))
-        self.port = ConsolePort(self, loop, RECEIVE, TRANSMIT)
-
-    def close(self) -> None:
-        """Reset, and close the back end."""
-        super().close()
-        self.port.close()
-
-    def save(self) -> ConsoleState:
-        """Return what the port holds."""
-        return ConsoleState((self.port.save(),))
-
-    def restore(self, state: Any) -> None:
-        """Put back a saved state. Raises StateError when it does not fit."""
-        ports = expect(state, ConsoleState, self.name).ports
-        if len(ports) != 1 or len(ports[0].waiting) > _ROOM_MAX or ports[0].sent < 0:
-            raise StateError(f"{self.name}: the saved ports do not fit")
-        self.port.restore(ports[0])
-
-    # For the port, on the loop
-
-    def live_queue(self, index: int) -> SplitQueue | None:
-        """Return a queue if it may be touched now."""
-        return self.queues[index] if self._running and not self.broken else None
-
-    def publish(self, index: int, queue: SplitQueue) -> None:
-        """Publish what was given back."""
-        self._used(index, queue)
-
-    def serve(self, index: int) -> None:
-        """Serve a queue now."""
-        self._guarded(index, self._process)
-
-    def serve_later(self, index: int) -> None:
-        """Serve a queue after the loop's other work."""
-        self._kick_later(index)
-
-    def broken_by(self, index: int, error: QueueError) -> None:
-        """Give up on the driver."""
-        self._break(f"queue {index}: {error}")
-
-    def _process(self, index: int, queue: SplitQueue) -> None:
-        if index == RECEIVE:
-            self.port.new_room(queue)
-        else:
-            self.port.new_output(queue)
-
-    def _drain(self, loop: Loop) -> None:
-        """Nothing is ever under way between two turns of the loop."""
-
-    def _stop(self) -> None:
-        self.port.forget_output()
 
 
 def _first_room(queue: SplitQueue) -> int:
