@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import test_blk
 import test_console
+import test_console_ports
 import test_mmio
 import test_net
 import test_queue_fuzz
@@ -37,6 +38,12 @@ def test_no_sequence_of_register_writes_escapes_and_reset_always_works(writes: l
 @longer
 def test_no_byte_is_lost_or_out_of_order_either_way(actions: list[tuple[str, object]]) -> None:
     test_console.check_actions(actions)
+
+
+@given(st.lists(test_console_ports.ACTIONS, max_size=100))
+@longer
+def test_nothing_that_a_console_s_driver_says_escapes_grows_or_outlives_a_reset(actions: list[tuple[str, object]]) -> None:
+    test_console_ports.check_actions(actions)
 
 
 @given(st.lists(test_net.ACTIONS, max_size=60), st.booleans(), st.booleans())
