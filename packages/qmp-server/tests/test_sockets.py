@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import socket
 import stat
 import subprocess
@@ -103,6 +105,25 @@ def test_of_many_that_find_a_dead_socket_at_once_one_gets_it(tmp_path: Path) -> 
     assert len(won) == 1
     with won[0], socket.socket(socket.AF_UNIX) as client:
         client.connect(str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("answer", [None, errno.EWOULDBLOCK, errno.ENOLCK])
+def test_a_directory_that_cannot_be_locked_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None
+) -> None:
+    """Somebody else has locked it (None), is always quicker, or the file system has no locks."""
+    monkeypatch.setattr("qmp_server.sockets._LOCK_PAUSE", 0)
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    if answer is not None:
+
+        def refuse(*_: int) -> None:
+            raise OSError(answer, os.strerror(answer))
+
+        monkeypatch.setattr("qmp_server.sockets.fcntl.flock", refuse)
+    with listen_unix(tmp_path / "s"), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "s"))
+    os.close(holder)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_LOCK_TRIES = 40
-_LOCK_PAUSE = 0.025  # seconds: a second in all, far longer than a bind takes
+_LOCK_TRIES = 20
+_LOCK_PAUSE = 0.025  # seconds: half a second in all, far longer than a bind takes
 
 
 class Listener:
@@ -100,17 +100,32 @@ def _bind(sock: socket.socket, path: str) -> None:
 
 @contextlib.contextmanager
 def _alone(path: str) -> Iterator[None]:
-    """Lock the directory of `path`: a socket that is bound and does not listen yet looks as stale as a dead one."""
+    """Lock the directory of `path` if that can be done: a socket that is bound and does not listen yet looks as stale as a dead one.
+
+    Not every file system has locks, and anybody who may read a directory can keep it locked: that must not stop a start.
+    """
     try:
         directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
     except OSError:  # one that may not be read, which is no reason not to bind there; bind() reports the rest
         yield
         return
     try:
-        _lock(directory, path)
+        _lock(directory)
         yield
     finally:
         os.close(directory)
+
+
+def _lock(directory: int) -> None:
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE)
+        except OSError:
+            return
+        else:
+            return
 
 
 def _remove_stale(path: str) -> None:
@@ -122,17 +137,6 @@ def _remove_stale(path: str) -> None:
         os.unlink(path)  # noqa: PTH108
     except FileNotFoundError:
         pass  # it went away by itself
-
-
-def _lock(directory: int, path: str) -> None:
-    for _ in range(_LOCK_TRIES):
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_LOCK_PAUSE)
-        else:
-            return
-    raise OSError(errno.EADDRINUSE, "another process is making a socket in this directory", path)
 
 
 def _somebody_listens(path: str) -> bool:
