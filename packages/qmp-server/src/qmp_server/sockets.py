@@ -100,7 +100,7 @@ def _bind(sock: socket.socket, path: str) -> None:
 
 @contextlib.contextmanager
 def _alone(path: str) -> Iterator[None]:
-    """Lock the directory of `path` if that can be done: a socket that is bound and does not listen yet looks as stale as a dead one.
+    """Lock the directory of `path` if possible: a socket that is bound and does not listen yet looks as stale as a dead one.
 
     Not every file system has locks, and anybody who may read a directory can keep it locked: that must not stop a start.
     """
