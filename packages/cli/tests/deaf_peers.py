@@ -1,0 +1,72 @@
+"""Other processes' sides of devices, for tests of what a driver can do to this one: they answer what they must, and do nothing.
+
+Not here: back ends that serve requests (those of virtio-devices' tests).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from array import array
+from struct import pack, unpack
+
+_F_VERSION_1, _F_PROTOCOL_FEATURES = 1 << 32, 1 << 30
+_MQ, _REPLY_ACK, _CONFIG = 1 << 0, 1 << 3, 1 << 9
+_GET_VRING_BASE, _GET_CONFIG = 11, 24
+_ANSWERS = {1: _F_VERSION_1 | _F_PROTOCOL_FEATURES | 3 << 28, 15: _MQ | _REPLY_ACK | _CONFIG, 17: 4}  # by GET_* request
+
+
+class DeafBackEnd:
+    """A vhost-user back end that takes every queue and serves none. Close it after the front end."""
+
+    def __init__(self, path: str) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # ends accept(), if nobody ever came
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        with connection:
+            while header := self._receive(connection, 12):
+                request, flags, size = unpack("=III", header)
+                payload = self._receive(connection, size) if size else b""
+                if request in _ANSWERS:
+                    answer = pack("=Q", _ANSWERS[request])
+                elif request in (_GET_VRING_BASE, _GET_CONFIG):
+                    answer = payload
+                elif flags & 8:  # a reply is wanted: it went well
+                    answer = bytes(8)
+                else:
+                    continue
+                connection.sendall(pack("=III", request, 5, len(answer)) + answer)
+
+    @staticmethod
+    def _receive(connection: socket.socket, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            part, ancillary, _, _ = connection.recvmsg(count - len(data), socket.CMSG_SPACE(4 * 32))
+            for _, _, content in ancillary:
+                for fd in array("i", content):
+                    os.close(fd)
+            if not part:
+                return b""
+            data += part
+        return data
+
+
+def deaf_kernel(fd: int, number: int, data: bytearray) -> int:
+    """Stands in for the ioctls of /dev/vhost-vsock: the kernel that takes every queue and serves none."""
+    if number & 0xFF == 0 and number >> 31:  # VHOST_GET_FEATURES
+        data[:] = pack("=Q", _F_VERSION_1 | 3 << 28)
+    return 0
