@@ -368,6 +368,13 @@ class TestNetworks:
 
 
 class TestOtherCommands:
+    def test_to_stop_or_go_on_twice_is_no_news(self, vm: RunningVm) -> None:
+        for command, event in (("stop", "STOP"), ("cont", "RESUME")):
+            first, reply = vm.answers(command)
+            assert (first["event"], reply) == (event, {"return": {}})
+            assert vm.answers(command) == [{"return": {}}]
+            assert vm.answers("query-status")[0]["return"]["running"] == (command == "cont")
+
     def test_the_human_monitor_adds_and_removes_drives(self, vm: RunningVm, image: Path) -> None:
         def line(text: str) -> Any:
             return vm.run("human-monitor-command", command_line=text)
