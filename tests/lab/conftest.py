@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import guests
+from lab import guests, suite
 from lab.probe import probe
 from lab.vmm import Qmp, Vmm, end_session, session_processes
 
@@ -34,15 +34,33 @@ _COMPLAINT = re.compile(r"\bkvm\b.*|SVM:.*|BUG:.*|Oops.*|Call Trace.*|Out of mem
 _report = pytest.StashKey[pytest.TestReport]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is in this folder."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `lab tests` needs for a second run."""
+    parser.addoption("--passed-already", metavar="FILE", type=Path, help="leave out the tests whose ids are in FILE")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is in this folder; leave out what need not run again."""
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker(pytest.mark.lab)
+    if file := config.getoption("--passed-already"):
+        passed = set(file.read_text().splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+        items[:] = [item for item in items if item.nodeid not in passed]
 
 
-def pytest_sessionstart() -> None:
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write down what is known, so that the end of the lab host does not take it along."""
+    if (out := os.environ.get("LAB_OUT")) and (report.when == "teardown" or not report.passed):
+        with Path(out, suite.OUTCOMES).open("a") as file:
+            file.write(f"{report.outcome} {report.nodeid}\n")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
     """What an earlier run kept is not this run's."""
+    if session.config.getoption("--passed-already"):
+        return
     for folder in Path(os.environ.get("LAB_OUT", "lab-results")).glob("test_*/"):
         shutil.rmtree(folder)
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import debian, guests, host, probe
+from . import debian, guests, host, probe, suite
 from .progress import say
 
 EXIT_LAB, EXIT_TIMEOUT = 125, 124  # as `docker run` and timeout(1) have them
@@ -69,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     auto.add_argument("--no-tty", action="store_true", help="do not give the command a terminal even when we have one")
     auto.set_defaults(do=_auto)
+    tests = commands.add_parser(
+        "tests", help="run pytest as `auto` does, and once more what failed in the lab: lab tests -- PYTEST..."
+    )
+    tests.add_argument(
+        "--timeout", type=float, required=True, metavar="S", help="end everything after S seconds, with status 124"
+    )
+    tests.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder for results")
+    tests.set_defaults(do=_tests)
     look = commands.add_parser("probe", help="say whether our own KVM runs guests directly; exit status 0 for yes, 1 for no")
     look.set_defaults(do=_probe)
     shell = commands.add_parser("shell", parents=[boots], help="a root shell in the lab")
@@ -148,6 +156,12 @@ def _auto(options: argparse.Namespace, command: Sequence[str]) -> int:
         os.execvpe((*limit, *command)[0], [*limit, *command], environment)
     except OSError as error:
         raise host.LabError(f"{command[0]}: {error.strerror}") from None
+
+
+def _tests(options: argparse.Namespace, command: Sequence[str]) -> int:
+    if not command:
+        raise host.LabError("no command: lab tests [OPTIONS] -- PYTEST...")
+    return suite.run(command, options.out.resolve(), options.timeout)
 
 
 def _probe(_options: argparse.Namespace, _: Sequence[str]) -> int:
