@@ -412,8 +412,12 @@ class TestOtherCommands:
         assert node["image"] == {"filename": str(image.with_suffix(".qcow2")), "format": "qcow2", "virtual-size": 8 * MiB}
         assert (node["ro"], node["iops"], node["drv"]) == (True, 100, "qcow2")
         assert vm.run("query-named-block-nodes") == [first["inserted"], node]
+        (counted,) = vm.run("query-blockstats")
+        assert (counted["device"], counted["qdev"]) == ("rootfs", "blk0")
+        assert counted["stats"].keys() >= {"rd_bytes", "wr_bytes", "rd_operations", "wr_operations", "flush_operations"}
         vm.run("device_add", id="q", driver="virtio-blk-mmio", addr="3")
         assert vm.capacity(3) == 8 * MiB // 512
+        assert [each["device"] for each in vm.run("query-blockstats")] == ["rootfs", "q"]
 
     @pytest.mark.parametrize(
         ("more", "text"),

@@ -273,6 +273,29 @@ def test_a_segment_longer_than_the_limit_is_refused_on_a_disk_that_is_large_enou
     assert driver.command(DISCARD, segment(0, 0x7F_FFFF)) == S_OK
 
 
+@pytest.mark.parametrize("inline", [True, False])
+def test_requests_are_counted(make: Make, inline: bool) -> None:
+    disk = MemoryDisk(inline=inline)
+    driver = make(disk, num_queues=2, discard=True, write_zeroes=True).start(size=64)
+    device = driver.device
+    assert isinstance(device, BlkDevice)
+    laid = [driver.offer(header(IN), 512 * (1 + queue), 1, queue=queue) for queue in (0, 1)]
+    laid += [driver.offer(header(OUT), bytes(1536), 1), driver.offer(header(FLUSH), 1)]
+    laid += [driver.offer(header(kind), segment(0, 1), 1) for kind in (DISCARD, WRITE_ZEROES)]
+    laid += [driver.offer(header(IN, 1 << 40), 512, 1), driver.offer(header(GET_ID), 20, 1)]
+    for queue in (0, 1):
+        driver.kick(queue)
+    disk.finish()
+    driver.loop.poll()
+    assert device.statistics == (2, 1536, 1, 1536, 1, 1, 1, 1)
+    disk.failure["read"] = -errno.EIO
+    driver.offer(header(IN), 512, 1)
+    driver.kick()
+    disk.finish()
+    driver.loop.poll()
+    assert device.statistics == (3, 2048, 1, 1536, 1, 1, 1, 2)
+
+
 @pytest.mark.parametrize("kind", [DISCARD, WRITE_ZEROES])
 def test_requests_that_were_not_negotiated_are_unsupported(make: Make, kind: int) -> None:
     assert make(MemoryDisk()).start().command(kind, segment(0, 1)) == S_UNSUPP

@@ -477,7 +477,7 @@ class Methods:
         return self.call(QueryNamedBlockNodes())
 
     def query_blockstats(self) -> list[Any]:
-        """List block statistics."""
+        """List what devices asked of their drives, with the members of QEMU's command that are counted here."""
         from qmp_protocol.commands.block import QueryBlockstats
 
         return self.call(QueryBlockstats())
@@ -1019,7 +1019,7 @@ class AsyncMethods:
         return await self.call(QueryNamedBlockNodes())
 
     async def query_blockstats(self) -> list[Any]:
-        """List block statistics."""
+        """List what devices asked of their drives, with the members of QEMU's command that are counted here."""
         from qmp_protocol.commands.block import QueryBlockstats
 
         return await self.call(QueryBlockstats())

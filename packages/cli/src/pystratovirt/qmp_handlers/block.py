@@ -15,6 +15,7 @@ from pystratovirt.cmdline.drivers.base import DISK
 from pystratovirt.cmdline.errors import BadKey
 from qmp_protocol.commands.block import BlockdevAdd, BlockdevDel, QueryBlock, QueryBlockstats, QueryNamedBlockNodes
 from qmp_protocol.errors import GENERIC_ERROR, QmpError
+from virtio_devices.blk.device import BlkDevice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pystratovirt.vm import VirtualMachine
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
+    from virtio_devices.blk.statistics import Statistics
 
 
 def register(server: QmpServer, runtime: Runtime) -> None:
@@ -51,7 +53,17 @@ def register(server: QmpServer, runtime: Runtime) -> None:
 
     @server.handler(QueryBlockstats)
     def query_blockstats(_: QueryBlockstats, call: Call) -> list[dict[str, Any]]:
-        return []
+        counted = ((backend, vm.slots[backend.slot].device) for backend in vm.hotplug.backends(DISK) if backend.slot is not None)
+        return [
+            {
+                "device": backend.name,
+                "node-name": backend.name,
+                "qdev": backend.device or "",
+                "stats": _statistics(device.statistics),
+            }
+            for backend, device in counted
+            if isinstance(device, BlkDevice)  # a disk of another process is counted there
+        ]
 
 
 def declared(arguments: BlockdevAdd) -> Drive:
@@ -120,6 +132,17 @@ def _block(vm: VirtualMachine, device: str, name: str) -> dict[str, Any]:
         "qdev": device,
         "removable": False,
         "type": "unknown",
+    }
+
+
+def _statistics(counted: Statistics) -> dict[str, int]:
+    return {
+        "rd_bytes": counted.read_bytes,
+        "wr_bytes": counted.written_bytes,
+        "rd_operations": counted.reads,
+        "wr_operations": counted.writes,
+        "flush_operations": counted.flushes,
+        "unmap_operations": counted.discards,
     }
 
 

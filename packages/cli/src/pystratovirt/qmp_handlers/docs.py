@@ -41,6 +41,7 @@ NOTES: Final = {
     "device_del": "as there; a drive that could not be closed properly is an error behind the event",
     "query-block": "the drives, as QEMU lists them (StratoVirt: always empty)",
     "query-named-block-nodes": "the drives' images, as QEMU lists them (StratoVirt: always empty)",
+    "query-blockstats": "what devices asked of their drives, with QEMU's members (StratoVirt: always empty)",
     "query-chardev": "all of them (StratoVirt: pseudo-terminals)",
     "query-vcpu-reg": "works on x86_64, by the register's name (StratoVirt: on the virt machine only); no events",
     "block-commit": "succeeds without effect, as there",

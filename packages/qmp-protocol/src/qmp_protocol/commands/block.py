@@ -81,7 +81,11 @@ class QueryNamedBlockNodes(Command[list[Any]], name="query-named-block-nodes", s
 
 
 class QueryBlockstats(Command[list[Any]], name="query-blockstats", strict=False):
-    """List block statistics. Always empty."""
+    """List what devices asked of their drives, with the members of QEMU's command that are counted here.
+
+    `rd_bytes`, `wr_bytes`, `rd_operations`, `wr_operations`, `flush_operations` and `unmap_operations`, of each drive that a
+    device has.
+    """
 
 
 class QueryBlockJobs(Command[list[Any]], name="query-block-jobs", strict=False):

@@ -12,6 +12,17 @@ import errno
 from collections.abc import Iterable, Iterator, Sequence
 from struct import Struct
 
+from virtio_devices.blk.statistics import (
+    DISCARDS,
+    FAILED,
+    FLUSHES,
+    READ_BYTES,
+    READS,
+    WRITES,
+    WRITTEN_BYTES,
+    ZEROES,
+    Statistics,
+)
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, DeviceError, VirtioDevice
 from virtio_devices.limit import LeakyBucket
 from virtio_devices.queue import Chain, QueueError, SplitQueue
@@ -68,6 +79,7 @@ class _Lane:
         self.channel: Channel | None = None
         self.capacity = 0  # bytes, in whole sectors; 0 exactly without a channel
         self.timers: dict[int, Timer] = {}  # queue index: what will serve the queue again when the limit allows it
+        self.counted = list(Statistics())  # by the indices of `statistics`
 
 
 class BlkDevice(VirtioDevice):
@@ -140,6 +152,11 @@ class BlkDevice(VirtioDevice):
         """Whether there is a disk."""
         return self._disk is not None
 
+    @property
+    def statistics(self) -> Statistics:
+        """What the disk that is there has been asked for."""
+        return Statistics(*map(sum, zip(*(lane.counted for lane in self._all_lanes), strict=True)))
+
     def attach(self, disk: Disk, *, serial: str = "", iops: int = 0, bps: int = 0) -> None:
         """Put a disk in, with its serial number and its limits, and tell the driver.
 
@@ -153,6 +170,8 @@ class BlkDevice(VirtioDevice):
             self._serial = self._padded(serial)
             self._buckets = self._limits(iops, bps)
             self._disk = disk
+            for lane in self._all_lanes:
+                lane.counted = list(Statistics())
             if self.active:
                 try:
                     self._open_channels()
@@ -290,6 +309,7 @@ class BlkDevice(VirtioDevice):
         capacity, channel, add_used, header = lane.capacity, lane.channel, queue.add_used, _HEADER.unpack_from
         writethrough = not self.negotiated & F_FLUSH
         budget = _BATCH
+        reads = read_bytes = writes = written_bytes = failed = 0
         try:
             for head, readable, writable in requests:
                 if not readable or not writable:
@@ -312,6 +332,8 @@ class BlkDevice(VirtioDevice):
                     if channel is None or length & 511 or offset + length > capacity:
                         result: int | None = -errno.EIO
                     else:
+                        reads += 1
+                        read_bytes += length
                         result = channel.readv(offset, writable, (index, head, status, length + 1, False))
                     budget -= length + _REQUEST
                     written = length + 1
@@ -324,6 +346,8 @@ class BlkDevice(VirtioDevice):
                     if channel is None or length & 511 or offset + length > capacity or self._read_only:
                         result = -errno.EIO
                     else:
+                        writes += 1
+                        written_bytes += length
                         result = channel.writev(offset, readable, (index, head, status, written, writethrough))
                         if writethrough and result == 0:
                             result = channel.flush((index, head, status, written, False))
@@ -334,7 +358,11 @@ class BlkDevice(VirtioDevice):
                     budget -= _REQUEST
                 if result is None:
                     continue
-                status[0] = S_OK if result == 0 else S_UNSUPP if result == _NOT_OFFERED else S_IOERR
+                if result == 0:
+                    status[0] = S_OK
+                else:
+                    failed += 1
+                    status[0] = S_UNSUPP if result == _NOT_OFFERED else S_IOERR
                 add_used(head, written)
                 if budget < 0:
                     budget = _BATCH
@@ -345,6 +373,14 @@ class BlkDevice(VirtioDevice):
             # Also when the ring turns out broken: what was handed to the disk before must not be forgotten there.
             if channel is not None:
                 channel.submit()
+            counted = lane.counted
+            if reads:
+                counted[READS] += reads
+                counted[READ_BYTES] += read_bytes
+            if writes:
+                counted[WRITES] += writes
+                counted[WRITTEN_BYTES] += written_bytes
+            counted[FAILED] += failed
         self._used(index, queue)
 
     def _other(self, lane: _Lane, kind: int, readable: list[memoryview], writable: list[memoryview], token: _Token) -> int | None:
@@ -357,6 +393,7 @@ class BlkDevice(VirtioDevice):
         if channel is None:
             return -errno.EIO
         if kind == FLUSH:
+            lane.counted[FLUSHES] += 1
             return channel.flush(token)
         if kind == GET_ID:
             serial = self._serial
@@ -376,7 +413,9 @@ class BlkDevice(VirtioDevice):
         if count == 0:
             return 0
         if kind == DISCARD:
+            lane.counted[DISCARDS] += 1
             return channel.discard(sector << 9, count << 9, token)
+        lane.counted[ZEROES] += 1
         if self.negotiated & F_FLUSH:
             return channel.write_zeroes(sector << 9, count << 9, token, bool(flags & _UNMAP))
         result = channel.write_zeroes(sector << 9, count << 9, (*token[:4], True), bool(flags & _UNMAP))
@@ -399,7 +438,11 @@ class BlkDevice(VirtioDevice):
             queue = self.queues[index]
             if queue is None or self.broken:
                 continue
-            status[0] = S_OK if result == 0 else S_IOERR
+            if result == 0:
+                status[0] = S_OK
+            else:
+                lane.counted[FAILED] += 1
+                status[0] = S_IOERR
             queue.add_used(head, written)
             touched[index] = queue
         if flushing:
