@@ -189,7 +189,7 @@ class _Host:
             file.write(initrd.read_bytes() + job)
         arguments = [
             debian.tool("qemu-system-x86_64"), "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-nic", "none",
-            "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(options.smp), "-m", memory,
+            "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", str(options.smp), "-m", memory,
             "-object", f"memory-backend-memfd,id=ram,size={memory},share=on",
             "-machine", "q35,memory-backend=ram,usb=off,sata=off,smbus=off",
             "-kernel", str(kernel.image), "-initrd", f"/dev/fd/{initrd_fd}", "-append", COMMAND_LINE,

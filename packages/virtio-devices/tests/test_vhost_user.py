@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-import select
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import vhost_backend as peer
-from vhost_backend import ACK, CHANNEL, CONFIG, INFLIGHT, LIMIT, MQ, PROTOCOL, RESET, VERSION_1, BackEnd, echo, hold
-from virtio_devices.device import F_VERSION_1, DeviceError, VirtioDevice
+from vhost_backend import ACK, CHANNEL, CONFIG, INFLIGHT, LIMIT, MQ, PROTOCOL, RESET, VERSION_1, hold
+from vhost_guest import BLK, RECORDS, Make, MakeGuest
+from virtio_devices.device import F_VERSION_1, DeviceError
 from virtio_devices.mmio import DRIVER_OK
 from virtio_devices.vhost_user.blk import CONFIG_SIZE, F_CONFIG_WCE, F_MQ, VhostUserBlk
 from virtio_devices.vhost_user.device import VhostUserState
 from virtio_devices.vhost_user.fs import VhostUserFs
-from virtio_driver import Driver, Line, descriptors, new_loop
+from virtio_driver import descriptors
 from vmm_core.directloop import DirectLoop
 from vmm_core.errors import StateError
 from vmm_core.guestmem import GuestMemory
@@ -29,68 +27,11 @@ SET_FEATURES, SET_MEM_TABLE, SET_VRING_BASE, GET_VRING_BASE, SET_CONFIG, GET_INF
 )  # fmt: skip
 
 
-class Bell(Line):
-    """An interrupt line that can be waited on, however it is rung."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def trigger(self) -> None:
-        os.eventfd_write(self._fd, 1)
-
-    def wait(self) -> None:
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        assert poll.poll(LIMIT * 1000), "no interrupt"
-        os.eventfd_read(self._fd)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-class Guest(Driver):
-    """A driver whose device is served elsewhere."""
-
-    def __init__(self, device: VirtioDevice, memory: GuestMemory, loop: DirectLoop) -> None:
-        super().__init__(device, memory, loop)
-        self.line = Bell()
-        self.transport._line = self.line
-        self.done: list[tuple[int, int]] = []
-
-    def close(self) -> None:
-        self.transport.close()
-        self.line.close()
-
-    def collect(self, count: int, queue: int = 0) -> list[int]:
-        """Wait until `count` requests came back; return their heads."""
-        found = self.rings[queue].collect()
-        while len(found) < count:
-            self.line.wait()
-            found += self.rings[queue].collect()
-        assert len(found) == count
-        return [head for head, _ in found]
-
-    def ask(self, *buffers: bytes | int, queue: int = 0) -> bytes:
-        """Make one request, and return the answer."""
-        laid = self.offer(*buffers, queue=queue)
-        self.kick(queue)
-        self.collect(1, queue)
-        return self.written(laid)
-
-
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
     memory = GuestMemory([(0, 1 << 20), (1 << 32, 1 << 16)], share=True)
     yield memory
     memory.close()
-
-
-@pytest.fixture
-def loop() -> Iterator[DirectLoop]:
-    loop = new_loop()
-    yield loop
-    loop.close()
 
 
 @pytest.fixture(autouse=True)
@@ -99,48 +40,6 @@ def nothing_is_left() -> Iterator[None]:
     yield
     assert descriptors() == before
     assert threading.active_count() == threads
-
-
-@pytest.fixture
-def back_end(tmp_path: Path, nothing_is_left: None) -> Iterator[Callable[..., BackEnd]]:
-    made: list[BackEnd] = []
-
-    def make(serve: peer.Serve = echo, **options: Any) -> BackEnd:
-        options.setdefault("config", bytes(CONFIG_SIZE))
-        made.append(BackEnd(str(tmp_path / "vu"), serve, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-@pytest.fixture
-def guest(memory: GuestMemory, loop: DirectLoop, tmp_path: Path) -> Iterator[Callable[..., Guest]]:
-    made: list[Guest] = []
-
-    def make(kind: str = "blk", **options: Any) -> Guest:
-        reports: list[str] = []
-        path = str(tmp_path / "vu")
-        device: VirtioDevice
-        if kind == "blk":
-            device = VhostUserBlk("disk0", loop, memory, path, report=reports.append, **options)
-        else:
-            device = VhostUserFs("fs0", loop, memory, path, tag="share", report=reports.append, **options)
-        made.append(Guest(device, memory, loop))
-        made[-1].reports = reports
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-        one.device.close()  # type: ignore[union-attr]
-
-
-Make = Callable[..., BackEnd]
-MakeGuest = Callable[..., Guest]
-BLK = {"protocol": MQ | ACK | CONFIG | CHANNEL}
-RECORDS = {"protocol": MQ | ACK | CONFIG | CHANNEL | INFLIGHT}
 
 
 @pytest.mark.parametrize("protocol", [CONFIG, CONFIG | ACK, CONFIG | MQ | ACK | CHANNEL | INFLIGHT | RESET])
@@ -407,7 +306,12 @@ def test_without_any_record_a_device_with_unknown_requests_under_way_is_broken(b
     while not driver.broken:
         driver.line.wait()
     assert "it is not known what the back end had under way" in driver.transport.needs_reset_reason
-    back_end(**BLK)
+    successor = back_end(**BLK)
+    successor.until(lambda: successor.connections)
+    driver.transport.pause()
+    driver.transport.resume()
+    driver.status = 0  # the session's thread has done all of the above
+    assert SET_MEM_TABLE not in successor.names()
     assert driver.restart().ask(b"anew", 4) == b"ANEW"
 
 

@@ -68,8 +68,10 @@ class BackEnd:
         self.config = bytearray(config)
         self.negotiated = 0
         self.log: list[tuple[int, bytes]] = []
+        self.came: list[tuple[int, int]] = []  # of each message: its number, and how many descriptors came along
         self.served: list[bytes] = []
-        self.answers: dict[int, Callable[[bytes], bytes | None]] = {}  # what to answer instead, raw; None: nothing
+        # What to answer instead: raw bytes, alone or with so many descriptors; None: nothing. ConnectionError: hang up.
+        self.answers: dict[int, Callable[[bytes], bytes | tuple[bytes, int] | None]] = {}
         self.rings: dict[int, Ring] = {}
         self.changed = threading.Condition()
         self.connections = 0
@@ -162,6 +164,16 @@ class BackEnd:
             self._channel.sendall(struct.pack("=III", 2, 1 | (8 if need_reply else 0), 0))
 
         self.do(change)
+
+    def say(self, data: bytes, fds: int = 0) -> None:
+        """Put bytes on the channel, with so many descriptors."""
+
+        def speak() -> None:
+            assert self._channel is not None
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [self._event] * fds))] if fds else []
+            self._channel.sendmsg([data], rights)
+
+        self.do(speak)
 
     def names(self) -> list[int]:
         """Return the numbers of the messages that came."""
@@ -261,12 +273,16 @@ class BackEnd:
             assert flags & 3 == 1
             with self.changed:
                 self.log.append((number, payload))
+                self.came.append((number, len(fds)))
                 self.changed.notify_all()
             if number in self.answers:
                 for fd in fds:
                     os.close(fd)
                 raw = self.answers[number](payload)
-                if raw is not None:
+                if isinstance(raw, tuple):
+                    rights = array("i", [self._event] * raw[1])
+                    connection.sendmsg([raw[0]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                elif raw is not None:
                     connection.sendall(raw)
                 return True
             answer = self._handle(number, payload, fds)

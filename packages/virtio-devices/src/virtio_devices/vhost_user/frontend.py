@@ -90,8 +90,11 @@ def memory_regions(memory: GuestMemory) -> list[Region]:
 class FrontEnd:
     """One conversation. `features`, `protocol`, `queues` and `config` are what the back end said of itself."""
 
-    def __init__(self, connection: Connection, *, config_size: int = 0) -> None:
-        """`config_size` bytes of configuration space are the back end's; 0 when it has none to give."""
+    def __init__(self, connection: Connection, *, config_size: int = 0, records: bool = True) -> None:
+        """`config_size` bytes of configuration space are the back end's; 0 when it has none to give.
+
+        `records`: it may keep the record of requests under way, if it can.
+        """
         self.connection = connection
         self.features = 0
         self.protocol = 0  # what both sides can
@@ -99,6 +102,7 @@ class FrontEnd:
         self.config = b""
         self.rings: Sequence[Ring] = ()  # that it serves
         self._config_size = config_size
+        self._records = records
         self._channel: Connection | None = None  # "Back-end communication"
 
     def close(self) -> None:
@@ -122,6 +126,8 @@ class FrontEnd:
             raise BackEndError("knows legacy virtio only")
         if self.features & vu.F_PROTOCOL_FEATURES:
             wanted = _PROTOCOL | (vu.P_BACKEND_REQ | vu.P_CONFIG if self._config_size else 0)
+            if not self._records:
+                wanted &= ~vu.P_INFLIGHT_SHMFD
             self.protocol = vu.read_u64(call(vu.GET_PROTOCOL_FEATURES)) & wanted
             tell(vu.SET_PROTOCOL_FEATURES, vu.u64(self.protocol))
             self.connection.acknowledged = bool(self.protocol & vu.P_REPLY_ACK)

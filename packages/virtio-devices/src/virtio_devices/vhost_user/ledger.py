@@ -4,7 +4,8 @@ A back end that answers out of order and dies leaves a ring from which nobody ca
 offered may have been written over since. Whoever looked at both rings often enough can. The ledger looks each time the back end
 calls; when it is gone, the requests under way are offered once more, by putting them where its successor begins to read.
 
-"INFLIGHT_SHMFD" of the specification does the same for back ends that have it, without a look per call. Not here: packed rings.
+"INFLIGHT_SHMFD" of the specification does the same for back ends that have it, without a look per call. Without either, all that
+can be said is whether answers came in order. Not here: packed rings.
 """
 
 from __future__ import annotations
@@ -66,3 +67,18 @@ class Ledger:
         for number, head in enumerate(waiting):
             self._avail[2 + ((self._seen_used + number) & (self._size - 1))] = head
         return True
+
+
+def answered_in_order(queue: SplitQueue, memory: GuestMemory) -> bool:
+    """Tell whether a back end that is gone gave back in the order of offers, as far as both rings still show it.
+
+    Then what it had under way lies between the two indices. Otherwise a successor that begins at the used index would carry out
+    what is done, into memory that the guest uses for something else by now.
+    """
+    size, avail = queue.size, memory.view(queue.avail, 4 + 2 * queue.size).cast("H")
+    used, index = memory.view(queue.used + 4, 8 * size).cast("Q"), memory.load(queue.used + 2, 2)
+    under_way = (avail[1] - index) & 0xFFFF
+    if under_way > size or len({avail[2 + at % size] for at in range(index, index + under_way)}) < under_way:
+        return False  # one that came back early was offered again meanwhile
+    shown = range(max(0, index - (size - under_way)), index)  # offers that were not written over; in the first lap, those made
+    return all(avail[2 + at % size] == used[at % size] & 0xFFFF_FFFF for at in shown)

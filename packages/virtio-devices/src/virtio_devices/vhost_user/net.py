@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from virtio_devices.device import DeviceError
-from virtio_devices.net.backend import Backend, Lane, Owner
+from virtio_devices.net.backend import Backend, Lane
 from virtio_devices.net.features import F_MRG_RXBUF, OFFLOADS
 from virtio_devices.queue import SplitQueue
 from virtio_devices.vhost_user.device import RING_FEATURES, queue_position
@@ -17,6 +17,10 @@ from virtio_devices.vhost_user.frontend import Ring
 from virtio_devices.vhost_user.session import Job, Session
 from vmm_core.guestmem import GuestMemory
 from vmm_core.loop import Loop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtio_devices.net.backend import Owner
 
 _QUEUE_SIZE_MAX = 4096  # of the device; what a record of requests has room for
 
@@ -52,6 +56,7 @@ class VhostUserNetBackend(Backend):
         self._report = report
         self._rings: dict[int, Ring] = {}
         self._offloads: int | None = None
+        self._unusable = ""  # why nobody knows where this driver's rings stand
         self._owner: Owner | None = None
         session.start(self)
 
@@ -65,6 +70,7 @@ class VhostUserNetBackend(Backend):
         if self._rings and features != self._offloads:
             raise DeviceError(f"{self.name}: the back end cannot change offloads while it runs")
         self._offloads = features
+        self._unusable = ""  # asked for when a driver comes, and not after a pause
 
     def begin_pair(
         self,
@@ -75,7 +81,9 @@ class VhostUserNetBackend(Backend):
         kicks: Sequence[int],
         calls: Sequence[int],
     ) -> None:
-        """Let the back end serve a pair, as soon as there is one."""
+        """Let the back end serve a pair, as soon as there is one. Raises DeviceError after unusable(), for the same driver."""
+        if self._unusable:
+            raise DeviceError(self._unusable)
         rings = [
             Ring(2 * pair + at, queue, kick, call, queue.indices[0])
             for at, (queue, kick, call) in enumerate(zip(queues, kicks, calls, strict=True))
@@ -112,7 +120,8 @@ class VhostUserNetBackend(Backend):
         """Nothing to do: calls go to the driver straight."""
 
     def unusable(self, reason: str) -> None:
-        """Turn the link down."""
+        """Turn the link down until another driver comes."""
+        self._unusable = reason
         if self._owner is not None:
             self._owner.lost(reason)
 

@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar
 from virtio_devices.device import DeviceError
 from virtio_devices.vhost_user.connection import Connection
 from virtio_devices.vhost_user.frontend import FrontEnd, Inflight, MemoryNotShared, Ring, memory_regions
-from virtio_devices.vhost_user.ledger import Ledger
+from virtio_devices.vhost_user.ledger import Ledger, answered_in_order
 from virtio_devices.vhost_user.protocol import P_INFLIGHT_SHMFD, BackEndError
 from vmm_core.errors import VmmError
 from vmm_core.guestmem import GuestMemory
@@ -109,6 +109,7 @@ class Session:
         self._settles = settles
         self._reply_limit = reply_limit
         self._retry_first, self._retry_max = (RETRY_FIRST, RETRY_MAX) if retry is None else (retry, retry)
+        self._keeps_record: bool | None = None  # as the first back end does; None: there was none
         self._front: FrontEnd | None = None
         self._job: Job | None = None
         self._running = False  # the rings of the job are with the back end
@@ -161,8 +162,8 @@ class Session:
 
     @property
     def keeps_record(self) -> bool:
-        """Whether the back end records its requests under way itself."""
-        return self._keeps_record
+        """Whether back ends record their requests under way themselves. As the first one does, for good."""
+        return bool(self._keeps_record)
 
     @property
     def connected(self) -> bool:
@@ -316,14 +317,17 @@ class Session:
 
     def _connect(self) -> None:
         connection = Connection.open(self.path)
-        front = FrontEnd(connection, config_size=self._config_size)
+        # Who keeps the record does not change under a driver: requests that one back end left must be found by the next.
+        front = FrontEnd(connection, config_size=self._config_size, records=self._keeps_record is not False)
         try:
             connection.limit(self._reply_limit)
             front.negotiate()
+            if self._keeps_record and not front.protocol & P_INFLIGHT_SHMFD:
+                raise BackEndError("keeps no record of requests under way, the one before did")
         except BaseException:
             front.close()
             raise
-        if not self._since:
+        if self._keeps_record is None:
             self._features, self._queues, self._config = front.features, front.queues, front.config
             self._keeps_record = bool(front.protocol & P_INFLIGHT_SHMFD)
         self._config_now = front.config
@@ -425,10 +429,12 @@ class Session:
         """Remember what was under way when the back end was lost."""
         for ring in job.rings:
             ledger = self._ledgers.pop(ring.index, None)
-            if ring.base is not None or ledger is None:
-                continue  # stopped in good order, or never begun
-            if not ledger.offer_again():
-                # Guessing could let a request that is done write where the guest has something else by now.
+            if ring.base is not None or self._inflight is not None:
+                continue  # stopped in good order, or never begun; or recorded elsewhere
+            if not (ledger.offer_again() if ledger else answered_in_order(ring.queue, self._memory)):
+                # Guessing could let a request that is done write where the guest has something else by now, so no successor gets
+                # any of it.
+                self._job = None
                 self._owner.unusable(f"queue {ring.index}: it is not known what the back end had under way")
         self._ledgers.clear()
 
