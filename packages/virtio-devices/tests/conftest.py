@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside this file
 
-from vhost_guest import back_end, guest, loop  # noqa: F401
+from vhost_guest import back_end, guest, loop, nothing_is_left  # noqa: F401
 from vmm_core.guestmem import GuestMemory
 
 # The same examples every time: a run that fails can be run again.

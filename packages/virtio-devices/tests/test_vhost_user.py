@@ -16,7 +16,6 @@ from virtio_devices.mmio import DRIVER_OK
 from virtio_devices.vhost_user.blk import CONFIG_SIZE, F_CONFIG_WCE, F_MQ, VhostUserBlk
 from virtio_devices.vhost_user.device import VhostUserState
 from virtio_devices.vhost_user.fs import VhostUserFs
-from virtio_driver import descriptors
 from vmm_core.directloop import DirectLoop
 from vmm_core.errors import StateError
 from vmm_core.guestmem import GuestMemory
@@ -32,14 +31,6 @@ def memory() -> Iterator[GuestMemory]:
     memory = GuestMemory([(0, 1 << 20), (1 << 32, 1 << 16)], share=True)
     yield memory
     memory.close()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    before, threads = descriptors(), threading.active_count()
-    yield
-    assert descriptors() == before
-    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("protocol", [CONFIG, CONFIG | ACK, CONFIG | MQ | ACK | CHANNEL | INFLIGHT | RESET])

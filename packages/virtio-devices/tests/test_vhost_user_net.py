@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,7 +14,6 @@ from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Dev
 from virtio_devices.net.device import NetDevice
 from virtio_devices.net.features import CLASS_MQ, F_CTRL_VQ, F_MQ, F_MRG_RXBUF, HEADER, OFFLOADS
 from virtio_devices.vhost_user.net import VhostUserNetBackend
-from virtio_driver import descriptors
 from vmm_core.directloop import DirectLoop
 from vmm_core.guestmem import GuestMemory
 
@@ -65,14 +63,6 @@ def memory() -> Iterator[GuestMemory]:
     memory = GuestMemory([(0, 1 << 20), (1 << 32, 1 << 16)], share=True)
     yield memory
     memory.close()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    before, threads = descriptors(), threading.active_count()
-    yield
-    assert descriptors() == before
-    assert threading.active_count() == threads
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import struct
 import threading
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ class BackEnd:
                 self._wait([self._listener])
                 self._connection, _ = self._listener.accept()
                 self._event_changed("connections", self.connections + 1)
-                self._session(self._connection)
+                with suppress(ConnectionError):
+                    self._session(self._connection)
                 self._forget()
         except Killed:
             pass
@@ -294,9 +296,11 @@ class BackEnd:
             if answer is not None:
                 data = struct.pack("=III", number, 5, len(answer)) + answer
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", out))] if out else []
-                connection.sendmsg([data], rights)
-                for fd in out:
-                    os.close(fd)
+                try:
+                    connection.sendmsg([data], rights)
+                finally:
+                    for fd in out:
+                        os.close(fd)
         except ConnectionError:
             return False
         return True
@@ -406,6 +410,8 @@ class BackEnd:
         for user, size, mapping in self._memory:
             if user <= address < user + size:
                 return mapping, address - user
+        if 5 in self.answers:
+            raise ConnectionError("it was told of no memory, as its answer was another's")
         raise AssertionError(f"{address:#x} is not memory")
 
     def _process(self, ring: Ring) -> None:

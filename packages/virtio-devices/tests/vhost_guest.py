@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from vhost_backend import ACK, CHANNEL, CONFIG, INFLIGHT, LIMIT, MQ, BackEnd, ec
 from virtio_devices.device import VirtioDevice
 from virtio_devices.vhost_user.blk import CONFIG_SIZE, VhostUserBlk
 from virtio_devices.vhost_user.fs import VhostUserFs
-from virtio_driver import Driver, Line, new_loop
+from virtio_driver import Driver, Line, descriptors, new_loop
 from vmm_core.directloop import DirectLoop
 from vmm_core.guestmem import GuestMemory
 
@@ -85,6 +87,15 @@ def loop() -> Iterator[DirectLoop]:
     loop = new_loop()
     yield loop
     loop.close()
+
+
+@pytest.fixture
+def nothing_is_left() -> Iterator[None]:
+    gc.collect()  # what other tests left for it would go in the middle of this one
+    before, threads = descriptors(), threading.active_count()
+    yield
+    assert descriptors() == before
+    assert threading.active_count() == threads
 
 
 @pytest.fixture
