@@ -49,7 +49,7 @@ class RunningVm:
         path = folder / "qmp"
         runtime = Runtime(self.vm, self.events, rate=0)
         listener = listen_unix(str(path))
-        self._thread = threading.Thread(target=lambda: anyio.run(runtime.run, [listener]))
+        self._thread = threading.Thread(target=lambda: anyio.run(runtime.run, [listener]), name="main loop")
         self._thread.start()
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(LIMIT)
@@ -143,8 +143,12 @@ def holdings() -> tuple[list[str], list[str]]:
 
 
 def open_pair(netdev: Any, take: Any = None) -> Backend:
-    """Stands in for `devices.net.open_netdev`: a descriptor that was passed is one end of a socket pair."""
+    """Stands in for `devices.net.open_netdev`: a descriptor that was passed is one end of a socket pair, a name makes one."""
     assert isinstance(netdev, Tap)
+    if netdev.ifname:
+        end, other = socket.socketpair()
+        other.close()
+        return StreamBackend(netdev.id, end)
     fd = take(netdev.descriptors[0])
     if fd is None:
         raise DeviceError(f"{netdev.id}: no descriptor")

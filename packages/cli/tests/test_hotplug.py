@@ -216,6 +216,27 @@ class TestLettingGo:
         assert refusal(vm, "device_del", id="rootfs") == "Device rootfs not found"
         vm.run("device_del", id="new")
 
+    def test_a_disk_of_the_command_line_comes_back_under_its_own_id(self, booted: RunningVm, tmp_path: Path) -> None:
+        vm = booted
+        for _ in range(2):
+            vm.run("device_del", id="blk0")
+            vm.add_drive("blk0", tmp_path / "root")
+            vm.run("device_add", id="blk0", driver="virtio-blk-mmio", addr="0")
+            assert vm.capacity(0) == 4096
+
+    def test_the_id_of_a_device_that_stays_is_not_given_twice(self, tmp_path: Path, image: Path) -> None:
+        options = ("-object", "rng-random,id=r,filename=/dev/urandom", "-device", "virtio-rng-device,rng=r,id=rng0")
+        console = ("-device", "virtio-serial-device,id=s", "-chardev", f"file,id=c,path={tmp_path}/log")
+        with RunningVm(tmp_path, *options, *console, "-device", "virtconsole,chardev=c,id=port0") as vm:
+            vm.add_drive("d", image)
+            for name in ("rng0", "s", "port0"):
+                assert refusal(vm, "device_add", id=name, driver="virtio-blk-mmio", drive="d") == f"Device id {name} existed"
+
+    @pytest.mark.parametrize(("name", "text"), [("", "id: empty"), ("é" * 200, "id: at most 255 bytes, this is 400")])
+    def test_a_device_that_nobody_could_name_is_not_made(self, vm: RunningVm, image: Path, name: str, text: str) -> None:
+        vm.add_drive("d", image)
+        assert refusal(vm, "device_add", id=name, driver="virtio-blk-mmio", drive="d") == text
+
     def test_a_failed_open_leaves_nothing(self, vm: RunningVm, tmp_path: Path) -> None:
         before = holdings()
         folder, missing, broken = tmp_path / "folder", tmp_path / "missing", tmp_path / "broken"
@@ -301,6 +322,14 @@ class TestNetworks:
         monkeypatch.setattr(net, "open_netdev", open_pair)
 
     @pytest.fixture
+    def cabled(self, tmp_path: Path) -> Iterator[RunningVm]:
+        """A machine with two cards from the command line; the first has no id."""
+        netdevs = ("-netdev", "tap,id=a,ifname=one", "-netdev", "tap,id=b,ifname=two")
+        cards = ("-device", "virtio-net-device,netdev=a", "-device", "virtio-net-device,netdev=b,id=nic1")
+        with RunningVm(tmp_path, *netdevs, *cards) as vm:
+            yield vm
+
+    @pytest.fixture
     def peer(self, vm: RunningVm) -> Iterator[socket.socket]:
         ours, theirs = socket.socketpair()
         vm.run("getfd", (theirs.fileno(),), fdname="tapA")
@@ -324,6 +353,21 @@ class TestNetworks:
         assert peer.recv(1) == b""
         vm.run("netdev_del", id="nic7")
         assert refusal(vm, "netdev_del", id="nic7") == "Netdev nic7 not found"
+
+    def test_a_card_of_the_command_line_comes_back_under_its_own_id(self, cabled: RunningVm) -> None:
+        vm = cabled
+        for _ in range(2):
+            vm.run("device_del", id="nic1")
+            assert not self.link(vm, 5)
+            vm.run("netdev_add", id="nic1", ifname="three")
+            vm.run("device_add", id="nic1", driver="virtio-net-mmio", addr="1")
+            assert self.link(vm, 5)
+
+    def test_no_id_is_not_the_name_of_a_card_that_has_none(self, cabled: RunningVm) -> None:
+        vm = cabled
+        assert refusal(vm, "device_del", id="") == "id: empty"
+        assert self.link(vm, 4)
+        assert refusal(vm, "netdev_del", id="a") == "Netdev a is in use: a device without an id has it"
 
     def test_a_guest_with_acpi_finds_a_card_that_was_not_there(self, vm: RunningVm, peer: socket.socket) -> None:
         present, event, ged = 0xF000_0020, 0xF000_0000, vm.vm.machine.interrupt_line(16)

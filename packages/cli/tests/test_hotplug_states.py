@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -27,12 +27,20 @@ from block_qcow2.locks import lock
 from pystratovirt.devices import net
 from running_vm import RunningVm, holdings, open_pair
 
-NAMES = [f"n{number}" for number in range(4)]
+NAMES = [f"n{number}" for number in range(6)]
 FILES = ["raw", "other", "qcow2", "folder", "missing"]
 SIZE = 1 << 20
 
 names = st.sampled_from(NAMES)
 starved = st.sampled_from([False, False, False, True])
+
+
+class Plugged(NamedTuple):
+    """A device: which back end it has, and where."""
+
+    kind: str
+    backend: str
+    slot: int
 
 
 @contextmanager
@@ -60,7 +68,7 @@ def is_locked(path: Path) -> bool:
 
 
 class HotPlugging(RuleBasedStateMachine):
-    """The model is what each back end is, and which slot it is in."""
+    """The model is which back ends there are, which device has which, and which character devices there are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,20 +78,40 @@ class HotPlugging(RuleBasedStateMachine):
         create_image(str(self.folder / "qcow2"), format="qcow2", size=SIZE)
         (self.folder / "folder").mkdir()
         self.original, net.open_netdev = net.open_netdev, open_pair  # type: ignore[assignment]
-        self.vm = RunningVm(self.folder)
         self.drives: dict[str, tuple[str, bool]] = {}
         self.networks: set[str] = set()
-        self.slots: dict[str, int] = {}
+        self.devices: dict[str, Plugged] = {}
         self.gone: set[tuple[str, str]] = set()
         self.passed: set[str] = set()
+        self.chardevs: dict[str, bool] = {}  # whether something uses it
         self.paused = False
 
-    @initialize()
+    @initialize(furnished=st.booleans())
+    def start(self, furnished: bool) -> None:
+        """Begin with an empty machine, or with devices of the command line under the same names."""
+        options: list[str] = []
+        if furnished:
+            options += ["-chardev", f"file,id=n0,path={self.folder}/log", "-serial", "chardev:n0"]
+            options += ["-drive", f"file={self.folder}/raw,id=n0,direct=off,aio=threads", "-netdev", "tap,id=n2,ifname=pair"]
+            options += ["-netdev", "tap,id=n4,ifname=pair", "-object", "rng-random,id=r,filename=/dev/urandom"]
+            options += ["-device", "virtio-blk-device,drive=n0,id=n1", "-device", "virtio-net-device,netdev=n2,id=n3"]
+            options += ["-device", "virtio-net-device,netdev=n4", "-device", "virtio-rng-device,rng=r,id=n5"]
+        self.reserved = {"n5"} if furnished else set()
+        with RunningVm(self.folder, *options) as self.vm:
+            if furnished:
+                self.vm.run("device_del", id="n1")
+                self.vm.run("device_del", id="n3")
+            self.know_what_an_idle_machine_holds()
+        self.vm = RunningVm(self.folder, *options)
+        if furnished:
+            self.drives, self.networks, self.chardevs = {"n0": ("raw", False)}, {"n2", "n4"}, {"n0": True}
+            self.devices = {"n1": Plugged("blk", "n0", 0), "n3": Plugged("net", "n2", 4), "": Plugged("net", "n4", 5)}
+
     def know_what_an_idle_machine_holds(self) -> None:
         """What is loaded or started once and for all is there after a first round."""
         self.vm.drive_slot(0)
-        for kind, name in (("raw", "n0"), ("qcow2", "n1")):
-            self.vm.add_drive(name, self.folder / kind, driver=kind)
+        for kind, name in (("other", "n0"), ("qcow2", "n1")):
+            self.vm.add_drive(name, self.folder / kind, driver="qcow2" if kind == "qcow2" else "raw")
             self.vm.run("device_add", id=name, driver="virtio-blk-mmio")
             self.vm.run("device_del", id=name)
         self.pass_descriptor("n0")
@@ -91,7 +119,6 @@ class HotPlugging(RuleBasedStateMachine):
         self.vm.run("device_add", id="n0", driver="virtio-net-mmio")
         self.vm.run("device_del", id="n0")
         self.passed.clear()
-        self.gone = {("blk", "n0"), ("blk", "n1"), ("net", "n0")}
         self.idle = holdings()
 
     def attempt(self, right: bool, command: str, starve: bool = False, **arguments: Any) -> bool:
@@ -117,7 +144,22 @@ class HotPlugging(RuleBasedStateMachine):
 
     @property
     def taken(self) -> set[str]:
-        return {*self.drives, *self.networks}
+        """What a new back end cannot be called."""
+        return {*self.drives, *self.networks, *self.devices}
+
+    @property
+    def full(self) -> bool:
+        return len(self.drives) + len(self.networks) >= 6
+
+    def waiting(self, name: str) -> str | None:
+        """The kind of the back end of that name which no device has."""
+        if name in {device.backend for device in self.devices.values()}:
+            return None
+        return "blk" if name in self.drives else "net" if name in self.networks else None
+
+    def forget(self, backend: str) -> None:
+        self.drives.pop(backend, None)
+        self.networks.discard(backend)
 
     def may_open(self, file: str, read_only: bool) -> bool:
         if file not in ("raw", "other", "qcow2"):
@@ -126,7 +168,7 @@ class HotPlugging(RuleBasedStateMachine):
 
     @rule(name=names, file=st.sampled_from(FILES), read_only=st.booleans(), human=st.booleans(), starve=starved)
     def add_drive(self, name: str, file: str, read_only: bool, human: bool, starve: bool) -> None:
-        right = self.may_open(file, read_only) and name not in self.taken and len(self.taken) < 6
+        right = self.may_open(file, read_only) and name not in self.taken and not self.full
         image = "qcow2" if file == "qcow2" else "raw"
         if human:
             line = f"drive_add 0 id={name},file={self.folder / file},format={image},direct=off,aio=threads"
@@ -142,7 +184,7 @@ class HotPlugging(RuleBasedStateMachine):
 
     @rule(name=names, descriptor=names, starve=starved)
     def add_network(self, name: str, descriptor: str, starve: bool) -> None:
-        right = descriptor in self.passed and name not in self.taken and len(self.taken) < 6
+        right = descriptor in self.passed and name not in self.taken and not self.full
         if self.attempt(right, "netdev_add", starve, id=name, fds=descriptor):
             self.networks.add(name)
             self.passed.remove(descriptor)
@@ -152,37 +194,62 @@ class HotPlugging(RuleBasedStateMachine):
     def pass_a_descriptor(self, name: str) -> None:
         self.pass_descriptor(name)
 
-    @rule(name=names, kind=st.sampled_from(["blk", "net", "rng"]), number=st.integers(0, 4), starve=starved)
-    def plug(self, name: str, kind: str, number: int, starve: bool) -> None:
-        fits = {"blk": name in self.drives and number < 4, "net": name in self.networks and number < 2}
+    @rule(
+        name=names,
+        kind=st.sampled_from(["blk", "net", "rng"]),
+        number=st.integers(0, 4),
+        other=st.none() | names,
+        starve=starved,
+    )
+    def plug(self, name: str, kind: str, number: int, other: str | None, starve: bool) -> None:
+        backend = name if self.waiting(name) or other is None else other
+        room = {"blk": 4, "net": 2}.get(kind, 0)
         slot = number + 4 * (kind == "net")
-        right = fits.get(kind, False) and name not in self.slots and slot not in self.slots.values()
-        if self.attempt(right, "device_add", starve, id=name, driver=f"virtio-{kind}-mmio", addr=hex(number)):
-            self.slots[name] = slot
+        right = self.waiting(backend) == kind and number < room and name not in {*self.devices, *self.reserved}
+        right = right and slot not in {device.slot for device in self.devices.values()}
+        more = {} if other is None else {"drive" if kind == "blk" else "netdev": other}
+        if self.attempt(right, "device_add", starve, id=name, driver=f"virtio-{kind}-mmio", addr=hex(number), **more):
+            self.devices[name] = Plugged(kind, backend, slot)
 
-    @rule(name=names)
+    @rule(name=names | st.just(""))
     def unplug(self, name: str) -> None:
-        if self.attempt(name in self.taken, "device_del", id=name):
-            self.gone.add(("blk" if name in self.drives else "net", name))
-            self.drives.pop(name, None)
-            self.networks.discard(name)
-            self.slots.pop(name, None)
+        device = self.devices.get(name) if name else None
+        kind, backend = (device.kind, device.backend) if device else (self.waiting(name), name)
+        if self.attempt(kind is not None, "device_del", id=name):
+            assert kind
+            self.devices.pop(name, None)
+            self.forget(backend)
+            self.gone.add((kind, backend))
 
     @rule(name=names, kind=st.sampled_from(["blk", "net"]), human=st.booleans())
     def remove(self, name: str, kind: str, human: bool) -> None:
-        table: Any = self.drives if kind == "blk" else self.networks
-        right = (name in table and name not in self.slots) or (name not in table and (kind, name) in self.gone)
+        there = name in (self.drives if kind == "blk" else self.networks)
+        right = self.waiting(name) == kind if there else (kind, name) in self.gone
         if kind == "net":
             done = self.attempt(right, "netdev_del", id=name)
         elif human:
             done = self.attempt(right, "human-monitor-command", command_line=f"drive_del {name}")
         else:
             done = self.attempt(right, "blockdev-del", node_name=name)
-        if done and name in table:
-            self.drives.pop(name, None)
-            self.networks.discard(name)
+        if done and there:
+            self.forget(name)
         elif done:
             self.gone.remove((kind, name))
+
+    @rule(name=names)
+    def add_a_character_device(self, name: str) -> None:
+        data = {"addr": {"type": "unix", "data": {"path": str(self.folder / "nobody")}}, "server": False}
+        if self.attempt(name not in self.chardevs, "chardev-add", id=name, backend={"type": "socket", "data": data}):
+            self.chardevs[name] = False
+
+    @rule(name=names)
+    def remove_a_character_device(self, name: str) -> None:
+        if self.attempt(self.chardevs.get(name) is False, "chardev-remove", id=name):
+            del self.chardevs[name]
+
+    @rule(name=names, chardev=names, starve=starved)
+    def reach_for_a_network_that_nobody_carries(self, name: str, chardev: str, starve: bool) -> None:
+        self.attempt(False, "netdev_add", starve, id=name, type="vhost-user", chardev=chardev)
 
     @rule(slot=st.integers(0, 5))
     def load_a_driver(self, slot: int) -> None:
@@ -200,12 +267,14 @@ class HotPlugging(RuleBasedStateMachine):
 
     @invariant()
     def clients_are_told_what_there_is(self) -> None:
+        users = {device.backend: name for name, device in self.devices.items() if device.kind == "blk"}
         listed = {each["device"]: each["qdev"] for each in self.vm.run("query-block")}
-        assert listed == {name: name if name in self.slots else "" for name in self.drives}
+        assert listed == {name: users.get(name, "") for name in self.drives}
+        assert {each["label"]: each["frontend-open"] for each in self.vm.run("query-chardev")} == self.chardevs
 
     @invariant()
     def the_guest_sees_what_is_plugged(self) -> None:
-        plugged = set(self.slots.values())
+        plugged = {device.slot for device in self.devices.values()}
         assert [self.vm.capacity(slot) for slot in range(4)] == [SIZE // 512 * (slot in plugged) for slot in range(4)]
         links = [self.vm.register(slot, 0x104) >> 16 & 1 for slot in (4, 5)]
         assert links == [int(slot in plugged) for slot in (4, 5)]
@@ -218,18 +287,26 @@ class HotPlugging(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            for name in list(self.taken):
-                self.unplug(name)
-            for name in list(self.passed):
-                # Nobody else asks for them: what is in the table is closed when its name is used again, or at the end.
-                self.add_network(name, name, False)
-                self.unplug(name)
             if hasattr(self, "idle"):
-                assert holdings() == self.idle
+                self.end()
         finally:
-            self.vm.close()
             net.open_netdev = self.original
             shutil.rmtree(self.folder)
+
+    def end(self) -> None:
+        """Take away what can be, and see that nothing else is left."""
+        try:
+            for name in {*self.devices, *self.drives, *self.networks}:
+                if name in self.devices or self.waiting(name):
+                    self.unplug(name)
+            for name in list(self.passed):
+                # Nobody else asks for them: what is in the table is closed when its name is used again, or at the end.
+                free = next(each for each in NAMES if each not in self.taken)
+                self.add_network(free, name, False)
+                self.unplug(free)
+            assert holdings() == self.idle
+        finally:
+            self.vm.close()
 
 
 HotPlugging.TestCase.settings = settings(

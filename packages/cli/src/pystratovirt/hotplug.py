@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, cast
 
-from pystratovirt.cmdline.drivers.base import DISK, NET
+from pystratovirt.cmdline.drivers.base import DISK, NET, NOWHERE
+from pystratovirt.cmdline.values import ID
 from pystratovirt.slots import DISK_SLOTS, NET_SLOTS
 from vmm_core.errors import VmmError
 from vmm_core.machine.core import VmStatus
@@ -51,7 +52,7 @@ class Backend:
     def __init__(self, kind: str, name: str, device: str | None = None, slot: int | None = None) -> None:
         self.kind = kind
         self.name = name  # of the drive or netdev
-        self.device = device  # the id of the device that has it
+        self.device = device  # the id of the device that has it; empty when that has none
         self.slot = slot
 
 
@@ -163,7 +164,8 @@ class HotPlug:
             del self._gone[kind, name]
             return
         if found.device is not None:
-            raise HotPlugError(f"{what} {name} is in use: device {found.device} has it")
+            user = f"device {found.device}" if found.device else "a device without an id"
+            raise HotPlugError(f"{what} {name} is in use: {user} has it")
         self._release(found)
 
     def _release(self, backend: Backend) -> None:
@@ -198,6 +200,10 @@ class HotPlug:
         device's, and of no effect when a driver has the device already.
         """
         self._expect_alive()
+        try:
+            ID.parse(device)
+        except ValueError as error:
+            raise HotPlugError(f"id: {error}") from None
         number = _slot_number(device, addr, lun)
         found = self._find(device) or (self._unplugged(backend) if backend else None)
         if found is None:
@@ -212,7 +218,7 @@ class HotPlug:
         slot = _SLOTS[kind][number]
         if any(other.slot == slot for other in self._backends):
             raise HotPlugError(f"The slot {number} is occupied already.")
-        if found.device is not None or any(each.id == device for each in self._vm.config.devices):
+        if found.device is not None or device in self._device_ids():
             raise HotPlugError(f"Device id {device} existed")
         try:
             self._attach(found, slot, serial, mac)
@@ -227,6 +233,8 @@ class HotPlug:
         Raises HotPlugError; CloseError when it is done all the same.
         """
         self._expect_alive()
+        if not device:  # those of the command line that have no id are not all meant by it
+            raise HotPlugError("id: empty")
         found = self._find(device)
         if found is None:
             raise HotPlugError(f"Device {device} not found")
@@ -255,6 +263,12 @@ class HotPlug:
 
     def _unplugged(self, name: str) -> Backend | None:
         return next((each for each in self._backends if each.name == name and each.device is None), None)
+
+    def _device_ids(self) -> set[str]:
+        """Return the ids of all devices that there are now; what was unplugged has given its id back."""
+        ids = {plugged.declaration.id for plugged in self._vm.slots.values() if plugged.declaration is not None}
+        ids |= {part.id for part in self._vm.config.devices if part.place == NOWHERE}
+        return ids | {backend.device for backend in self._backends if backend.device is not None}
 
     def _attach(self, backend: Backend, slot: int, serial: str, mac: bytes | None) -> None:
         device = self._vm.slots[slot].device
