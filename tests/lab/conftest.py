@@ -35,15 +35,25 @@ _report = pytest.StashKey[pytest.TestReport]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What `lab tests` needs for a second run."""
+    """What `lab tests` needs: several lab hosts, and a second run."""
+    parser.addoption("--part", metavar="K/N", help="run every Nth test, from the Kth on")
     parser.addoption("--passed-already", metavar="FILE", type=Path, help="leave out the tests whose ids are in FILE")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what is in this folder."""
+    if _HERE in item.path.parents:
+        item.add_marker(pytest.mark.lab)
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m have left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is in this folder; leave out what need not run again."""
-    for item in items:
-        if _HERE in item.path.parents:
-            item.add_marker(pytest.mark.lab)
+    """Leave out what runs elsewhere, or need not run again."""
+    if part := config.getoption("--part"):
+        number, count = map(int, part.split("/"))
+        ours = items[number - 1 :: count]
+        config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+        items[:] = ours
     if file := config.getoption("--passed-already"):
         passed = set(file.read_text().splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
@@ -59,10 +69,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """What an earlier run kept is not this run's."""
-    if session.config.getoption("--passed-already"):
-        return
     for folder in Path(os.environ.get("LAB_OUT", "lab-results")).glob("test_*/"):
         shutil.rmtree(folder)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A part may be empty; whether there was any test is for who shares them out."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("--part"):
+        session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.hookimpl(wrapper=True)

@@ -33,6 +33,8 @@ _PEERS = {
     "fio": "fio",
     "iperf3": "iperf3",
     "passt": "passt",
+    "zsh": "zsh",
+    "fish": "fish",
 }
 # The flavour's meta package, whose dependency names the current kernel package. Cloud: the lab host and the usual guest.
 _FLAVOURS = {

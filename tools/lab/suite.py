@@ -1,29 +1,55 @@
-"""The whole-VM tests as CI runs them: in one lab host, and what failed there once more in a fresh one.
+"""The whole-VM tests as CI runs them: shared out over lab hosts, and what failed there once more in a fresh one.
+
+A guest with one CPU keeps one core busy with its emulation, so two lab hosts side by side take little more than half the time of
+one. Each has a folder of its own below the folder of results, named by its number.
 
 The lab is QEMU's software emulation of a processor with SVM, and QEMU 7.2's is not exact: about once in some minutes of two
 busy CPUs, a guest's CPU shuts down or the lab host's own kernel finds its stack broken, whoever's VMM runs. So a few failures
 are run again, once, in a lab host that was booted for them, and named; what fails twice has failed. Where this machine's own
-KVM runs the tests nothing is run again.
+KVM runs the tests there is one run, and nothing is run again.
 
 Not here: booting (`host`), and what a test writes down about itself (tests/lab/conftest.py).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from . import probe
 from .progress import say
 
-OUTCOMES = "outcomes.txt"  # in the folder of results: lines of an outcome, a space, and a test's id
+OUTCOMES = "outcomes.txt"  # in a host's folder: lines of an outcome, a space, and a test's id
 AGAIN_MAX = 6  # more failures than the emulation explains
-AGAIN_LIMIT = 900.0  # seconds
+HOSTS_MAX = 2  # a third has no core on the smallest machine, and two are enough for the time that there is
+_HOST_MEMORY = 5 << 30  # bytes that a lab host may come to, with what emulates it
+_NO_TESTS = 5  # pytest's exit status for that
 
 _LAB = Path(__file__).with_name("lab")
+
+
+class Part(NamedTuple):
+    """What one lab host was asked to run."""
+
+    number: int
+    folder: Path  # of its results
+    report: Path  # JUnit XML; missing when the host died
+
+    @classmethod
+    def of(cls, out: Path, number: int) -> Part:
+        """Return part `number` of a run with results in `out`, its folder empty."""
+        folder = out / str(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return cls(number, folder, folder / "lab.xml")
 
 
 def outcomes(path: Path) -> dict[str, str]:
@@ -46,39 +72,86 @@ def write_report(path: Path, names: Sequence[str]) -> None:
     ET.ElementTree(suite).write(path, encoding="unicode")
 
 
-def run(command: Sequence[str], out: Path, limit: float) -> int:
-    """Run `command`, pytest with its arguments, and again what failed; its reports are lab.xml and lab.again.xml in `out`.
+def hosts() -> int:
+    """How many lab hosts this machine runs side by side."""
+    cpus = len(os.sched_getaffinity(0))
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(HOSTS_MAX, cpus, pages // _HOST_MEMORY))
 
-    `limit` is the seconds that the first run may take. Returns the exit status: 0 when every test passed in one of the runs.
+
+def run(command: Sequence[str], out: Path, limit: float) -> int:
+    """Run `command`, pytest with its arguments, and again what failed; the reports are lab.*.xml in `out`.
+
+    `limit` is the seconds that all of it may take. Returns the exit status: 0 when every test passed in one of the runs.
     """
+    end = time.monotonic() + limit
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("lab*.xml"), *out.glob(OUTCOMES)):
+    for old in out.glob("lab*.xml"):
         old.unlink()
-    report, log = out / "lab.xml", out / OUTCOMES
-    status = _lab(command, out, "host-kernel.log", report, limit)
-    if status == 0 or probe.probe().native:
-        return status
-    seen = outcomes(log)
+    native = probe.probe().native
+    count = 1 if native else hosts()
+    parts = [Part.of(out, number) for number in range(1, count + 1)]
+    asked = [[*command, *([f"--part={part.number}/{count}"] if count > 1 else [])] for part in parts]
+    statuses = _together(asked, parts, limit)
+    seen = {name: outcome for part in parts for name, outcome in outcomes(part.folder / OUTCOMES).items()}
+    died = [part for part in parts if not part.report.exists()]
+    status = next((status for status in statuses if status), 0)
+    if not status and not seen:
+        status = _NO_TESTS
     failed = [name for name, outcome in seen.items() if outcome == "failed"]
-    died = not report.exists()
-    if not (failed or died) or len(failed) > AGAIN_MAX or not seen:
+    left = end - time.monotonic()
+    if status == 0 or native or not (failed or died) or len(failed) > AGAIN_MAX or not seen or left <= 0:
+        for part in set(parts) - set(died):
+            shutil.copy(part.report, out / f"lab.{part.number}.xml")
         return status
     passed = [name for name, outcome in seen.items() if outcome == "passed"]
     if died:
-        say(f"The lab ended after {len(passed)} tests; the others run in a fresh one.")
+        say(f"A lab host ended before its tests did; after {len(passed)} tests the others run in a fresh one.")
     say("Once more in a fresh lab, because the emulation of SVM is not exact:" + "".join(f"\n  {name}" for name in failed))
     passed_file = out / "passed.txt"
     passed_file.write_text("".join(f"{name}\n" for name in passed))
-    again = [*command, f"--passed-already={passed_file}"]
-    status = _lab(again, out, "host-kernel-again.log", out / "lab.again.xml", limit if died else AGAIN_LIMIT)
-    if report.exists():
-        report.rename(out / "first-run.xml")
-    write_report(report, passed)
+    again = Part.of(out, count + 1)
+    shutil.copy(passed_file, again.folder)  # the lab sees the folder of its own results as it is
+    (status,) = _together([[*command, f"--passed-already={again.folder / passed_file.name}"]], [again], left)
+    write_report(out / "lab.first.xml", passed)
+    if again.report.exists():
+        shutil.copy(again.report, out / "lab.again.xml")
     if status == 0 and failed:
         say("Passed the second time:" + "".join(f"\n  {name}" for name in failed))
     return status
 
 
-def _lab(command: Sequence[str], out: Path, dmesg: str, report: Path, limit: float) -> int:
-    lab = [sys.executable, str(_LAB), "auto", "--timeout", f"{limit:g}", "--out", str(out), "--dmesg", str(out / dmesg), "--"]
-    return subprocess.run([*lab, *command, f"--junitxml={report}"], check=False).returncode
+def _together(commands: Sequence[Sequence[str]], parts: Sequence[Part], limit: float) -> list[int]:
+    """Run each command in a lab host of its own, their lines marked with the host's number when there are several."""
+    running: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
+    try:
+        for command, part in zip(commands, parts, strict=True):
+            process = _lab(command, part, limit)
+            running.append(process)
+            readers.append(threading.Thread(target=_pass_on, args=(process, f"[{part.number}] " if len(parts) > 1 else "")))
+            readers[-1].start()
+        for reader in readers:
+            reader.join()
+        return [process.wait() for process in running]
+    except BaseException:
+        for process in running:
+            process.terminate()  # it ends its host in order
+        for process in running:
+            process.wait()
+        raise
+
+
+def _lab(command: Sequence[str], part: Part, limit: float) -> subprocess.Popen[str]:
+    lab = [sys.executable, str(_LAB), "auto", "--timeout", f"{limit:g}", "--out", str(part.folder)]
+    lab += ["--dmesg", str(part.folder / "host-kernel.log"), "--"]
+    words = [*lab, *command, f"--junitxml={part.report}"]
+    return subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+
+
+def _pass_on(process: subprocess.Popen[str], mark: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(mark + line, end="", flush=True)
