@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import types
@@ -9,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pystratovirt.trace import POINTS, Registry, TraceError, TracePoint, _find, compile_pattern
+from pystratovirt.trace import POINTS, Registry, TraceError, TracePoint, _find
 
 NAMES = [point.name for point in POINTS]
 
@@ -101,29 +102,15 @@ def test_a_bad_file_says_where(registry: Registry, tmp_path: Path, content: byte
         registry.enable_from_file(str(tmp_path / "none"))
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(", "(a+)+$", "(?=a)", "(a|b)*", "(a){5}", ".*.*.*.*x", "x" * 300, "[", "a{99999999999}", "(?P<n>a)", "(?:a*)*"]
-)
-def test_patterns_that_are_malformed_or_might_take_for_ever_are_refused(pattern: str) -> None:
-    with pytest.raises(TraceError):
-        compile_pattern(pattern)
-
-
-@pytest.mark.parametrize(
-    "pattern", ["", "virtio_blk", "^(serial|rtc)_(read|write)$", "q.*p_a", r"[a-z]+_[*+{]", r"\*", "(?i)SERIAL"]
-)
-def test_patterns_that_people_use_are_taken(pattern: str) -> None:
-    assert compile_pattern(pattern).pattern == pattern
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text("ab.*+?{}()[]|^$\\_1,", max_size=24))
-def test_any_pattern_is_refused_or_quick(pattern: str) -> None:
-    try:
-        compiled = compile_pattern(pattern)
-    except TraceError:
-        return
-    compiled.search("ab_ab_ab_ab_ab_ab_ab_ab_ab_ab_ab_ab_ab_a")  # or the test's time limit strikes
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab.*+?{}()[]|^$\\_1,", max_size=256))
+@example(".?" * 20 + "0")
+@example(".?" * 127 + "0")
+@example("(.?){200}0")
+@example("(a|e|i|o|u|_)*(virtio|kvm|serial)*" * 7 + "0")
+def test_any_pattern_of_a_client_is_refused_or_quick(pattern: str) -> None:
+    with contextlib.suppress(TraceError):
+        Registry().states(pattern)  # or the test's time limit strikes
 
 
 def _original(target: str) -> object:

@@ -11,8 +11,6 @@ Not here: QMP (`qmp_handlers.debug`), and where log lines go (`log`).
 from __future__ import annotations
 
 import functools
-import re
-import warnings
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +18,7 @@ from threading import Lock
 from typing import Any, Final, NamedTuple
 
 from pystratovirt import log
+from pystratovirt.patterns import Pattern, PatternError
 from qmp_protocol.schema import Struct
 
 
@@ -71,11 +70,7 @@ POINTS: Final = tuple(
     )
 )
 
-_LONGEST_PATTERN = 256
 _LONGEST_VALUE = 200  # characters
-# A pattern with nested or many repetitions takes time that grows without bound with the length of a name, and who waits is the
-# main loop. Three in a row over the 280 names of at most 40 characters take well under a second.
-_MOST_REPETITIONS = 3
 
 
 class Registry:
@@ -90,15 +85,15 @@ class Registry:
 
     def states(self, pattern: str) -> list[tuple[str, bool]]:
         """Return name and state of each point whose name has a match of `pattern` anywhere. Raises TraceError."""
-        search = compile_pattern(pattern).search
-        return [(name, name in self._originals) for name in self._points if search(name)]
+        found_in = _compile(pattern).found_in
+        return [(name, name in self._originals) for name in self._points if found_in(name)]
 
     def set_states(self, pattern: str, enable: bool) -> None:
         """Switch each point whose name has a match of `pattern` anywhere. No match is no error. Raises TraceError."""
-        search = compile_pattern(pattern).search
+        found_in = _compile(pattern).found_in
         with self._lock:
             for name, point in self._points.items():
-                if search(name):
+                if found_in(name):
                     self._switch(point, enable)
 
     def enable_from_file(self, path: str) -> None:
@@ -147,20 +142,11 @@ class Registry:
         return traced
 
 
-def compile_pattern(text: str) -> re.Pattern[str]:
-    """Return a pattern that takes little time on any name. Raises TraceError for one that is malformed or might take long."""
-    if len(text) > _LONGEST_PATTERN:
-        raise TraceError(f"the pattern is longer than {_LONGEST_PATTERN} characters")
-    # What repeats are the bare characters: not behind a backslash, not inside brackets.
-    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", text, flags=re.DOTALL)
-    if re.search(r"\)[*+{]|\(\?(?!:|i\))", bare) or len(re.findall(r"[*+{]", bare)) > _MOST_REPETITIONS:
-        raise TraceError(f"the pattern repeats groups, looks around, or has more than {_MOST_REPETITIONS} repetitions")
+def _compile(text: str) -> Pattern:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of constructs that may mean something else one day
-            return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise TraceError(f"no regular expression: {error}") from None
+        return Pattern(text)
+    except PatternError as error:
+        raise TraceError(str(error)) from None
 
 
 def _find(target: str) -> tuple[type, str]:
