@@ -11,8 +11,17 @@ import pytest
 
 from block_qcow2 import create_image, open_disk
 from block_qcow2.errors import ImageInUseError
+from block_qcow2.qcow2.create import Options
+from pystratovirt.cmdline.backends import Drive
+from pystratovirt.cmdline.declare import Parameters
+from pystratovirt.cmdline.netdevs import Tap, User, VhostUser
+from pystratovirt.cmdline.values import Choice, Integer
 from pystratovirt.devices import net
+from qmp_protocol.commands.block import BlockdevAdd, BlockdevCache, BlockdevFile
+from qmp_protocol.commands.device import NetdevAdd
+from qmp_protocol.schema import Struct
 from running_vm import Refused, RunningVm, holdings, open_pair
+from virtio_devices.net.stream import StreamBackend
 from vmm_core.state import decode, encode
 
 MiB = 1 << 20
@@ -405,10 +414,44 @@ class TestNetworks:
             ({"fds": "tapA", "vhostfd": "v"}, "Argument 'vhostfd' is not needed for virtio-net device"),
             ({"fds": ":".join(f"t{number}" for number in range(17))}, "The num of fd 17 is bigger than max queue num 16"),
             ({"id": "", "ifname": "t"}, "id: empty"),
+            ({"ifname": "t", "tcp-ports": "80"}, "netdev_add: tcp-ports is for type user"),
+            ({"type": "user", "tcp-ports": ""}, "tcp-ports: empty"),
         ],
     )
     def test_a_network_that_contradicts_itself_is_refused(self, vm: RunningVm, arguments: dict[str, Any], text: str) -> None:
         assert text in refusal(vm, "netdev_add", **{"id": "n", **arguments})
+
+
+class TestOneDeclaration:
+    """What the command line and QMP both say is the same, with the same bounds."""
+
+    def fields(self, command: type[Struct]) -> dict[str, Any]:
+        return {field.name: field.type for field in command.fields()}
+
+    def test_blockdev_add_has_every_key_of_a_drive(self) -> None:
+        members = {**self.fields(BlockdevFile), **self.fields(BlockdevCache), **self.fields(BlockdevAdd)}
+        names = {"id": "node-name", "file": "filename", "format": "driver", "readonly": "read-only"}
+        for name, key in Drive.keys.items():
+            if name == "if":  # what comes over QMP is for a device
+                continue
+            member = members[names.get(name, name)]
+            if isinstance(key.kind, Integer):
+                assert (member.low, member.high) == (key.kind.low, key.kind.high), name
+            elif isinstance(key.kind, Choice):
+                assert tuple(value.replace("iou", "io_u") for value in member.values) == key.kind.names, name
+            elif hasattr(member, "values"):
+                assert {key.kind.parse(value) for value in member.values} == {True, False}, name
+
+    @pytest.mark.parametrize("netdev", [Tap, User, VhostUser])
+    def test_netdev_add_has_every_key_of_a_network(self, netdev: type[Parameters]) -> None:
+        # Who may speak QMP may not choose a program to be run.
+        assert netdev.keys.keys() - {"path"} <= self.fields(NetdevAdd).keys()
+
+    def test_ports_of_a_user_network_reach_the_program(self, vm: RunningVm, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[Any] = []
+        monkeypatch.setattr(net, "open_netdev", lambda netdev, take: made.append(netdev) or StreamBackend("u", socket.socket()))
+        vm.run("netdev_add", id="u", type="user", tcp_ports="8080:80")
+        assert made == [User(id="u", tcp_ports="8080:80")]
 
 
 class TestOtherCommands:
@@ -470,6 +513,8 @@ class TestOtherCommands:
             ({"driver": "qcow2", "l2-cache-size": "1G"}, "Invalid l2 cache size: 1G: at most 32 MiB"),
             ({"driver": "qcow2", "refcount-cache-size": "x"}, "Invalid refcount cache size: x: not a size"),
             ({"node-name": ""}, "node-name: empty"),
+            ({"driver": "raw", "external-files": "allow"}, "external-files=allow: only for a qcow2 image"),
+            ({"throttling.bps-total": (1 << 40) + 1}, "expected u64 from 0 to 1099511627776 (member `throttling.bps-total`)"),
             ({"file": {"filename": "/a\0b"}}, "filename: contains a NUL character"),
         ],
     )
@@ -479,6 +524,18 @@ class TestOtherCommands:
         arguments: dict[str, Any] = {"node-name": "d", "cache": {"direct": False}, "file": {}, **more}
         arguments["file"] = {"driver": "file", "filename": str(image), "aio": "threads", **arguments["file"]}
         assert text in refusal(vm, "blockdev-add", **arguments)
+
+    def test_a_drive_can_be_limited_and_may_open_other_files_as_on_the_command_line(self, vm: RunningVm, tmp_path: Path) -> None:
+        base, top = tmp_path / "base", tmp_path / "top"
+        create_image(str(base), format="qcow2", size=MiB)
+        create_image(str(top), MiB, options=Options(backing_file=str(base), backing_format="qcow2"))
+        limits = {"throttling.bps-total": 1 << 20, "throttling.iops-total": 50, "l2-cache-size": "1M"}
+        with pytest.raises(Refused, match=r"Error: .*backing"):
+            vm.add_drive("q", top, driver="qcow2", **limits)
+        vm.add_drive("q", top, driver="qcow2", **limits, **{"external-files": "allow"})
+        (listed,) = vm.run("query-block")
+        assert (listed["inserted"]["bps"], listed["inserted"]["iops"]) == (1 << 20, 50)
+        assert vm.vm.drives["q"].l2_cache_size == 1 << 20
 
     def test_character_devices_come_and_go(self, tmp_path: Path) -> None:
         def backend(path: str, server: bool = False) -> dict[str, Any]:

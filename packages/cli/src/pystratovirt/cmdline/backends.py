@@ -69,7 +69,7 @@ class Drive(Parameters):
                 found = self.keys[name]
                 value = getattr(self, found.attribute)
                 if value != found.default:
-                    raise BadKey(f"{name}={found.kind.render(value)}", "only with format=qcow2")
+                    raise BadKey(f"{name}={found.kind.render(value)}", "only for a qcow2 image")
 
     @property
     def engine(self) -> str:

@@ -13,7 +13,7 @@ from .errors import BadKey, CommandLineError, listing, show
 from .values import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from typing import ClassVar, Self, dataclass_transform
 else:
 
@@ -184,6 +184,29 @@ class Parameters(Record):
             result.check()
         except BadKey as error:
             raise CommandLineError(option, (where + error.name).removesuffix(": "), error.reason) from None
+        return result
+
+    @classmethod
+    def of(cls, values: Mapping[str, str | int | bool | tuple[str, ...]]) -> Self:
+        """Return the parameters with these values by key, as a program has them: numbers and truth values, or text as typed.
+
+        A tuple is taken as it is. Bounds and reasons are the command line's. Raises BadKey, whose name begins with a key's.
+        """
+        taken: dict[str, Any] = {}
+        for name, value in values.items():
+            found = cls.keys[name]
+            try:
+                parsed = value if isinstance(value, bool | tuple) else found.kind.parse(str(value))
+            except ValueError as error:
+                raise BadKey(name, str(error)) from None
+            if found.later and parsed != found.default:
+                raise BadKey(name, "not supported yet")
+            taken[found.attribute] = parsed
+        for found in cls.keys.values():
+            if found.required and found.attribute not in taken:
+                raise BadKey(found.name, "missing")
+        result = cls(**taken)
+        result.check()
         return result
 
     @classmethod

@@ -8,7 +8,7 @@ Not here: devices (`hotplug`), snapshots.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pystratovirt.cmdline.backends import Drive
 from pystratovirt.cmdline.drivers.base import DISK
@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from block_qcow2.disk import Disk
-    from pystratovirt.cmdline.values import Kind
     from pystratovirt.runtime import Runtime
     from pystratovirt.vm import VirtualMachine
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
     from virtio_devices.blk.statistics import Statistics
+
+# Members that are a key of -drive under another name; the others are called as there.
+_KEYS: Final = {"node-name": "id", "driver": "format", "read-only": "readonly"}
+_MEMBERS: Final = {"file": "filename", **{key: name for name, key in _KEYS.items()}}
+_CACHES: Final = ("l2-cache-size", "refcount-cache-size")
 
 
 def register(server: QmpServer, runtime: Runtime) -> None:
@@ -74,28 +78,20 @@ def declared(arguments: BlockdevAdd) -> Drive:
         raise _wrong("aio", 'low performance expected when use sync io with "direct" on')
     if not direct and aio == "native":
         raise _wrong("aio", 'native aio type should be used with "direct" on')
-    drive = Drive(
-        id=arguments.node_name,
-        file=arguments.file.filename,
-        format=arguments.driver,
-        readonly=arguments.read_only,
-        direct=direct,
-        aio=aio,
-        discard=arguments.discard == "unmap",
-        detect_zeroes=arguments.detect_zeroes,
-        iops_total=arguments.throttling_iops_total,
-        l2_cache_size=_cache_size(arguments, "l2-cache-size"),
-        refcount_cache_size=_cache_size(arguments, "refcount-cache-size"),
-    )
+    values: dict[str, Any] = {"direct": direct, "aio": aio, "file": arguments.file.filename}
+    for field in arguments.fields():
+        key, value = _KEYS.get(field.name, field.name), getattr(arguments, field.attribute)
+        # Cache sizes say something about qcow2 only, and StratoVirt reads them for nothing else.
+        if key in Drive.keys and value is not None and (key not in _CACHES or arguments.driver == "qcow2"):
+            values.setdefault(key, value)
     try:
-        for name in ("id", "file"):
-            Drive.keys[name].kind.parse(getattr(drive, name))
-        drive.check()
+        return Drive.of(values)
     except BadKey as error:
-        raise QmpError(GENERIC_ERROR, f"{error.name}: {error.reason}") from None
-    except ValueError as error:
-        raise QmpError(GENERIC_ERROR, f"{'node-name' if name == 'id' else 'filename'}: {error}") from None
-    return drive
+        if error.name in _CACHES:
+            raise QmpError(
+                GENERIC_ERROR, f"Invalid {error.name.replace('-', ' ')}: {values[error.name]}: {error.reason}"
+            ) from None
+        raise QmpError(GENERIC_ERROR, f"{_MEMBERS.get(error.name, error.name)}: {error.reason}") from None
 
 
 @contextmanager
@@ -111,17 +107,6 @@ def refusals_as_replies() -> Iterator[None]:
 
 def _wrong(name: str, why: str) -> QmpError:
     return QmpError(GENERIC_ERROR, f"Invalid parameter '{name}' for '{why}'")
-
-
-def _cache_size(arguments: BlockdevAdd, name: str) -> int | None:
-    text = getattr(arguments, name.replace("-", "_"))
-    if text is None or arguments.driver != "qcow2":  # StratoVirt reads it for qcow2 only
-        return None
-    kind: Kind[int] = Drive.keys[name].kind
-    try:
-        return kind.parse(text)
-    except ValueError as error:
-        raise QmpError(GENERIC_ERROR, f"Invalid {name.replace('-', ' ')}: {text}: {error}") from None
 
 
 def _block(vm: VirtualMachine, device: str, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pystratovirt.cmdline.backends import SocketChardev
 from pystratovirt.cmdline.errors import BadKey
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from qmp_server.descriptors import DescriptorTable
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
+
+_ONLY: Final = {"chardev": "vhost-user", "tcp-ports": "user", "udp-ports": "user"}  # members of one type, which no other ignores
 
 
 def register(server: QmpServer, runtime: Runtime) -> None:
@@ -86,44 +88,31 @@ def register(server: QmpServer, runtime: Runtime) -> None:
 
 def declared(arguments: NetdevAdd) -> Netdev:
     """Return what the command line would say. Raises QmpError."""
-    from pystratovirt.cmdline.netdevs import PAIRS_MAX, Tap, User, VhostUser
+    from pystratovirt.cmdline.netdevs import PAIRS_MAX, Descriptors, Tap, User, VhostUser
 
     kind: type[Netdev] = {"user": User, "vhost-user": VhostUser}.get(arguments.type or "", Tap)
-    values: dict[str, Any] = {"id": arguments.id}
-    if kind is VhostUser:
-        if arguments.vhost:
-            raise QmpError(GENERIC_ERROR, "vhost-user netdev does not support 'vhost' option")
-        if arguments.chardev is None:
-            raise QmpError(GENERIC_ERROR, "netdev_add: a vhost-user netdev needs chardev")
-        values["chardev"] = arguments.chardev
-        if arguments.queues is not None:
-            values["queues"] = arguments.queues
-    elif arguments.chardev is not None:
-        raise QmpError(GENERIC_ERROR, "netdev_add: chardev is for type vhost-user")
-    if kind is Tap:
-        for name in ("fd", "fds", "vhostfd", "vhostfds"):
-            text = getattr(arguments, name)
-            if text is not None:
-                values[name] = tuple(text.split(":"))  # names or numbers
-        for name in ("ifname", "queues", "vhost"):
-            value = getattr(arguments, name)
-            if value is not None:
-                values[name] = value
+    if kind is VhostUser and arguments.vhost:
+        raise QmpError(GENERIC_ERROR, "vhost-user netdev does not support 'vhost' option")
+    if kind is VhostUser and arguments.chardev is None:
+        raise QmpError(GENERIC_ERROR, "netdev_add: a vhost-user netdev needs chardev")
+    for name, number in (("queues", arguments.queues), ("fds", len((arguments.fds or "").split(":")))):
+        if number is not None and not 1 <= number <= PAIRS_MAX:
+            what = f"The num of fd {number}" if name == "fds" else f"The 'queues' {number}"
+            raise QmpError(GENERIC_ERROR, f"{name}: {what} is bigger than max queue num {PAIRS_MAX}")
+    values: dict[str, Any] = {}
+    for field in arguments.fields():
+        value = getattr(arguments, field.attribute)
+        if value is None:
+            continue
+        if field.name in kind.keys:
+            # Of descriptors, names too, which the command line has not.
+            values[field.name] = tuple(value.split(":")) if isinstance(kind.keys[field.name].kind, Descriptors) else value
+        elif field.name in _ONLY:
+            raise QmpError(GENERIC_ERROR, f"netdev_add: {field.name} is for type {_ONLY[field.name]}")
     try:
-        for name, value in values.items():
-            if isinstance(value, str):
-                kind.keys[name].kind.parse(value)
-            elif isinstance(value, tuple) and len(value) > PAIRS_MAX:
-                raise ValueError(f"The num of fd {len(value)} is bigger than max queue num {PAIRS_MAX}")
-            elif name == "queues" and not 1 <= value <= PAIRS_MAX:
-                raise ValueError(f"The 'queues' {value} is bigger than max queue num {PAIRS_MAX}")
-        netdev = kind(**values)
-        netdev.check()
+        return kind.of(values)
     except BadKey as error:
         raise QmpError(GENERIC_ERROR, f"{error.name}: {error.reason}".removeprefix(": ")) from None
-    except ValueError as error:
-        raise QmpError(GENERIC_ERROR, f"{name}: {error}") from None
-    return netdev
 
 
 def _mac(text: str | None) -> bytes | None:

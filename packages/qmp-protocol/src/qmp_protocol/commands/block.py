@@ -50,6 +50,14 @@ class BlockdevAdd(Command[Empty], name="blockdev-add"):
     throttling_iops_total: u64 | None = member(
         "throttling.iops-total", default=None, high=1_000_000, doc="requests a second; absent: no limit"
     )
+    throttling_bps_total: u64 | None = member(
+        "throttling.bps-total", default=None, high=1 << 40, doc="bytes a second; absent: no limit; not in StratoVirt"
+    )
+    external_files: Literal["deny", "allow"] = member(
+        "external-files",
+        default="deny",
+        doc="qcow2: whether the backing or data file that the image names may be opened; not in StratoVirt",
+    )
     l2_cache_size: str | None = member("l2-cache-size", default=None, doc="qcow2: a number with K, M or G (none: M), at most 32M")
     refcount_cache_size: str | None = member("refcount-cache-size", default=None, doc="qcow2: as `l2-cache-size`")
     backing: str | None = member(default=None, doc="accepted, not used")
