@@ -27,10 +27,15 @@ class Descriptors(Kind[tuple[str, ...]]):
         if most == 1:
             self.allowed = "number of an open descriptor"
 
-    def parse(self, text: str) -> tuple[str, ...]:
+    def split(self, text: str) -> tuple[str, ...]:
+        """Return the numbers or names in `text`; raise ValueError when there are too many."""
         parts = tuple(text.split(":"))
         if len(parts) > self._most:
             raise ValueError(f"at most {self._most} descriptor{'s' if self._most > 1 else ''}")
+        return parts
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        parts = self.split(text)
         for part in parts:
             if not (part.isascii() and part.isdigit() and len(part) < 10):
                 raise ValueError("not a descriptor's number" if len(parts) == 1 else f"{show(part)} is not a descriptor's number")

@@ -101,15 +101,19 @@ def declared(arguments: NetdevAdd) -> Netdev:
             raise QmpError(GENERIC_ERROR, f"{name}: {what} is bigger than max queue num {PAIRS_MAX}")
     values: dict[str, Any] = {}
     for field in arguments.fields():
-        value = getattr(arguments, field.attribute)
-        if value is None:
-            continue
-        if field.name in kind.keys:
-            # Of descriptors, names too, which the command line has not.
-            values[field.name] = tuple(value.split(":")) if isinstance(kind.keys[field.name].kind, Descriptors) else value
-        elif field.name in _ONLY:
+        key, value = kind.keys.get(field.name), getattr(arguments, field.attribute)
+        if value is not None and key is not None:
+            values[field.name] = value
+        elif value is not None and field.name in _ONLY:
             raise QmpError(GENERIC_ERROR, f"netdev_add: {field.name} is for type {_ONLY[field.name]}")
     try:
+        for name, value in values.items():
+            found = kind.keys[name].kind
+            if isinstance(found, Descriptors):  # of which there are names too
+                try:
+                    values[name] = found.split(value)
+                except ValueError as error:
+                    raise BadKey(name, str(error)) from None
         return kind.of(values)
     except BadKey as error:
         raise QmpError(GENERIC_ERROR, f"{error.name}: {error.reason}".removeprefix(": ")) from None
