@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qmp_protocol import (
@@ -126,14 +126,69 @@ def test_offered_capabilities_can_be_enabled() -> None:
     assert connection.receive(b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}') == [Negotiated(("oob",))]
 
 
-@given(
-    st.recursive(st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(), lambda inner: st.lists(inner, max_size=3))
+def nested(depth: int, inside: Any, wrap: int) -> Any:
+    """`inside` in as many lists (wrap 1), objects (2) or both in turn (3)."""
+    for level in range(depth):
+        inside = [inside] if wrap == 1 or (wrap == 3 and level % 2) else {"a": inside}
+    return inside
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
 )
-def test_an_id_of_any_type_comes_back_as_it_was(id_: Any) -> None:
+
+
+@settings(max_examples=500, deadline=None)
+@given(json_values, st.integers(0, 1100), st.integers(1, 3), st.sampled_from(["query-status", "qmp_capabilities", None, 1]))
+@example(2**64, 0, 1, "query-status")
+@example(-(2**63) - 1, 0, 1, "query-status")
+@example(2**64 - 1, 0, 1, "query-status")
+@example(-(2**63), 128, 3, "query-status")
+@example(1, 129, 1, "query-status")
+@example(1, 254, 1, "query-status")
+@example(1, 255, 2, None)
+@example(1, 1022, 3, "qmp_capabilities")
+def test_an_id_comes_back_as_it_was_or_is_refused_and_the_next_command_is_heard(
+    id_: Any, depth: int, wrap: int, name: Any
+) -> None:
+    id_ = nested(depth, id_, wrap)
+    try:
+        text = json.dumps({"execute": name, "id": id_} if name else {"id": id_}, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return
     connection = server()
-    (event,) = connection.receive(orjson.dumps({"execute": "query-status", "id": id_}))
-    assert isinstance(event, CommandReceived)
-    assert orjson.loads(connection.send(Return({}, event.id))) == {"return": {}, "id": id_}
+    event, after = connection.receive(text + b'\n{"execute":"stop"}\n')
+    assert after == CommandReceived("stop", ABSENT, ABSENT)
+    if isinstance(event, Rejected):
+        answer = event.error
+    else:
+        assert isinstance(event, CommandReceived | Negotiated)
+        answer = Error("GenericError", "no", event.id)  # has a level more than a success
+    line = json.loads(connection.send(answer))
+    if answer.id is ABSENT:
+        assert depth > 100 or "number" in answer.desc
+        assert "(member `id`)" in answer.desc or "recursion limit" in answer.desc
+    else:
+        assert json.dumps(line["id"]) == json.dumps(id_)
+
+
+@pytest.mark.parametrize(
+    ("id_", "desc"),
+    [
+        (
+            "18446744073709551616",
+            "invalid value: floating point `1.8446744073709552e+19`, expected a number from -2^63 to 2^64-1",
+        ),
+        ('[{"a":-9223372036854775809}]', "expected a number from -2^63 to 2^64-1 (member `id`)"),
+        ("[" * 129 + "1" + "]" * 129, "recursion limit exceeded (member `id`)"),
+    ],
+)
+def test_an_id_that_could_not_come_back_as_it_was_is_refused_in_words(id_: str, desc: str) -> None:
+    (event,) = server().receive(b'{"execute":"stop","id":%b}' % id_.encode())
+    assert isinstance(event, Rejected)
+    assert desc in event.error.desc
+    assert event.error.id is ABSENT
 
 
 @pytest.mark.parametrize(
@@ -237,6 +292,17 @@ def test_a_client_negotiates_and_matches_replies_by_id() -> None:
     assert isinstance(orjson.loads(line)["id"], str)  # StratoVirt takes no other id
     replies = connection.receive(encode(Return(2, "3")) + encode(Return(1, "2")))
     assert replies == [Reply(second, "stop", Return(2, "3")), Reply(first, "query-status", Return(1, "2"))]
+
+
+@pytest.mark.parametrize("wrong", [10**30, {1, 2}, nested(300, 1, 3)], ids=["too large", "no JSON", "too deep"])
+def test_a_command_that_cannot_be_sent_takes_no_other_command_s_reply(wrong: Any) -> None:
+    connection = ready_client()
+    with pytest.raises(TypeError):
+        connection.execute("balloon", {"value": wrong})
+    assert connection.outstanding == 0
+    number, _ = connection.execute("stop")
+    # StratoVirt sends some replies without an id: they are matched by their order.
+    assert connection.receive(encode(Return({}))) == [Reply(number, "stop", Return({}))]
 
 
 def test_typed_commands_have_typed_results() -> None:

@@ -57,6 +57,12 @@ def test_what_json_cannot_carry_is_refused() -> None:
         encode(Return({1, 2}))  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         encode("stop")  # type: ignore[arg-type]
+    deep: Json = []
+    for _ in range(5000):
+        deep = [deep]
+    for message in (Return(deep), Return({}, deep), Execute("stop", deep), Error("GenericError", "", deep)):
+        with pytest.raises(TypeError):
+            encode(message)
 
 
 def test_text_that_is_no_unicode_goes_out_escaped() -> None:

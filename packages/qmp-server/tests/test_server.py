@@ -64,12 +64,34 @@ async def test_every_mistake_is_answered_and_the_next_command_is_heard(serve: An
             assert await peer.run("query-status") == STATUS
 
 
+async def test_an_id_that_is_nested_as_deep_as_json_goes_is_answered_and_costs_nobody_anything(
+    serve: Any, server: QmpServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(server) as running:
+        with await running.connect() as peer:
+            for depth in (*range(120, 136), 253, 254, 255, 1022, 1023, 1024):
+                await peer.send(b'{"execute":"query-status","id":' + b"[" * depth + b"]" * depth + b"}\n")
+                reply = await peer.read()
+                assert ("id" in reply) == ("return" in reply) == (depth <= 129)
+                if depth > 129:
+                    assert reply["error"]["desc"].startswith("recursion limit exceeded")
+            assert await peer.run("query-status") == STATUS
+    assert caplog.text == ""
+
+
 async def test_a_strict_server_wants_negotiation_first(serve: Any) -> None:
     async with serve(QmpServer(strict=True, greeting=Greeting({}, ("oob",)))) as running:
         with await running.connect() as peer:
             assert (await peer.run("query-events"))["error"]["class"] == "CommandNotFound"
             assert await peer.run("qmp_capabilities", {"enable": ["oob"]}) == {"return": {}}
             assert "return" in await peer.run("query-events")
+
+
+class Unspeakable(BaseException):
+    """An exception that cannot even say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
 
 
 class TestHandlers:
@@ -131,7 +153,7 @@ class TestHandlers:
                 assert await peer.run("stop", id="p2") == {"error": {"class": "DeviceNotActive", "desc": "no"}, "id": "p2"}
                 assert await peer.run("query-status") == STATUS
 
-    @pytest.mark.parametrize("how", ["raises", "returns a set", "deep", "after"])
+    @pytest.mark.parametrize("how", ["raises", "returns a set", "deep", "very deep", "after"])
     async def test_that_go_wrong_are_answered_and_the_server_lives(self, serve: Any, server: QmpServer, how: str) -> None:
         @server.handler("stop")
         async def stop(_: object, call: Call) -> Any:
@@ -139,6 +161,11 @@ class TestHandlers:
                 raise RuntimeError("boom")
             if how == "after":
                 call.after_reply(lambda: 1 // 0)
+            if how == "very deep":
+                value: list[Any] = []
+                for _ in range(700):
+                    value = [value]
+                return value
             return {1, 2} if how == "returns a set" else {"a": object()} if how == "deep" else None
 
         async with serve(server) as running:
@@ -150,6 +177,37 @@ class TestHandlers:
                 else:
                     assert ("return" in reply) == (how == "after")
                 assert await peer.run("query-status") == STATUS
+
+    @pytest.mark.parametrize("kind", ["plain", "async", "in a thread", "behind the reply"])
+    @pytest.mark.parametrize(
+        "error",
+        [SystemExit(3), BaseException("odd"), BaseExceptionGroup("both", [SystemExit(), ValueError("x")]), Unspeakable()],
+        ids=["SystemExit", "BaseException", "a group", "unspeakable"],
+    )
+    async def test_that_want_to_end_the_program_end_nothing(
+        self, serve: Any, server: QmpServer, kind: str, error: BaseException
+    ) -> None:
+        def plain(_: object, call: Call) -> None:
+            raise error
+
+        async def later(_: object, call: Call) -> None:
+            await anyio.sleep(0)
+            raise error
+
+        def behind(_: object, call: Call) -> None:
+            call.after_reply(lambda: plain(_, call))
+
+        functions = {"plain": plain, "async": later, "in a thread": plain, "behind the reply": behind}
+        server.register("stop", functions[kind], in_thread=kind == "in a thread")
+        async with serve(server) as running:
+            with await running.connect() as peer, await running.connect() as other:
+                reply = await peer.run("stop", id=1)
+                if kind == "behind the reply":
+                    assert reply == {"return": {}, "id": 1}
+                else:
+                    assert reply["error"]["desc"].startswith(f"stop failed: {type(error).__name__}")
+                assert await peer.run("query-status") == STATUS
+                assert await other.run("query-status") == STATUS
 
     async def test_that_are_cancelled_are_answered(self, serve: Any, server: QmpServer, anyio_backend: str) -> None:
         @server.handler("stop")

@@ -278,7 +278,10 @@ class ClientConnection:
         return self._send(CAPABILITIES, {"enable": list(enable)} if enable else ABSENT)[1]
 
     def execute(self, command: str, arguments: Json | Absent = ABSENT) -> tuple[int, bytes]:
-        """Return a number for the command and its bytes; the Reply carries the number. Raises LocalProtocolError unless ready."""
+        """Return a number for the command and its bytes; the Reply carries the number.
+
+        Raises LocalProtocolError unless ready, and TypeError on arguments that JSON cannot carry; nothing is waited for then.
+        """
         self._move(Input.COMMAND)
         return self._send(command, arguments)
 
@@ -298,10 +301,13 @@ class ClientConnection:
         return events
 
     def _send(self, command: str, arguments: Json | Absent) -> tuple[int, bytes]:
-        self._count = number = self._count + 1
+        number = self._count + 1
         id_ = str(number)  # a string: StratoVirt takes no other
+        line = encode(Execute(command, arguments, id_))
+        # Only what goes out may be waited for: a reply without an id goes to the oldest.
+        self._count = number
         self._waiting[id_] = (number, command)
-        return number, encode(Execute(command, arguments, id_))
+        return number, line
 
     def _understand(self, frame: Frame) -> ClientEvent:
         message = frame if type(frame) is Malformed else messages.decode_response(frame)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ class Greeting(NamedTuple):
 
 
 class Execute(NamedTuple):
-    """A command (2.3). `id` may be any JSON value and comes back with the reply."""
+    """A command (2.3). `id` comes back with the reply; what it may be, decode_request() says."""
 
     command: str
     arguments: Json | Absent = ABSENT
@@ -98,7 +98,11 @@ def encode(message: Message) -> bytes:
     try:
         return _encode(message)
     except TypeError:
+        pass
+    try:
         return _encode(_printable(message))
+    except RecursionError:
+        raise TypeError("nested too deeply") from None
 
 
 def _encode(message: Any) -> bytes:
@@ -148,20 +152,25 @@ def decode_request(value: Mapping[str, Json]) -> Execute | Malformed:
     """Turn an object that a client sent into its command. Never raises: what is wrong comes back as Malformed.
 
     The texts are StratoVirt's. Members other than `execute`, `arguments` and `id` are refused, as its server does.
+
+    An id is any JSON value that can be sent back as it came: nested 128 deep at most, and of whole numbers those from -2^63 to
+    2^64 - 1. Another one is refused, without an id.
     """
     arguments: Json | Absent = ABSENT
     id_: Json | Absent = ABSENT
     known = 1
+    # Asking for what is there costs less than a call of get().
+    if "id" in value:
+        id_ = value["id"]
+        known += 1
+        if type(id_) is not str and type(id_) is not int and (problem := _why_not_returned(id_)):
+            return Malformed(f"{problem} (member `id`)")
     try:
         command = value["execute"]
     except KeyError:
-        return Malformed("missing field `execute`", value.get("id", ABSENT))
-    # Asking for what is there costs less than a call of get().
+        return Malformed("missing field `execute`", id_)
     if "arguments" in value:
         arguments = value["arguments"]
-        known += 1
-    if "id" in value:
-        id_ = value["id"]
         known += 1
     if type(command) is not str:
         return Malformed(f"invalid type: {describe(command)}, expected the name of a command (member `execute`)", id_)
@@ -169,6 +178,26 @@ def decode_request(value: Mapping[str, Json]) -> Execute | Malformed:
         unknown = next(name for name in value if name not in _REQUEST_MEMBERS)
         return Malformed(f"unknown field `{shorten(unknown)}`, expected `arguments` or `id`", id_)
     return _new(Execute, (command, arguments, id_))
+
+
+def _why_not_returned(id_: Json) -> str:
+    """Say why an id would not come back as it came; empty when it would."""
+    level: list[Json] = [id_]
+    for _ in range(_DEEPEST_ID + 1):
+        below: list[Json] = []
+        for each in level:
+            kind = type(each)
+            if kind is float and not _LOW < each < _HIGH:  # type: ignore[operator]
+                # orjson makes a float of a whole number that has no 64 bits.
+                return f"invalid value: {describe(each)}, expected a number from -2^63 to 2^64-1"
+            if kind is dict:
+                below += each.values()  # type: ignore[union-attr]
+            elif kind is list:
+                below += each  # type: ignore[arg-type]
+        if not below:
+            return ""
+        level = below
+    return "recursion limit exceeded"
 
 
 def decode_response(value: Mapping[str, Json]) -> Greeting | Return | Error | Event | Malformed:
@@ -207,6 +236,8 @@ def _decode_greeting(body: Json) -> Greeting | Malformed:
     return Malformed("a greeting without version and capabilities")
 
 
+_DEEPEST_ID = 128  # StratoVirt's parser goes no deeper; orjson writes 254 levels, and reads 1024
+_LOW, _HIGH = -(2.0**63), 2.0**64
 _REQUEST_MEMBERS = frozenset({"execute", "arguments", "id"})
 _SHOWN = 64  # characters of a peer's text in an error reply: enough to recognise, too few to amplify
 

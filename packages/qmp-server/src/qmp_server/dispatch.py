@@ -106,9 +106,12 @@ class Dispatcher:
             return Return({} if result is None else to_json(result), id_), call.later
         except QmpError as error:
             return Error(error.class_name, error.desc, id_), []
-        except Exception as error:
+        except BaseException as error:
+            # SystemExit too: what one handler calls the end of the program must not be the end of every client.
+            if is_from_outside(error):
+                raise
             _log.exception("handler of %s failed", name)
-            return Error(GENERIC_ERROR, f"{name} failed: {type(error).__name__}: {error}", id_), []
+            return Error(GENERIC_ERROR, f"{name} failed: {_in_words(error)}", id_), []
         finally:
             call.close()
 
@@ -139,3 +142,17 @@ class Dispatcher:
             finally:
                 self._running.discard(scope)
         raise QmpError(GENERIC_ERROR, f"{call.command} was cancelled: the server ends")
+
+
+def is_from_outside(error: BaseException) -> bool:
+    """Whether an exception was not the handler's to raise: cancellation, Ctrl-C, the end of the event loop."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(is_from_outside(each) for each in error.exceptions)
+    return isinstance(error, KeyboardInterrupt | GeneratorExit | anyio.get_cancelled_exc_class())
+
+
+def _in_words(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its __str__ is as wrong as the rest of it
+        return type(error).__name__

@@ -26,7 +26,7 @@ from qmp_protocol.schema import Command, Notification, Schema, to_json
 from qmp_server import builtin
 from qmp_server.client import Client
 from qmp_server.descriptors import DescriptorTable
-from qmp_server.dispatch import AnyHandler, C, Call, Dispatcher
+from qmp_server.dispatch import AnyHandler, C, Call, Dispatcher, is_from_outside
 from qmp_server.sockets import Listener
 
 _log = logging.getLogger("qmp_server")
@@ -236,7 +236,9 @@ class QmpServer:
         """Call what a handler left to be done behind its reply; its failure is logged and hurts nobody."""
         try:
             function()
-        except Exception:
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
             _log.exception("what was to follow a reply failed")
 
 

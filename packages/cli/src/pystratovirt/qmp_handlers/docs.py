@@ -29,10 +29,12 @@ NOTES: Final = {
     "balloon": "leaves the guest 32 MiB, or half of its memory if that is less (StratoVirt: takes everything); values from "
     "16 TiB on do not wrap around",
     "query-balloon": "never less than zero; shows the guest's statistics too when the balloon asks for them",
-    "blockdev-add": "raw and qcow2, `discard`, `detect-zeroes` and `throttling.iops-total` (StratoVirt's microvm: raw, the "
-    "others are ignored); as there, `aio` has to be given unless `cache.direct` is false",
+    "blockdev-add": "every key of `-drive` but `if` (StratoVirt's microvm: raw without limits, `discard` and `detect-zeroes`); "
+    "as there, `aio` has to be given unless `cache.direct` is false",
     "blockdev-del": "works; after `device_del`, which lets go of the drive as in StratoVirt, it succeeds once "
     "(StratoVirt's microvm: `blockdev_del not support yet`)",
+    "netdev_add": "every key of `-netdev` but the `path` of `user`: all descriptors, `vhost`, `queues`, and the types "
+    "`vhost-user` and `user` (StratoVirt's microvm: a tap by `ifname` or by the last of `fds`)",
     "netdev_del": "works; after `device_del` it succeeds once (StratoVirt's microvm: `netdev_del not support yet`)",
     "chardev-add": "works (StratoVirt's microvm: an error)",
     "chardev-remove": "works, unless something uses the device (StratoVirt's microvm: an error)",
@@ -55,8 +57,10 @@ NOTES: Final = {
     "query-migrate": "`setup`, as long as there is no migration",
     "human-monitor-command": "`drive_add`, `drive_del`, `info block`, `info snapshots` (StratoVirt's microvm: none)",
     "getfd": "of several descriptors the others are closed; a name that is used again closes the old one",
-    "trace-get-state": "only points that exist here, with StratoVirt's names",
-    "trace-set-state": "patterns with nested or more than three repetitions are refused; lines go to the log at level TRACE",
+    "trace-get-state": "only points that exist here, with StratoVirt's names; `state` is a word as in the manual (StratoVirt "
+    "sends a boolean); patterns as for `trace-set-state`",
+    "trace-set-state": "patterns are StratoVirt's without Unicode classes, sets in sets and the flag `x`, of at most 256 "
+    "characters; lines go to the log at level TRACE",
 }
 
 # Where StratoVirt's microvm says the same words as a success, or nothing at all.
