@@ -16,6 +16,7 @@ from pystratovirt.cmdline.backends import Drive, FileChardev, IoThread, PtyChard
 from pystratovirt.cmdline.drivers.blk import VirtioBlk
 from pystratovirt.cmdline.drivers.rng import VirtioRng
 from pystratovirt.cmdline.drivers.serial import Virtconsole, VirtioSerial
+from pystratovirt.cmdline.machine import MemoryNode
 from pystratovirt.cmdline.options import LATER, OPTIONS
 from pystratovirt.cmdline.values import GiB, MiB
 from pystratovirt.main import main
@@ -79,6 +80,49 @@ def test_kata_containers_command_line_parses() -> None:
     assert config.disable_seccomp
     assert config.log
     assert config.log_file is None
+
+
+def test_what_says_something_about_other_machines_only_is_read_and_has_no_effect() -> None:
+    config = kernel(
+        *("-smbios", "type=0,vendor=v,date=d", "type=1,manufacturer=x,uuid=a5a5a5a5-0000-1111-2222-333344445555"),
+        *("-smbios", "type=4,sock_pfx=s,max-speed=4000,current-speed=+3000", "-smbios", "type=17,loc_pfx=l,speed=3200"),
+        *("-smbios", "asset=a,type=3", "location=here,type=2", "-global", "pcie-root-port.fast-unplug=1"),
+    )
+    assert config == kernel()
+    assert kernel("-drive", "id=a,file=f,media=cdrom,readonly=on").drives["a"].media == "cdrom"
+
+
+def test_nodes_say_what_memory_is_like_and_where_it_lies() -> None:
+    config = kernel(
+        *("-m", "1G", "-smp", "4", "-mem-prealloc"),
+        *("-object", "memory-backend-memfd,id=b,size=768M,share=on,host-nodes=[0-1:3],policy=INTERLEAVE"),
+        *("-object", "memory-backend-memfd,id=a,size=256M,share=on"),
+        *("-numa", "node,nodeid=5,cpus=1:3,memdev=b", "-numa", "node,nodeid=0,cpus=0,memdev=a", "dist,src=0,dst=5,val=30"),
+    )
+    memory = config.memory
+    assert (memory.size, memory.share, memory.prealloc, memory.path) == (1 * GiB, True, True, None)
+    assert memory.nodes == (
+        MemoryNode(size=256 * MiB),
+        MemoryNode(size=768 * MiB, policy="interleave", host_nodes=(0, 1, 3)),
+    )
+
+
+def test_memory_of_nodes_can_be_in_a_folder_such_as_that_of_huge_pages() -> None:
+    backend = "memory-backend-file,id=m,size=256M,mem-path=/dev/hugepages,dump-guest-core=off,mem-prealloc=on"
+    memory = kernel("-object", backend, "-numa", "node,nodeid=0,cpus=0,memdev=m").memory
+    assert (memory.path, memory.dump, memory.prealloc) == ("/dev/hugepages", False, True)
+
+
+def test_a_memory_backend_that_no_node_uses_changes_nothing() -> None:
+    config = kernel("-object", "memory-backend-memfd,id=m,size=1G,share=on")
+    assert config.memory == kernel().memory
+
+
+def test_there_are_at_most_eight_nodes() -> None:
+    parts = [f"memory-backend-ram,id=m{n},size=32" for n in range(9)]
+    nodes = [f"node,nodeid={n},cpus={n},memdev=m{n}" for n in range(9)]
+    with pytest.raises(CommandLineError, match="-numa: 9 nodes; at most 8"):
+        kernel("-m", "288", "-smp", "9", "-object", *parts, "-numa", *nodes)
 
 
 def test_what_libvirt_sends_without_effect_is_accepted() -> None:

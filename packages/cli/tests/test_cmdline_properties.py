@@ -87,7 +87,15 @@ def configurations(draw: st.DrawFn) -> list[str]:
     """Command lines that have to parse."""
     argv = ["-machine", f"microvm,acpi={draw(st.sampled_from(['on', 'off']))}", "-kernel", "k"]
     cpus = draw(st.integers(1, 254))
-    argv += ["-smp", f"{cpus},maxcpus={draw(st.integers(cpus, 254))}", "-m", f"{draw(st.integers(128, 512 * 1024))}"]
+    memory = draw(st.integers(128, 512 * 1024))
+    argv += ["-smp", f"{cpus},maxcpus={draw(st.integers(cpus, 254))}", "-m", f"{memory}"]
+    where = draw(st.sampled_from([None, "ram", "memfd,share=on", "file,mem-path=/x", "ram,host-nodes=0-2:5,policy=bind"]))
+    argv += draw(st.sampled_from([[], ["-mem-path", "/dev/shm"]])) if where != "file,mem-path=/x" else []
+    if where:
+        sizes = [64, memory - 64] if cpus > 1 else [memory]
+        for node, size in enumerate(sizes):
+            argv += ["-object", f"memory-backend-{where},id=m{node},size={size}"]
+            argv += ["-numa", f"node,nodeid={node},cpus={node},memdev=m{node}", f"dist,src={node},dst=0,val={10 + 5 * node}"]
     drives = draw(st.lists(ids, unique=True, max_size=4))
     for number, name in enumerate(drives):
         escaped = name.replace(",", ",,")
@@ -96,6 +104,12 @@ def configurations(draw: st.DrawFn) -> list[str]:
     argv += draw(st.sampled_from([[], ["-serial", "stdio"], ["-serial", "chardev:tty", "-chardev", "pty,id=tty"]]))
     argv += draw(st.sampled_from([[], ["-qmp", "unix:q,server,nowait"], ["-qmp", "tcp:1.2.3.4:5,server,nowait"]]))
     argv += draw(st.sampled_from([[], ["-chardev", "socket,id=mon,path=p,server,nowait", "-mon", "chardev=mon,mode=control"]]))
+    networks = draw(st.lists(ids, unique=True, max_size=2))
+    for name in networks:
+        escaped = name.replace(",", ",,")
+        argv += ["-netdev", draw(st.sampled_from(["user,tcp-ports=1,,2,id=", "tap,fds=3:4,vhost=on,id="])) + escaped]
+        argv += ["-device", f"virtio-net-device,netdev={escaped}"]
+    argv += draw(st.sampled_from([[], ["-trace", "file=a,,b"]]))
     argv += draw(st.sampled_from([[], ["-S"], ["-mem-prealloc", "-D", "log"], ["-D"], ["-daemonize", "-pidfile", "p"]]))
     return argv
 

@@ -301,6 +301,18 @@ class TestQueries:
             "Failed to set trace state"
         )
 
+    def test_trace_points_of_a_file_are_on_from_the_start(self, tmp_path: Path) -> None:
+        (tmp_path / "patterns").write_text("virtio_tpt_read\n\n  ^qmp_command$  \n   \n")
+        with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp") as folder:
+            vm = Vm(Path(folder), "-trace", f"file={tmp_path}/patterns")
+            states = Client(vm.unix).run("trace-get-state", {"name": ""})["return"]
+            vm.ask("readl 0xf0100000")
+            vm.close()
+            lines = vm.log.read_text()
+        enabled = {each["name"] for each in states if each["state"] == "enabled"}
+        assert enabled == {"virtio_tpt_read_config", "qmp_command"}
+        assert "[virtio_tpt_read_config]" in lines
+
     def test_probes_find_what_they_look_for(self, vm: Vm) -> None:
         client = Client(vm.unix)
         assert client.run("query-target") == {"return": {"arch": "x86_64"}}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pystratovirt import log
 from pystratovirt.cmdline import CommandLineError, fail, parse_or_exit
+from pystratovirt.cmdline.errors import show
 
 if TYPE_CHECKING:
     import socket
@@ -35,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         fail(CommandLineError("-D", config.log_file or "", error.strerror or str(error)))
     sys.setswitchinterval(SWITCH_INTERVAL)
+    if config.trace:
+        from pystratovirt.trace import TraceError, registry
+
+        try:
+            registry.enable_from_file(config.trace)
+        except TraceError as error:
+            fail(CommandLineError("-trace", f"file={show(config.trace)}", str(error).removeprefix(f"{config.trace}: ")))
     from pystratovirt.errors import StartError
 
     with contextlib.ExitStack() as stack:

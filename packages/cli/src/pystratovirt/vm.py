@@ -18,7 +18,7 @@ from pystratovirt.slots import DISK_SLOTS, NET_SLOTS, place
 from virtio_devices.mmio import MmioTransport
 from vmm_core.clock import MonotonicClock, VirtualClock
 from vmm_core.errors import VmmError
-from vmm_core.guestmem import GuestMemory
+from vmm_core.guestmem import GuestMemory, Placement
 from vmm_core.machine.microvm import Kernel, Microvm
 from vmm_core.threads import IoThread
 from vmm_core.x86_64.layout import Microvm as Layout
@@ -179,7 +179,14 @@ class VirtualMachine:
     def _memory(self) -> GuestMemory:
         wanted = self.config.memory
         threads = min(PREALLOC_THREADS, self.config.smp.cpus) if wanted.prealloc else 0
-        return GuestMemory(Layout.ram(wanted.size), path=wanted.path, share=wanted.share, prealloc=threads, dump=wanted.dump)
+        return GuestMemory(
+            Layout.ram(wanted.size),
+            path=wanted.path,
+            share=wanted.share,
+            prealloc=threads,
+            dump=wanted.dump,
+            placement=[Placement(node.size, node.policy, node.host_nodes) for node in wanted.nodes],
+        )
 
     def open_drive(self, drive: Drive) -> None:
         """Open and lock an image, until close_drive() or close(). Raises VmError."""

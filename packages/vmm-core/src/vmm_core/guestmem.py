@@ -37,6 +37,17 @@ class Region(NamedTuple):
     offset: int
 
 
+class Placement(NamedTuple):
+    """Where the next `size` bytes of RAM are to lie: which `nodes` of the host, and how strictly.
+
+    `mode` is `default` (nodes are not looked at), `preferred`, `bind` or `interleave`, as in set_mempolicy(2).
+    """
+
+    size: int
+    mode: str = "default"
+    nodes: tuple[int, ...] = ()
+
+
 class GuestMemory:
     """The RAM of one machine, mapped into this process.
 
@@ -52,14 +63,16 @@ class GuestMemory:
         share: bool = False,
         prealloc: int = 0,
         dump: bool = True,
+        placement: Sequence[Placement] = (),
     ) -> None:
         """Map RAM for `regions`, pairs of (base, size in bytes), ascending, disjoint and in whole pages.
 
         `path` names a file, or a directory for an unlinked temporary file, that holds the RAM (hugetlbfs included).
         `share` makes other processes that map the file see guest memory; without a path it is then a memfd. `prealloc`
         is the number of threads that touch every page now, 0 for none. Without `dump`, RAM is left out of core dumps.
+        `placement` says on which nodes of the host RAM lies, one piece after the other; all of it, or nothing.
 
-        Raises GuestMemoryError when a region is malformed, or the system or the file cannot give that much.
+        Raises GuestMemoryError when a region or piece is malformed, or the system or the file cannot give that much, or there.
         """
         self.regions: tuple[Region, ...] = tuple(_checked(regions))
         self.size = sum(region.size for region in self.regions)
@@ -77,6 +90,10 @@ class GuestMemory:
                 self.fd = _open_memfd(self.size)
             for region in self.regions:
                 self._maps.append(_map(region, self.fd, share=share, dump=dump))
+            if placement:
+                from vmm_core._placement import place
+
+                place(self.regions, self._maps, placement, self.page_size)
             if prealloc > 0:
                 from vmm_core._prealloc import populate
 

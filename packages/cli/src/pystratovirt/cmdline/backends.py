@@ -5,9 +5,21 @@ Not here: what a guest sees of them (see `devices`).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
+from pystratovirt.lazy import Lazy
+
 from .declare import Parameters, Record, key
 from .errors import BadKey
 from .values import ALLOW, FLAG, ID, PATH, SOCKET_PATH, SWITCH, UNMAP, Choice, Integer, Kind, MiB, Reference, Size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import TypeAlias
+
+    from .numa import MemoryBackend
+
+    Object: TypeAlias = "IoThread | RngRandom | MemoryBackend"
 
 MAX_IOTHREADS = 8
 MAX_IOPS = 1_000_000
@@ -48,7 +60,12 @@ class Drive(Parameters):
         doc="qcow2: whether the backing or data file that the image names may be opened",
         note="not in StratoVirt, which opens them; leave it at `deny` for images of others",
     )
-    media: str = key(Choice("disk", "cdrom"), default="disk", later=True, doc="what a USB drive looks like")
+    media: str = key(
+        Choice("disk", "cdrom"),
+        default="disk",
+        doc="what a USB drive looks like",
+        note="no effect on other drives, as in StratoVirt",
+    )
     l2_cache_size: int | None = key(_CACHE, default=None, doc="qcow2: bytes of mapping tables kept in memory")
     refcount_cache_size: int | None = key(_CACHE, default=None, doc="qcow2: bytes of reference counts kept in memory")
     interface: str = key(
@@ -90,8 +107,19 @@ class RngRandom(Parameters, selector="rng-random"):
     filename: str = key(PATH, doc="character device such as /dev/urandom")
 
 
-Object = IoThread | RngRandom
-OBJECTS: dict[str, type[Object]] = {"iothread": IoThread, "rng-random": RngRandom}
+OBJECTS: Mapping[str, type[Object]] = cast(
+    "Mapping[str, type[Object]]",
+    Lazy(
+        "pystratovirt.cmdline",
+        {
+            "iothread": ("backends", "IoThread"),
+            "rng-random": ("backends", "RngRandom"),
+            "memory-backend-ram": ("numa", "MemoryBackendRam"),
+            "memory-backend-file": ("numa", "MemoryBackendFile"),
+            "memory-backend-memfd": ("numa", "MemoryBackendMemfd"),
+        },
+    ),
+)
 
 
 class StdioChardev(Parameters, selector="stdio"):
@@ -196,6 +224,24 @@ class Qmp(Parameters):
         for name in ("server", "nowait"):
             if not getattr(self, name):
                 raise BadKey(self.uri, f"needs {name}: a monitor socket is {self.uri},server,nowait")
+
+
+class Trace(Parameters):
+    """`-trace`: trace points that are on from the start."""
+
+    file: str = key(
+        PATH,
+        doc="patterns of names, one a line",
+        note="other keys are refused (StratoVirt: ignored); a line of blanks switches nothing on (StratoVirt: everything)",
+    )
+
+
+class Global(Parameters):
+    """`-global`: a property of all devices of a kind."""
+
+    fast_unplug: str | None = key(
+        Choice("0", "1"), default=None, name="pcie-root-port.fast-unplug", doc="how a PCIe port lets go of its device"
+    )
 
 
 class Mon(Parameters):

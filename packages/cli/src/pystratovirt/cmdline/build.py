@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pystratovirt.slots import place
 
-from .backends import CHARDEVS, MAX_IOTHREADS, OBJECTS, Drive, IoThread, Listener, Mon, Qmp, SocketChardev, StdioChardev
+from .backends import (
+    CHARDEVS,
+    MAX_IOTHREADS,
+    OBJECTS,
+    Drive,
+    Global,
+    IoThread,
+    Listener,
+    Mon,
+    Qmp,
+    RngRandom,
+    SocketChardev,
+    StdioChardev,
+    Trace,
+)
 from .config import Config
 from .declare import Parameters, items, word_in_front
 from .drivers import DRIVERS
@@ -21,9 +35,10 @@ from .values import ID, PATH, SOCKET_PATH, Reference, Text
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .backends import Chardev, Object, RngRandom
+    from .backends import Chardev, Object
     from .drivers.base import Device
     from .netdevs import Netdev
+    from .numa import MemoryBackend, NumaEntry
 
 P = TypeVar("P", bound=Parameters)
 
@@ -51,17 +66,27 @@ def build(argv: Sequence[str]) -> Config:
     serial = _serial(given, users)
     devices = [_device(text) for text in given.get("device", ())]
     _check_devices(devices, users, machine)
+    smp = _one(given, "smp", Smp) or Smp(cpus=1)
+    memory, numa = _memory(given, machine), _numa(given, users)
+    if numa:
+        from .numa import arrange
+
+        memory = arrange(numa, users.memory_backends, memory, smp.cpus)
+    _check_without_effect(given)
+    trace = _one(given, "trace", Trace)
     config = Config(
         machine=machine,
         cpu=_one(given, "cpu", Cpu) or Cpu(),
-        smp=_one(given, "smp", Smp) or Smp(cpus=1),
-        memory=_memory(given, machine),
+        smp=smp,
+        memory=memory,
         kernel=_text(given, "kernel", PATH),
         initrd=_text(given, "initrd", PATH),
         append=_append(given),
         drives=users.drives,
         iothreads=users.iothreads,
         rngs=users.rngs,
+        memory_backends=users.memory_backends,
+        numa=tuple(numa),
         chardevs=users.chardevs,
         netdevs=users.netdevs,
         devices=tuple(devices),
@@ -69,6 +94,7 @@ def build(argv: Sequence[str]) -> Config:
         monitors=monitors,
         freeze="S" in given,
         test_socket=_test_socket(given),
+        trace=trace.file if trace else None,
         name=_text(given, "name", ID) or "",
         log="D" in given,
         log_file=_text(given, "D", PATH),
@@ -109,6 +135,42 @@ def _memory(given: Mapping[str, list[str]], machine: Machine) -> Memory:
     )
 
 
+def _numa(given: Mapping[str, list[str]], users: _Users) -> list[NumaEntry]:
+    found: list[NumaEntry] = []
+    for text in given.get("numa", ()):
+        from .numa import ENTRIES, MEMDEV, NumaNode
+
+        entry = _choose("-numa", text, ENTRIES, "type").parse("-numa", text)
+        if isinstance(entry, NumaNode):
+            where = f"node: memdev={show(entry.memdev)}"
+            users.use("-numa", where, MEMDEV, entry.memdev, f"node {entry.nodeid}")
+        found.append(entry)
+    return found
+
+
+def _check_without_effect(given: Mapping[str, list[str]]) -> None:
+    """Read what says something about other machines: its mistakes are mistakes all the same."""
+    seen: set[str] = set()
+    for text in given.get("smbios", ()):
+        from .smbios import TABLES
+
+        try:
+            number = dict(items(text)).get("type") or ""
+        except BadKey as error:
+            raise CommandLineError("-smbios", error.name, error.reason) from None
+        table = TABLES.get(number)
+        if table is None:
+            raise CommandLineError("-smbios", show(text), f"needs type=NUMBER; there are: {listing(TABLES)}")
+        table.parse("-smbios", text)
+        if number in seen:
+            raise CommandLineError("-smbios", f"type={number}", "given more than once")
+        seen.add(number)
+    for text in given.get("global", ()):
+        Global.parse("-global", text)
+    if len(given.get("global", ())) > 1:
+        raise CommandLineError("-global", "", "given more than once")
+
+
 def _append(given: Mapping[str, list[str]]) -> str:
     text = " ".join(given.get("append", ()))
     if text:
@@ -129,6 +191,7 @@ class _Users:
         self.drives: dict[str, Drive] = {}
         self.iothreads: dict[str, IoThread] = {}
         self.rngs: dict[str, RngRandom] = {}
+        self.memory_backends: dict[str, MemoryBackend] = {}
         self.chardevs: dict[str, Chardev] = {}
         self.netdevs: dict[str, Netdev] = {}
         self._used: dict[tuple[str, str], str] = {}
@@ -160,9 +223,12 @@ class _Users:
             if len(self.iothreads) == MAX_IOTHREADS:
                 raise CommandLineError("-object", f"iothread: id={show(made.id)}", f"at most {MAX_IOTHREADS} iothreads")
             self.iothreads[made.id] = made
-        else:
+        elif isinstance(made, RngRandom):
             _new("-object", made.id, self.rngs, "rng-random: ")
             self.rngs[made.id] = made
+        else:
+            _new("-object", made.id, self.memory_backends, f"{made.selector}: ")
+            self.memory_backends[made.id] = made
 
     def add_chardev(self, option: str, text: str) -> Chardev:
         """Add the chardev that `text` describes."""
@@ -190,6 +256,7 @@ class _Users:
             "rng-random": self.rngs,
             "chardev": self.chardevs,
             "netdev": self.netdevs,
+            "memory backend": self.memory_backends,
         }
         if name not in tables[kind.to]:
             raise CommandLineError(option, where, f"no such {kind.to}; there are: {listing(tables[kind.to])}")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .backends import Chardev, Drive, IoThread, Listener, RngRandom
     from .drivers.base import Device
     from .netdevs import Netdev
+    from .numa import MemoryBackend, NumaEntry
 
 
 class Config(Record):
@@ -36,6 +37,8 @@ class Config(Record):
     drives: Mapping[str, Drive] = {}  # a Mapping: nobody writes to it
     iothreads: Mapping[str, IoThread] = {}
     rngs: Mapping[str, RngRandom] = {}
+    memory_backends: Mapping[str, MemoryBackend] = {}
+    numa: tuple[NumaEntry, ...] = ()  # `memory` is as they say already
     chardevs: Mapping[str, Chardev] = {}
     netdevs: Mapping[str, Netdev] = {}
     devices: tuple[Device, ...] = ()
@@ -45,6 +48,7 @@ class Config(Record):
     freeze: bool = False
     test_socket: str | None = None  # -mod-test: connect here, run no vCPU
 
+    trace: str | None = None  # a file of patterns of trace points
     name: str = ""
     log: bool = False  # -D: steps are logged, and not only what goes wrong
     log_file: str | None = None  # None: standard error

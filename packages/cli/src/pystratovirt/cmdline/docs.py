@@ -16,7 +16,7 @@ from .backends import CHARDEVS, OBJECTS
 from .declare import Key, Parameters
 from .drivers import DRIVERS
 from .netdevs import NETDEVS
-from .options import IGNORED, LATER, OPTIONS, Option
+from .options import IGNORED, LATER, NUMA, OPTIONS, Option
 
 _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -55,7 +55,7 @@ def _row(found: Key) -> tuple[str, ...]:
     if found.required:
         default = "required"
     else:
-        default = "none" if found.default in (None, "") else f"`{found.kind.render(found.default)}`"
+        default = "none" if found.default in (None, "", ()) else f"`{found.kind.render(found.default)}`"
     state = "not yet" if found.later else "supported"
     if found.note:
         state = f"{state}; {found.note}"
@@ -83,6 +83,7 @@ _BLOCKS: dict[str, Callable[[], str]] = {
     "devices": lambda: _variants("-device", {**DRIVERS}),
     "devices-later": lambda: _missing(notyet.DRIVERS, "Driver"),
     "objects": lambda: _variants("-object", {**OBJECTS}),
+    "numa": lambda: _variants("-numa", {**NUMA}),
     "objects-later": lambda: _missing(notyet.OBJECTS, "Type"),
     "chardevs": lambda: _variants("-chardev", {**CHARDEVS}),
     "netdevs": lambda: _variants("-netdev", {**NETDEVS}),

@@ -23,6 +23,10 @@ def check_files(config: Config) -> None:
     for drive in config.drives.values():
         where = f"id={show(drive.id)}: file={show(drive.file)}"
         _expect("-drive", where, drive.file, (stat.S_IFREG, stat.S_IFBLK), "a regular file or a block device")
+    for backend in config.memory_backends.values():
+        if backend.path is not None and os.path.exists(backend.path):  # noqa: PTH110 - as below; else it is made
+            where = f"{backend.selector}: mem-path={show(backend.path)}"
+            _expect("-object", where, backend.path, (stat.S_IFREG, stat.S_IFDIR), "a regular file or a folder")
     for rng in config.rngs.values():
         where = f"rng-random: filename={show(rng.filename)}"
         _expect("-object", where, rng.filename, (stat.S_IFCHR,), "a character device")

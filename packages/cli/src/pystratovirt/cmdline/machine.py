@@ -124,11 +124,23 @@ class MemorySize(Parameters):
     size: int = key(Size(128 * MiB, 512 * GiB), positional=True, doc="guest memory")
 
 
+class MemoryNode(Record):
+    """RAM of one node: how much, and on which nodes of the host (none: anywhere) by which policy."""
+
+    size: int
+    policy: str = "default"
+    host_nodes: tuple[int, ...] = ()
+
+
 class Memory(Record):
-    """Guest memory as all options together describe it. `size` in bytes; `path` is a file or folder that backs it."""
+    """Guest memory as all options together describe it. `size` in bytes; `path` is a file or folder that backs it.
+
+    `nodes` follow each other in it; there are none without `-numa`.
+    """
 
     size: int = 256 * MiB
     path: str | None = None
     prealloc: bool = False
     share: bool = False
     dump: bool = True
+    nodes: tuple[MemoryNode, ...] = ()

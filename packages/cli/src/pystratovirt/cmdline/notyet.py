@@ -5,9 +5,6 @@ from __future__ import annotations
 _PCI = "machines with a PCI bus"
 
 OBJECTS = {
-    "memory-backend-ram": "memory of a NUMA node",
-    "memory-backend-file": "memory of a NUMA node in a file",
-    "memory-backend-memfd": "memory of a NUMA node that can be shared",
     "tls-creds-x509": "certificates for VNC",
     "authz-simple": "user names for VNC",
 }

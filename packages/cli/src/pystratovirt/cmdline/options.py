@@ -5,7 +5,9 @@ Not here: what an option does (see `build`), and the keys of those that have the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from pystratovirt.lazy import Lazy
 
 from . import backends, drivers, machine, netdevs
 
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .declare import Parameters
+
+NUMA: Mapping[str, type[Parameters]] = cast(
+    "Mapping[str, type[Parameters]]",
+    Lazy("pystratovirt.cmdline", {"node": ("numa", "NumaNode"), "dist": ("numa", "NumaDistance")}),
+)
 
 FLAG, ONE, OPTIONAL, MANY = (
     "flag",
@@ -68,7 +75,15 @@ _TABLE = (
     Option("mem-prealloc", FLAG, "", MACHINE, "touch all memory at start"),
     Option("cpu", ONE, "host", MACHINE, "CPU that the guest sees", schema=machine.Cpu),
     Option("accel", ONE, "kvm", MACHINE, "what runs the guest", schema=machine.Accel),
-    Option("numa", MANY, "node|dist,...", MACHINE, "NUMA nodes", state=LATER),
+    Option(
+        "numa",
+        MANY,
+        "node|dist,...",
+        MACHINE,
+        "nodes of CPUs and memory",
+        schema=NUMA,
+        note="the memory of all nodes is alike but for its place on the host; a guest of a microvm hears nothing of it, as there",
+    ),
     Option(
         "kernel",
         ONE,
@@ -87,10 +102,25 @@ _TABLE = (
     ),
     Option("initrd", ONE, "FILE", BOOT, "initial RAM disk", note="the path may have 4096 bytes (StratoVirt: 255)"),
     Option("incoming", ONE, "URI", BOOT, "start from a saved state", state=LATER),
-    Option("smbios", MANY, "type=N,...", BOOT, "SMBIOS tables", state=LATER),
+    Option(
+        "smbios",
+        MANY,
+        "type=N,...",
+        BOOT,
+        "what SMBIOS tables say",
+        state=IGNORED,
+        note="as in StratoVirt on a microvm; keys and values are checked",
+    ),
     Option("drive", MANY, "id=ID,file=FILE[,...]", BACKENDS, "disk image for a -device", schema=backends.Drive),
     Option("device", MANY, "DRIVER[,KEY=VALUE...]", BACKENDS, "add a device", schema=drivers.DRIVERS),
-    Option("object", MANY, "TYPE,id=ID[,...]", BACKENDS, "I/O thread or source of random bytes", schema=backends.OBJECTS),
+    Option(
+        "object",
+        MANY,
+        "TYPE,id=ID[,...]",
+        BACKENDS,
+        "I/O thread, source of random bytes, memory of a node",
+        schema=backends.OBJECTS,
+    ),
     Option("chardev", MANY, "BACKEND,id=ID[,...]", BACKENDS, "where a console or monitor leads", schema=backends.CHARDEVS),
     Option(
         "serial",
@@ -101,7 +131,16 @@ _TABLE = (
         note="`chardev:ID` works whatever the order (StratoVirt: never); stdio needs no terminal",
     ),
     Option("netdev", MANY, "TYPE,id=ID[,...]", BACKENDS, "network for a -device", schema=netdevs.NETDEVS),
-    Option("global", MANY, "DRIVER.KEY=VALUE", BACKENDS, "default of a device property", state=LATER),
+    Option(
+        "global",
+        MANY,
+        "DRIVER.KEY=VALUE",
+        BACKENDS,
+        "a property of all devices of a kind",
+        schema=backends.Global,
+        state=IGNORED,
+        note="as in StratoVirt on a microvm; key and value are checked",
+    ),
     Option("battery", FLAG, "", BACKENDS, "battery of the virt machine", state=IGNORED, note="as in StratoVirt on a microvm"),
     Option(
         "qmp",
@@ -122,7 +161,15 @@ _TABLE = (
         "test mode: no vCPUs, driven over a socket",
         note="works with microvm; needs no KVM, kernel or drive",
     ),
-    Option("trace", ONE, "file=FILE", CONTROL, "switch trace points on", state=LATER),
+    Option(
+        "trace",
+        ONE,
+        "file=FILE",
+        CONTROL,
+        "switch on the trace points that a file of patterns names",
+        schema=backends.Trace,
+        note="lines go to the log at level TRACE: STRATOVIRT_LOG_LEVEL=trace shows them",
+    ),
     Option("name", ONE, "NAME", PROCESS, "name of the virtual machine"),
     Option(
         "D",

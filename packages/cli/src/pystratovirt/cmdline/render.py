@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .backends import Mon, Qmp
+from .backends import Mon, Qmp, Trace
 from .build import SERIAL_ID
 from .machine import MemorySize
 
@@ -17,8 +17,9 @@ def render(config: Config) -> list[str]:
     """Return arguments (without the program's name) that parse to `config`. The Config has to come from a parse."""
     argv = ["-machine", config.machine.render(), "-cpu", config.cpu.render(), "-smp", config.smp.render()]
     argv += ["-m", MemorySize(size=config.memory.size).render()]
+    in_file = any(backend.path is not None for backend in config.memory_backends.values()) and config.memory.nodes
     for option, text in (
-        ("-mem-path", config.memory.path),
+        ("-mem-path", None if in_file else config.memory.path),
         ("-kernel", config.kernel),
         ("-initrd", config.initrd),
         ("-append", config.append or None),
@@ -35,13 +36,17 @@ def render(config: Config) -> list[str]:
         ("-disable-seccomp", config.disable_seccomp),
     ):
         argv += [option] * on
+    if config.trace is not None:
+        argv += ["-trace", Trace(file=config.trace).render()]
     if config.log:
         argv += ["-D", config.log_file] if config.log_file is not None else ["-D"]
     chardevs = [chardev for chardev in config.chardevs.values() if chardev is not config.serial or chardev.id != SERIAL_ID]
     groups: list[tuple[str, list[Parameters]]] = [
         ("-drive", [*config.drives.values()]),
-        ("-object", [*config.iothreads.values(), *config.rngs.values()]),
+        ("-object", [*config.iothreads.values(), *config.rngs.values(), *config.memory_backends.values()]),
+        ("-numa", [*config.numa]),
         ("-chardev", [*chardevs]),
+        ("-netdev", [*config.netdevs.values()]),
         ("-device", [*config.devices]),
     ]
     argv += [text for option, group in groups for item in group for text in (option, item.render())]

@@ -39,7 +39,12 @@ class VirtioNet(Device, selector="virtio-net-device"):
     place: ClassVar[str] = NET
 
     netdev: str = key(Reference("netdev"), doc="the -netdev that it is connected to")
-    mac: bytes | None = key(Mac(), default=None, doc="its address; 52:54:00:12:34:56 and the following by default")
+    mac: bytes | None = key(
+        Mac(),
+        default=None,
+        doc="its address; 52:54:00:12:34:56 and the following by default",
+        note="a multicast address or zeroes: refused (StratoVirt takes it; no guest brings up a card with it)",
+    )
     mq: bool = key(SWITCH, default=False, doc="the guest may use all pairs of queues that the -netdev has")
     iothread: str | None = key(Reference("iothread", shared=True), default=None, doc="the I/O thread that serves it")
     queue_size: int = key(PowerOfTwo(256, 4096), default=256, doc="entries of a queue")
