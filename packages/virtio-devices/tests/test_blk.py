@@ -424,6 +424,33 @@ def test_a_pause_finishes_what_is_under_way_even_where_a_flush_follows(make: Mak
     assert disk.log[2:] == ["read"]
 
 
+def test_a_disk_that_cannot_come_to_rest_works_on(make: Make, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = new_loop()
+    disk = MemoryDisk(inline=False)
+    driver = make(disk, loops=[loop, other], num_queues=2).start()
+    driver.offer(header(IN), 512, 1)
+    driver.kick()
+
+    def refuse() -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(disk.channels[0], "drain", refuse)
+    with pytest.raises(OSError, match="the disk is gone"):
+        driver.transport.pause()
+    monkeypatch.undo()
+    disk.finish()
+    disk.inline = True
+    for queue in (0, 1):
+        driver.offer(header(IN), 512, 1, queue=queue)
+        driver.kick(queue)
+    loop.poll()
+    other.poll()
+    assert [len(ring.collect()) for ring in driver.rings[:2]] == [2, 1]
+    driver.transport.pause()
+    driver.close()
+    other.close()
+
+
 def test_a_stopped_queue_is_given_back_its_requests_first(make: Make) -> None:
     disk = MemoryDisk(inline=False)
     driver = make(disk, num_queues=2).start()

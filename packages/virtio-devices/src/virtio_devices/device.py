@@ -166,11 +166,20 @@ class VirtioDevice:
             loop.run(stop)
 
     def pause(self) -> None:
-        """Finish what is under way and start nothing new. When this returns, guest memory and indices are at rest."""
+        """Finish what is under way and start nothing new. When this returns, guest memory and indices are at rest.
+
+        Raises what a back end raised that could not come to rest; the device works on then.
+        """
         with self._lock:
             self._paused = True
             if self._running:
-                self._halt()
+                try:
+                    self._halt()
+                except BaseException:
+                    self._paused = False
+                    if not self._running:
+                        self._go()
+                    raise
 
     def resume(self) -> None:
         """Go on after pause(), with what the driver made available meanwhile."""
@@ -265,7 +274,9 @@ class VirtioDevice:
                 self._kick_later(index)
 
     def _halt(self) -> None:
+        """Have every loop come to rest; what one of them raises, the others do not suffer from."""
         self._running = False
+        failure: Exception | None = None
         for loop, indices in self._owned().items():
 
             def rest(loop: Loop = loop, indices: list[int] = indices) -> None:
@@ -273,7 +284,12 @@ class VirtioDevice:
                     loop.remove_fd(self._kicks[index])
                 self._drain(loop)
 
-            loop.run(rest)
+            try:
+                loop.run(rest)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _kicked(self, index: int) -> Callable[[int], None]:
         kick, guarded, process = self._kicks[index], self._guarded, self._process

@@ -19,6 +19,9 @@ class LeakyBucket:
 
     The level drains by `rate` units a second; while it is not above what drains in `burst` nanoseconds, whatever is asked for
     passes and raises it. With a burst of a second this is StratoVirt's rule (reference virtio, section 5.6).
+
+    Who was told to wait and comes late, because the host was busy, finds what drained meanwhile, up to a second's worth: else a busy
+    host would make every limit a lower one. Who comes after a rest finds no more than the burst.
     """
 
     def __init__(self, clock: Clock, rate: int, burst: int = _SECOND) -> None:
@@ -28,8 +31,11 @@ class LeakyBucket:
         self._clock = clock
         self._rate = rate
         self._burst = rate * burst
-        # When the bucket will be empty, in nanoseconds times rate: whole numbers, so nothing is lost by rounding.
+        # When the bucket will be empty, in nanoseconds times rate, as all times here: whole numbers, so rounding loses nothing.
         self._empty_at = 0
+        self._told = -1  # for when somebody was told to come back; -1: nobody
+        self._late = 0  # by how much he did
+        self._late_until = 0  # how long who waited with him is believed to have been late as well
         self._lock = threading.Lock()
 
     def take(self, units: int) -> int:
@@ -37,13 +43,22 @@ class LeakyBucket:
         rate = self._rate
         with self._lock:
             now = self._clock.now() * rate
-            over = self._empty_at - now - self._burst
-            if over > 0:
-                return -(-over // rate)
-            self._empty_at = max(self._empty_at, now) + units * _SECOND
+            free_at = self._empty_at - self._burst
+            if free_at > now:
+                self._told = free_at
+                return -(-(free_at - now) // rate)
+            if self._told >= 0:
+                self._late = min(now - self._told, rate * _SECOND)
+                self._late_until = now + self._burst
+                self._told = -1
+            self._raise(now, units)
             return 0
 
     def charge(self, units: int) -> None:
         """Take `units` whatever the level: for what could be measured only after it had passed."""
         with self._lock:
-            self._empty_at = max(self._empty_at, self._clock.now() * self._rate) + units * _SECOND
+            self._raise(self._clock.now() * self._rate, units)
+
+    def _raise(self, now: int, units: int) -> None:
+        floor = now - self._late if now <= self._late_until else now
+        self._empty_at = max(self._empty_at, floor) + units * _SECOND
