@@ -57,6 +57,27 @@ def test_port_accesses_reach_the_bus_with_their_size_and_value(guest: Callable[.
         assert g.next()[-1] == value  # what the guest got, sent back
 
 
+def test_a_vcpu_whose_device_asks_for_a_pause_runs_no_further_instruction(guest: Callable[..., Guest]) -> None:
+    g = guest(b"\xe6\x10\xe6\x11" + LOOP, cpus=2)  # out 0x10, al; out 0x11, al
+    write = g.device.write
+
+    def stop_all(offset: int, size: int, value: int) -> None:
+        write(offset, size, value)
+        if offset == 0:
+            for vcpu in g.vcpus:
+                vcpu.request_pause()
+
+    g.device.write = stop_all  # type: ignore[method-assign]
+    for vcpu in g.vcpus:
+        vcpu.start()
+    g.vcpus[0].resume()
+    assert g.next()[2] == 0
+    assert g.vcpus[0].wait_paused(PATIENCE)
+    assert g.device.events.empty()
+    g.vcpus[0].resume()
+    assert g.next()[2] == 1
+
+
 def test_string_accesses_come_element_by_element(guest: Callable[..., Guest]) -> None:
     # mov cx, 5; mov si, 0x2000; mov di, 0x3000; mov dx, PORT; rep outsb; mov cx, 3; rep insw; out PORT+1, al
     code = b"\xb9\x05\0\xbe\0\x20\xbf\0\x30\xba\x10\0\xf3\x6e\xb9\x03\0\xf3\x6d\xe6\x11"

@@ -99,10 +99,12 @@ class Runtime:
         """Bring a machine to rest that has lost a vCPU, and tell every client; someone may want to look at it."""
         log.error(report)
         try:
+        was_running = self.machine.status is VmStatus.RUNNING
             self.machine.fail()
         except VmmError as error:
             log.error(f"{error}")
-        self._qmp.emit(Stopped())
+        if was_running:  # who has stopped it, or heard of a first failure, knows that it stands still
+            self._qmp.emit(Stopped())
 
     async def _watch_events(self) -> None:
         while True:
@@ -117,6 +119,8 @@ class Runtime:
         elif self.machine.status is VmStatus.SHUTDOWN:
             return
         elif event.kind is EventKind.RESET:
+        elif not self.machine.is_current(event):
+            log.info(f"what a guest before the reset asked for is dropped: {event.kind.value}: {event.report}")
             self.reset(guest=True, reason=event.report)
         elif event.kind is EventKind.POWER_OFF:
             log.info(event.report)

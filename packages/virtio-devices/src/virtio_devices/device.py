@@ -176,9 +176,7 @@ class VirtioDevice:
                 try:
                     self._halt()
                 except BaseException:
-                    self._paused = False
-                    if not self._running:
-                        self._go()
+                    self.resume()
                     raise
 
     def resume(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from vmm_core.bus import Bus
@@ -46,10 +47,16 @@ class EventKind(Enum):
 
 
 class MachineEvent(NamedTuple):
-    """A request from inside the machine. `report` says why, for the log."""
+    """A request from inside the machine. `report` says why, for the log.
+
+    The vCPUs stand still from the request on, until the owner answers it with reset(), fail() or shutdown(). Whoever asks once
+    asks again: Linux tries one way to reset after the other. So a request counts for its `generation` only, that is up to the
+    next reset (`Machine.is_current`).
+    """
 
     kind: EventKind
     report: str
+    generation: int
 
 
 class Component(Stateful, Protocol):
@@ -64,10 +71,15 @@ class Pausable(Protocol):
     """A part that acts on its own, outside of vCPU exits: a queue on an I/O thread, a timer."""
 
     def pause(self) -> None:
-        """Finish what is under way and start nothing new. Returns when guest memory and back ends are at rest."""
+        """Finish what is under way and start nothing new. Returns when guest memory and back ends are at rest.
+
+        When it raises, the part goes on as before.
+        """
         ...
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """Go on. When it raises, the part is still paused."""
+        ...
 
 
 class Closable(Protocol):
@@ -93,8 +105,11 @@ class Machine:
         self.status = VmStatus.CREATED
         self._post = post
         self._pausable: list[Pausable] = []
+        self._resting: list[Pausable] = []  # those that are paused
+        self._generation = 0  # raised by whatever replaces the guest that runs
+        self._asked = -1  # the generation in which a request was made last
+        self._was_paused = False  # when a vCPU failed
         self._closable: list[Closable] = []
-        self._started = False
         hypervisor.map_memory(memory)
 
     # Construction
@@ -110,12 +125,19 @@ class Machine:
         del self.components[name]
 
     def add_pausable(self, part: Pausable) -> None:
-        """Let `part` take part in pause and resume: paused in order of addition, resumed in the opposite order."""
+        """Let `part` take part in pause and resume: paused in order of addition, resumed in the opposite order.
+
+        To a machine that stands still, a part comes paused.
+        """
+        if self.status in (VmStatus.PAUSED, VmStatus.FAILED):
+            self._rest(part)
         self._pausable.append(part)
 
     def remove_pausable(self, part: Pausable) -> None:
         """Forget a part that was unplugged."""
         self._pausable.remove(part)
+        if part in self._resting:
+            self._resting.remove(part)
 
     def add_closable(self, part: Closable) -> None:
         """Close `part` with the machine; the last one added is closed first."""
@@ -137,15 +159,26 @@ class Machine:
             ExitReason.POWER_OFF: EventKind.POWER_OFF,
             ExitReason.CRASH: EventKind.FAILURE,
         }[reason]
-        self._post(MachineEvent(kind, f"CPU {index}: {report}"))
+        self._ask(kind, f"CPU {index}: {report}")
 
     def reset_requested(self, report: str = "guest reset") -> None:
         """Take a device's request for a reset (`devices.acpi_pm.PowerListener`)."""
-        self._post(MachineEvent(EventKind.RESET, report))
+        self._ask(EventKind.RESET, report)
 
     def power_off_requested(self, report: str = "guest power-off") -> None:
         """Take a device's request to switch the machine off (`devices.acpi_pm.PowerListener`)."""
-        self._post(MachineEvent(EventKind.POWER_OFF, report))
+        self._ask(EventKind.POWER_OFF, report)
+
+    def _ask(self, kind: EventKind, report: str) -> None:
+        """Let no vCPU go on, and tell the owner. On the thread of a vCPU, which leaves the guest before its next instruction."""
+        self._asked = self._generation
+        for vcpu in self.vcpus:
+            vcpu.request_pause()
+        self._post(MachineEvent(kind, report, self._generation))
+
+    def is_current(self, event: MachineEvent) -> bool:
+        """Tell whether the guest that asked for `event` is still there. A reset, or another state, has replaced it otherwise."""
+        return event.generation == self._generation
 
     # Life cycle, on the owner's thread
 
@@ -154,19 +187,20 @@ class Machine:
         self._expect(VmStatus.CREATED)
         for vcpu in self.vcpus:
             vcpu.start()
-        self._started = True
-        self.status = VmStatus.PAUSED
         if paused:
             for part in self._pausable:
-                part.pause()
+                self._rest(part)
             self.hypervisor.pause_clock()
+            self.status = VmStatus.PAUSED
             return
-        for vcpu in self.vcpus:
-            vcpu.resume()
+        self._run_vcpus()
         self.status = VmStatus.RUNNING
 
     def pause(self) -> bool:
-        """Bring vCPUs, queues and back ends to rest. False when the machine was paused already."""
+        """Bring vCPUs, queues and back ends to rest. False when the machine was paused already.
+
+        Raises LifecycleError when one of them does not; the machine runs on then, all of it.
+        """
         if self.status is VmStatus.PAUSED:
             return False
         self._expect(VmStatus.RUNNING)
@@ -175,32 +209,46 @@ class Machine:
         return True
 
     def resume(self) -> bool:
-        """Go on after pause(), or begin after start(paused=True). False when the machine was running already."""
+        """Go on after pause(), or begin after start(paused=True). False when the machine was running already.
+
+        Raises LifecycleError when a part does not; the machine stands still then, all of it.
+        """
         if self.status is VmStatus.RUNNING:
             return False
         self._expect(VmStatus.PAUSED)
-        self.hypervisor.resume_clock()
-        for part in reversed(self._pausable):
-            part.resume()
-        for vcpu in self.vcpus:
-            vcpu.resume()
+        self._all_or_nothing(self._starting(), self._stopping())
         self.status = VmStatus.RUNNING
         return True
 
     def fail(self) -> None:
-        """Stand still after a vCPU failed, for someone to look at."""
-        if self.status is VmStatus.RUNNING:
-            self._stop_the_world()
-            self.status = VmStatus.FAILED
+        """Stand still after a vCPU failed, for someone to look at. Until a reset nothing runs: a paused machine has failed, too.
+
+        Raises LifecycleError when something does not come to rest; all the rest does.
+        """
+        if self.status not in (VmStatus.RUNNING, VmStatus.PAUSED):
+            return
+        self._was_paused = self.status is VmStatus.PAUSED
+        self.status = VmStatus.FAILED
+        failures = _each(self._stopping())
+        if failures:
+            raise failures[0]
 
     def reset(self) -> None:
-        """Bring every component to its power-on state and begin again; a paused machine stays paused."""
+        """Bring every component to its power-on state and begin again; a paused machine stays paused.
+
+        What was asked for before does not count any more (`is_current`).
+        """
         if self.status in (VmStatus.CREATED, VmStatus.SHUTDOWN):
             raise LifecycleError(f"a machine that is in state {self.status.value} cannot be reset")
-        go_on = self.status is not VmStatus.PAUSED
+        go_on = self.status is VmStatus.RUNNING
         if self.status is VmStatus.RUNNING:
             self._stop_the_world()
+        elif self.status is VmStatus.FAILED:
+            go_on = not self._was_paused
+            for step in self._stopping():  # it may have failed with something still running
+                step()
         self.status = VmStatus.PAUSED
+        self._generation += 1
         for component in self.components.values():
             component.reset()
         self.hypervisor.reset()
@@ -230,6 +278,7 @@ class Machine:
         failures = _each([self.shutdown, *(part.close for part in parts)])
         self._closable.clear()
         self._pausable.clear()
+        self._resting.clear()
         self.components.clear()
         if failures:
             raise ExceptionGroup("parts of the machine could not be closed", failures)
@@ -255,6 +304,7 @@ class Machine:
         odd = sorted(stateful.keys() ^ states.keys())
         if odd:
             raise StateError(f"saved state and machine differ in: {', '.join(odd)}")
+        self._generation += 1
         for name, component in stateful.items():
             component.restore(states[name])
 
@@ -274,12 +324,49 @@ class Machine:
         if self.status is not VmStatus.RUNNING:
             yield
             return
-        self._stop_vcpus()
+        self._all_or_nothing((self._stop_vcpus,), (self._run_vcpus,))
         try:
             yield
         finally:
-            for vcpu in self.vcpus:
-                vcpu.resume()
+            self._run_vcpus()
+
+    # Coming to rest and going on, in steps that can be taken again: what is done already is left as it is
+
+    def _stop_the_world(self) -> None:
+        self._all_or_nothing(self._stopping(), self._starting())
+
+    def _stopping(self) -> Iterator[Callable[[], None]]:
+        yield self._stop_vcpus
+        # What the guest wrote and the hypervisor has not told yet belongs to the time before the pause.
+        yield self.hypervisor.flush_coalesced
+        for part in self._pausable:
+            if part not in self._resting:
+                yield partial(self._rest, part)
+        yield self.hypervisor.pause_clock
+
+    def _starting(self) -> Iterator[Callable[[], None]]:
+        yield self.hypervisor.resume_clock
+        for part in reversed(self._pausable):
+            if part in self._resting:
+                yield partial(self._go_on, part)
+        yield self._run_vcpus
+
+    def _all_or_nothing(self, steps: Iterable[Callable[[], None]], undo: Iterable[Callable[[], None]]) -> None:
+        """Take every step; when one fails, take those of `undo` instead, and raise what failed.
+
+        A machine that can go neither on nor back has failed, and stands still as far as it can.
+        """
+        try:
+            for step in steps:
+                step()
+        except Exception as error:
+            failures = _each(undo)
+            if failures:
+                self._was_paused = self.status is VmStatus.PAUSED
+                self.status = VmStatus.FAILED
+                _each(self._stopping())
+                raise LifecycleError(f"{error}; and undoing what was done failed: {failures[0]}") from error
+            raise
 
     def _stop_vcpus(self) -> None:
         for vcpu in self.vcpus:
@@ -288,13 +375,31 @@ class Machine:
             if not vcpu.wait_paused(PAUSE_LIMIT):
                 raise LifecycleError(f"CPU {vcpu.index} did not leave the guest within {PAUSE_LIMIT:.0f} s")
 
-    def _stop_the_world(self) -> None:
-        self._stop_vcpus()
-        # What the guest wrote and the hypervisor has not told yet belongs to the time before the pause.
-        self.hypervisor.flush_coalesced()
-        for part in self._pausable:
+    def _run_vcpus(self) -> None:
+        if self._asked == self._generation:
+            return  # whoever has asked for a reset, or for the end, waits for it
+        for vcpu in self.vcpus:
+            vcpu.resume()
+
+    def _rest(self, part: Pausable) -> None:
+        with self._named(part, "pause"):
             part.pause()
-        self.hypervisor.pause_clock()
+        self._resting.append(part)
+
+    def _go_on(self, part: Pausable) -> None:
+        with self._named(part, "go on"):
+            part.resume()
+        self._resting.remove(part)
+
+    @contextmanager
+    def _named(self, part: object, action: str) -> Iterator[None]:
+        """Say which part the host's refusal is about."""
+        try:
+            yield
+        except OSError as error:
+            names = [name for name, component in self.components.items() if component is part]
+            name = names[0] if names else getattr(part, "name", type(part).__name__)
+            raise LifecycleError(f"{name} cannot {action}: {error.strerror or error}") from error
 
     def _expect(self, status: VmStatus) -> None:
         if self.status is not status:

@@ -139,17 +139,19 @@ class Microvm(Machine):
         window = _Window(self.hypervisor, slot, device, name)
         self.add_component(name, device)
         try:
-            window.open()
-            self.mmio.add(slot.base, slot.size, device, name)
+            self.add_pausable(device)
+            try:
+                window.open()
+                self.mmio.add(slot.base, slot.size, device, name)
+            except BaseException:
+                window.hang_up()
+                self.remove_pausable(device)
+                raise
         except BaseException:
-            window.hang_up()
             self.remove_component(name)
             raise
         self._windows[number] = window
-        self.add_pausable(device)
         self.add_closable(window)
-        if self.status in (VmStatus.PAUSED, VmStatus.FAILED):
-            device.pause()
 
     def unplug(self, number: int) -> None:
         """Take the window out of slot `number` and close its device. From then on nothing answers there.
