@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pystratovirt.qmpshell.arguments import ArgumentError, parse
+from pystratovirt.qmpshell import render
+from pystratovirt.qmpshell.arguments import ArgumentError, from_json, parse
 from pystratovirt.qmpshell.completion import words_after
 from pystratovirt.qmpshell.describe import details, overview
 from pystratovirt.qmpshell.model import Model
+from qmp_protocol import Execute, Framer, Malformed, encode
 from qmp_protocol.commands import COMMANDS, STRATOVIRT
 from qmp_protocol.errors import QmpError
 
@@ -112,6 +116,10 @@ def test_qemus_shapes_are_understood(words: str, arguments: dict[str, Any]) -> N
         ("stop", "x=1", "x: no such argument; there are: none"),
         ("device_del", "id=a id=b", "id: given twice"),
         ("balloon", "value=much", "value=much: a whole number is wanted (decimal, or with 0x)"),
+        ("balloon", "value=18446744073709551616", "value=18446744073709551616: a whole number from -2^63 to 2^64-1 is wanted"),
+        ("unknown", "a=18446744073709551616", "a=18446744073709551616: 18446744073709551616 has more than 64 bits"),
+        ("blockdev-add", 'file={"a":99999999999999999999}', 'file={"a":99999999999999999999}: not JSON: '),
+        ("unknown", ".".join("a" * 300) + "=1", "unknown: the arguments cannot be sent: Recursion limit reached"),
         ("trace-set-state", "enable=maybe", "enable=maybe: on or off is wanted"),
         ("blockdev-add", "file=/x", "file=/x: not JSON"),
         ("blockdev-add", "file=[1]", "file=[1]: an object is wanted"),
@@ -124,12 +132,90 @@ def test_a_wrong_word_is_named_with_what_is_allowed(command: str, words: str, me
     assert str(caught.value).startswith(message)
 
 
-@given(st.sampled_from([command.name for command in COMMANDS]), st.lists(st.text(max_size=20), max_size=3))
-def test_any_words_are_arguments_or_refused(command: str, words: list[str]) -> None:
+@pytest.mark.parametrize("word", ["ratio=nan", "ratio=inf", "ratio=1e999", "cpus=99999999999999999999"])
+def test_numbers_that_json_has_not_are_refused(word: str) -> None:
+    with pytest.raises(ArgumentError, match="number"):
+        parse(QEMU, "add", [word])
+
+
+keys = st.sampled_from(["id", "value", "file", "cache", "name", "enable", "a.b", "file.filename", "cache.direct"])
+texts = st.text(max_size=20) | st.integers().map(str) | st.floats().map(str)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=2)
+)
+typed = st.tuples(keys, texts | values.map(json.dumps)).map("=".join)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from([*(command.name for command in COMMANDS), "unknown"]), st.lists(st.text(max_size=20) | typed, max_size=3))
+def test_any_words_are_arguments_that_can_be_sent_or_refused(command: str, words: list[str]) -> None:
     try:
-        parse(MODEL, command, words)
+        arguments = parse(MODEL, command, words)
     except ArgumentError:
         return
+    (sent,) = Framer().feed(encode(Execute(command, arguments, "1")))
+    assert not isinstance(sent, Malformed)
+    assert repr(sent["arguments"]) == repr(arguments)  # repr: 1 is not 1.0
+
+
+@settings(max_examples=300)
+@given(st.recursive(values, lambda inner: st.dictionaries(st.text(), inner, max_size=3)), st.integers(0, 300))
+def test_a_line_of_json_is_sent_as_it_is_or_refused(inside: Any, depth: int) -> None:
+    for _ in range(depth):
+        inside = [inside]
+    try:
+        command, arguments = from_json(json.dumps({"execute": "stop", "arguments": inside}))
+    except ArgumentError:
+        return
+    assert command == "stop"
+    assert repr(arguments) == repr(json.loads(json.dumps(inside)))
+    assert isinstance(Framer().feed(encode(Execute(command, arguments, "1")))[0], dict)
+
+
+@pytest.mark.parametrize("line", ["[]", "1", '{"execute":1}', "{", '{"execute":"stop","arguments":{"a":1e999}}'])
+def test_a_line_of_json_that_is_no_command_is_refused(line: str) -> None:
+    with pytest.raises(ArgumentError):
+        from_json(line)
+
+
+@settings(max_examples=200)
+@given(
+    st.recursive(values, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)), st.booleans()
+)
+def test_deep_values_are_written_as_others_are(value: Any, pretty: bool) -> None:
+    try:
+        text = orjson.dumps(value, option=orjson.OPT_INDENT_2 if pretty else None)
+    except TypeError:  # large numbers, lone surrogates
+        return
+    assert "".join(render._deep(orjson.loads(text), pretty=pretty)) == orjson.dumps(
+        orjson.loads(text), option=orjson.OPT_INDENT_2 if pretty else None
+    ).decode("utf-8", "replace")
+
+
+def test_a_value_that_is_nested_as_deep_as_json_goes_has_a_text() -> None:
+    value: Any = {"a": "\u202e\x9b"}
+    for _ in range(1000):
+        value = [value]
+    for pretty in (True, False):
+        text = render.to_text(value, pretty=pretty, colour=False)
+        assert json.loads(text.replace("\n", "").replace(" ", "").replace("[", "").replace("]", "")) == {"a": "\u202e\x9b"}
+        assert text.count("[") == 1000
+        assert text.isascii()
+
+
+@pytest.mark.parametrize("steering", [*"\x1b\x00\x7f\x85\x9b\u061c\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069"])
+def test_what_steers_a_terminal_or_turns_text_around_is_made_visible(steering: str) -> None:
+    for text in (
+        render.line(f"a{steering}b"),
+        render.plain(f"a{steering}b"),
+        render.to_text(f"a{steering}b", pretty=True),
+        render.to_text({f"a{steering}b": 1}, pretty=False),
+    ):
+        assert steering not in text
+        assert text.isprintable()
+    assert json.loads(render.to_text(steering, pretty=True)) == steering
+    assert render.line("two\nlines\tä") == "two\\x0alines\\x09ä"
+    assert render.plain("two\r\nlines\tä") == "two\nlines\tä"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

@@ -25,6 +25,7 @@ from qmp_protocol.commands.lifecycle import QueryStatus, StatusInfo
 from qmp_protocol.events import DeviceDeleted
 from qmp_server import Call, QmpServer, listen_tcp, listen_unix
 
+EVENTS = "BALLOON_CHANGED, CPU_RESIZE, DEVICE_DELETED, POWERDOWN, RESET, RESUME, SHUTDOWN, STOP"
 STATUS = {"running": True, "singlestep": False, "status": "running"}
 
 
@@ -123,6 +124,13 @@ def test_an_error_of_the_server_is_one_line_and_status_1(machine: Machine, capsy
     [
         (["device_del", "net-0"], "net-0: not key=value"),
         (["wait"], "wait: which event?"),
+        (["wait", "STOPP"], f"wait: no event STOPP; there are: {EVENTS}"),
+        (["wait", "DEVICE_DELETED", "STOP", "id=d"], "wait: id: no such data of DEVICE_DELETED or STOP; there are: device, path"),
+        (["wait", "STOP", "a=1"], "wait: a: no such data of STOP; there are: none"),
+        (
+            ["balloon", "value=99999999999999999999999"],
+            "value=99999999999999999999999: a whole number from -2^63 to 2^64-1 is wanted",
+        ),
         (["schema", "no-such"], "schema: no command or event no-such"),
         (["schema", "a", "b"], "schema: one name at most"),
         (["completion", "csh"], "completion: for which shell? bash, zsh, fish"),
@@ -203,6 +211,39 @@ def test_waiting_in_vain_is_status_4(machine: Machine, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == "qmp: no event in time\n"
 
 
+def test_a_wait_for_what_never_comes_is_refused_before_the_command_runs(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["blockdev-add", "node-name=a", "file.driver=file", "file.filename=/x", "-w", "DEVICE_DELETETD"]) == 2
+    assert capsys.readouterr().err.startswith("qmp: wait: no event DEVICE_DELETETD; there are: ")
+    assert machine.added == []
+
+
+@pytest.mark.parametrize("words", [["wait", "RESUME"], ["query-status"]])
+def test_a_flood_of_other_events_does_not_keep_it_beyond_its_time(
+    machine: Machine, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    over = threading.Event()
+
+    def flood() -> None:
+        while not over.is_set():
+            machine.server.emit("STOP")
+
+    @machine.server.handler("query-status", in_thread=True, concurrent=True)
+    def query_status(_: Any, call: Call) -> dict[str, Any]:
+        over.wait(60)
+        return STATUS
+
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    try:
+        assert main([*words, "-t", "0.3"]) == 4  # or the test's time limit strikes
+    finally:
+        over.set()
+        flooding.join()
+    assert capsys.readouterr().err.endswith("in time\n")
+
+
 def test_the_human_monitors_text_cannot_steer_the_terminal(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["hmp", "info", "snapshots"]) == 0
     assert machine.lines == ["info snapshots"]
@@ -215,6 +256,67 @@ def test_commands_can_come_from_standard_input(machine: Machine, output: Any, mo
     assert main([]) == 0
     assert output() == [STATUS, {}]
     assert machine.added[0].node_name == "a b"
+
+
+def test_a_script_takes_what_the_shell_takes(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = """\
+        {"execute": "query-status"}
+        {"execute":"blockdev-add","arguments":{"node-name":"j","file":{"driver":"file","filename":"/x"}},"id":7}
+        device_del id=d
+        wait DEVICE_DELETED device=d
+        hmp info snapshots
+        schema device_del
+    """
+    monkeypatch.setattr(sys, "stdin", io.StringIO(script))
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines[:3]] == [STATUS, {}, {}]
+    assert json.loads(lines[3])["data"] == {"device": "d", "path": "d"}
+    assert lines[4] == "List of snapshots present on all disks:"
+    assert "device_del (command)" in lines
+    assert machine.added[0].node_name == "j"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"execute":', "line 2: not JSON: "),
+        ('{"run":"stop"}', 'line 2: an object with "execute" is wanted'),
+        ('{"execute":"balloon","arguments":{"value":18446744073709551616}}', "line 2: not JSON: 18446744073709551616 has more"),
+        ("wait NOTHING", "line 2: wait: no event NOTHING"),
+        ("balloon value=x", "line 2: value=x: a whole number is wanted"),
+        ("'", "line 2: No closing quotation"),
+    ],
+)
+def test_a_line_that_cannot_be_is_named_by_its_number(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"query-status\n{line}\n"))
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith(f"qmp: {message}")
+
+
+def test_a_script_may_hold_any_bytes(machine: Machine) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pystratovirt.qmpshell", "-s", machine.address],
+        input=b"blockdev-add node-name=\xff file.driver=file file.filename=/x\n{\xff}\n",
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, b"{}\n")
+    assert done.stderr.startswith(b"qmp: line 2: not JSON")
+    assert machine.added[0].node_name == "\\udcff"
+
+
+def test_a_server_s_words_cannot_steer_the_terminal_nor_turn_around(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    @machine.server.handler("device_del")
+    def device_del(arguments: Any, call: Call) -> None:
+        raise QmpError("GenericError", "\x1b[2J\u202eevil\n\x9b1A")
+
+    assert main(["device_del", "id=x"]) == 1
+    assert capsys.readouterr().err == "qmp: GenericError: \\x1b[2J\\u202eevil\\x0a\\x9b1A\n"
 
 
 def test_a_script_ends_at_its_first_error(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +393,16 @@ class TestClient:
             assert client.wait_event(10).data["device"] == "d"
             with pytest.raises(QmpTimeout):
                 client.wait_event(0)
+
+    def test_looks_at_all_that_has_come_even_without_time(self, machine: Machine) -> None:
+        with QmpClient(machine.address) as client:
+            for _ in range(3):
+                client.execute("device_del", {"id": "d"})
+            client.execute("query-status")
+            assert client.wait_event(0, lambda event: event.data["device"] == "d").data["device"] == "d"
+            machine.server.emit("STOP")
+            assert client.wait_event(10, lambda event: event.name == "STOP").name == "STOP"
+            assert not client.events
 
     def test_says_when_the_server_is_gone(self, machine: Machine) -> None:
         with QmpClient(machine.address) as client:

@@ -19,6 +19,7 @@ from pystratovirt.qmpshell.asyncclient import AsyncClient
 from pystratovirt.qmpshell.client import QmpConnectionError, QmpTimeout
 from pystratovirt.qmpshell.model import Model
 from pystratovirt.qmpshell.shell import Shell, _Completer, _history, _model
+from qmp_protocol import encode
 from qmp_server import Call, QmpServer, listen_unix
 
 
@@ -26,13 +27,17 @@ class Screen(DummyOutput):
     """Keeps what is written."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
 
     def write(self, data: str) -> None:
-        self.text += data
+        self._pieces.append(data)
 
     def write_raw(self, data: str) -> None:
-        self.text += data
+        self._pieces.append(data)
 
 
 @pytest.fixture
@@ -107,8 +112,56 @@ def test_mistakes_are_told_and_the_shell_goes_on(talk: Talk) -> None:
     assert '"status": "running"' in text
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("balloon value=99999999999999999999999", "from -2^63 to 2^64-1 is wanted"),
+        ('{"execute":"balloon","arguments":{"value":99999999999999999999999}}', "more than 64 bits"),
+        ('{"execute":"stop","arguments":' + "[" * 260 + "]" * 260 + "}", "cannot be sent"),
+        ("unknown " + ".".join("a" * 300) + "=1", "cannot be sent"),
+        ("wait NO_SUCH_EVENT", "no event NO_SUCH_EVENT; there are: BALLOON_CHANGED"),
+        ("schema a b", "one name at most"),
+        ("no-\u202esuch", "no-\\u202esuch"),
+    ],
+)
+def test_what_cannot_be_is_told_and_the_shell_goes_on_with_the_right_replies(talk: Talk, line: str, problem: str) -> None:
+    status, text = talk(line, "query-status")
+    assert status == 0
+    assert problem in text
+    assert text.index(problem) < text.index('"status": "running"')
+
+
+def test_a_reply_that_is_nested_as_deep_as_json_goes_is_shown(
+    talk: Talk, server: QmpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = b'{"return":' + b"[" * 1000 + b"1" + b"]" * 1000 + b',"id":"%d"}\r\n'
+    monkeypatch.setattr("qmp_server.client.encode", lambda reply: deep % int(reply.id) if reply.id == "2" else encode(reply))
+    status, text = talk("human-monitor-command command-line=x", "query-status")
+    assert status == 0
+    assert text.count("]") >= 1000
+    assert '"status": "running"' in text
+
+
+def test_an_event_is_waited_for_from_the_last_command_on(talk: Talk, server: QmpServer) -> None:
+    @server.handler("cont", in_thread=True)
+    def cont(_: Any, call: Call) -> None:
+        threading.Timer(0.01, lambda: server.emit("RESUME")).start()
+
+    _, text = talk("stop", "wait STOP", "cont", "wait RESUME", "query-status")
+    assert text.index("STOP {}") < text.index("RESUME {}") < text.index('"status": "running"')
+
+
+def test_a_wait_ends_with_the_server(talk: Talk, server: QmpServer) -> None:
+    @server.handler("cont", in_thread=True)
+    def cont(_: Any, call: Call) -> None:
+        threading.Timer(0.01, server.close).start()
+
+    assert "The server hung up" in talk("cont", "wait DEVICE_DELETED device=d")[1]
+
+
 def test_the_human_monitor_and_help_are_there(talk: Talk) -> None:
-    _, text = talk("hmp info snapshots", "help", "help device_add", "help nonsense")
+    _, text = talk("hmp info snapshots", "help", "schema device_add", "help nonsense")
+    assert "wait EVENT..." in text
     assert "did info snapshots" in text
     assert "blockdev-snapshot-internal-sync" in text
     assert "num-queues" in text
@@ -143,7 +196,8 @@ def test_tab_completes_commands_arguments_and_values() -> None:
     assert offered("query-sta") == ["query-status"]
     assert offered("exi") == ["exit"]
     assert offered("blockdev-add file.aio=n") == ["file.aio=native"]
-    assert offered("help device_a") == ["device_add"]
+    assert offered("help device_a") == offered("schema device_a") == ["device_add"]
+    assert offered("wait SHUT") == ["SHUTDOWN"]
     assert offered('{"execute":"que') == []
 
 

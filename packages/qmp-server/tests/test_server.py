@@ -20,7 +20,8 @@ import pytest
 from qmp_protocol import Greeting, QmpError, SchemaError
 from qmp_protocol.commands.lifecycle import QueryStatus, StatusInfo, Stop
 from qmp_protocol.events import DeviceDeleted, Stopped
-from qmp_server import Call, Listener, QmpServer, listen_unix
+from qmp_protocol.schema import introspect
+from qmp_server import Call, Listener, QmpServer, builtin, listen_unix
 from qmp_server.descriptors import close_all
 
 pytestmark = pytest.mark.anyio
@@ -48,6 +49,18 @@ async def test_what_the_server_knows_by_itself(serve: Any, server: QmpServer) ->
             assert events[0] == {"name": "SHUTDOWN"}
             entries = (await peer.run("query-qmp-schema"))["return"]
             assert {entry["name"] for entry in entries} >= {command["name"] for command in commands}
+
+
+async def test_the_schema_is_worked_out_once(serve: Any, server: QmpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    original = introspect.introspect
+    monkeypatch.setattr(introspect, "introspect", lambda schema: made.append(schema) or original(schema))
+    builtin._introspection.cache_clear()
+    async with serve(server) as running:
+        with await running.connect() as peer:
+            first = await peer.run("query-qmp-schema")
+            assert await peer.run("query-qmp-schema") == first
+    assert len(made) == 1
 
 
 async def test_every_mistake_is_answered_and_the_next_command_is_heard(serve: Any, server: QmpServer) -> None:

@@ -5,6 +5,7 @@ Not here: anything about a virtual machine.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from qmp_protocol.errors import GENERIC_ERROR, QmpError
@@ -13,6 +14,7 @@ from qmp_server.descriptors import close_all
 if TYPE_CHECKING:
     from qmp_protocol.commands.device import Getfd
     from qmp_protocol.messages import Json
+    from qmp_protocol.schema import Schema
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
 
@@ -38,9 +40,14 @@ def _query_events(_: object, call: Call) -> list[dict[str, str]]:
 
 
 def _query_qmp_schema(_: object, call: Call) -> list[Json]:
-    from qmp_protocol.schema.introspect import introspect  # asked for at most once by most clients
+    return _introspection(call.server.schema)
 
-    return introspect(call.server.schema)
+
+@lru_cache(4)
+def _introspection(schema: Schema) -> list[Json]:
+    from qmp_protocol.schema import introspect  # never asked for by most clients
+
+    return introspect.introspect(schema)
 
 
 def _getfd(arguments: Getfd, call: Call) -> None:

@@ -6,15 +6,23 @@ with `{` or `[` where an object or a list belongs is JSON. What a value means is
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 from pystratovirt.qmpshell.model import Model
+from qmp_protocol.messages import ABSENT, Absent, Execute, Json, encode
 
 TRUE = ("on", "true", "yes")
 FALSE = ("off", "false", "no")
+
+_LOWEST: Final = -(2**63)
+_HIGHEST: Final = 2**64 - 1
+_MANY_DIGITS = re.compile(r"\d{19}")
 
 
 class ArgumentError(Exception):
@@ -29,15 +37,58 @@ def parse(model: Model, command: str, words: Sequence[str]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     kind = model.arguments(command)
     known = model.kind(command) == "command"
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ArgumentError(f"{word}: not key=value")
-        if known:
-            _put(model, arguments, kind, key, text, key)
-        else:
-            _insert(arguments, key, _guess(text), key)
+    try:
+        for word in words:
+            key, equals, text = word.partition("=")
+            if not equals or not key:
+                raise ArgumentError(f"{word}: not key=value")
+            if known:
+                _put(model, arguments, kind, key, text, key)
+            else:
+                _insert(arguments, key, _guess(text, key), key)
+    except RecursionError:
+        raise ArgumentError(f"{command}: the arguments are nested too deeply") from None
+    _expect_sendable(command, arguments)
     return arguments
+
+
+def from_json(line: str) -> tuple[str, Json | Absent]:
+    """Return the command and the arguments of a line `{"execute": …}`. Raises ArgumentError."""
+    try:
+        value = exactly(line)
+    except ValueError as error:
+        raise ArgumentError(f"not JSON: {error}") from None
+    command = value.get("execute") if isinstance(value, dict) else None
+    if not isinstance(command, str):
+        raise ArgumentError('an object with "execute" is wanted')
+    values: Json | Absent = value.get("arguments", ABSENT)
+    _expect_sendable(command, values)
+    return command, values
+
+
+def exactly(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError for none, and for a number that would be sent as another one."""
+    value = orjson.loads(text)
+    if _MANY_DIGITS.search(text):  # of a whole number that is too large orjson makes a float
+        try:
+            json.loads(text, parse_int=_whole)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+    return value
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if not _LOWEST <= number <= _HIGHEST:
+        raise ValueError(f"{text} has more than 64 bits")
+    return number
+
+
+def _expect_sendable(command: str, values: Json | Absent) -> None:
+    try:
+        encode(Execute(command, values, ""))
+    except TypeError as error:
+        raise ArgumentError(f"{command}: the arguments cannot be sent: {error}") from None
 
 
 def _put(model: Model, into: dict[str, Any], kind: str, key: str, text: str, whole: str) -> None:
@@ -80,7 +131,7 @@ def convert(model: Model, kind: str, text: str, name: str) -> Any:
         if not isinstance(value, dict):
             raise ArgumentError(f"{name}={text}: an object is wanted: {name}.MEMBER=VALUE, or JSON")
         return value
-    return _guess(text)
+    return _guess(text, name)
 
 
 def _alternate(model: Model, kind: str, text: str, name: str) -> Any:
@@ -104,34 +155,42 @@ def _scalar(json_type: str, text: str, name: str) -> Any:
         raise ArgumentError(f"{name}={text}: on or off is wanted")
     if json_type == "int":
         try:
-            return int(text, 0)
+            number = int(text, 0)
         except ValueError:
             raise ArgumentError(f"{name}={text}: a whole number is wanted (decimal, or with 0x)") from None
+        if not _LOWEST <= number <= _HIGHEST:
+            raise ArgumentError(f"{name}={text}: a whole number from -2^63 to 2^64-1 is wanted")
+        return number
     if json_type == "number":
         try:
-            return float(text)
+            real = float(text)
         except ValueError:
             raise ArgumentError(f"{name}={text}: a number is wanted") from None
+        if not math.isfinite(real):
+            raise ArgumentError(f"{name}={text}: a number is wanted")
+        return real
     if json_type == "null":
         if text == "null":
             return None
         raise ArgumentError(f"{name}={text}: null is wanted")
-    return _guess(text)
+    return _guess(text, name)
 
 
 def _json(text: str, name: str) -> Any:
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        return exactly(text)
+    except ValueError as error:
         raise ArgumentError(f"{name}={text}: not JSON: {error}") from None
 
 
-def _guess(text: str) -> Any:
+def _guess(text: str, name: str) -> Any:
     """A value of unknown type: JSON when it is, else a string."""
     try:
-        return orjson.loads(text)
+        return exactly(text)
     except orjson.JSONDecodeError:
         return text
+    except ValueError as error:
+        raise ArgumentError(f"{name}={text}: {error}") from None
 
 
 def _insert(into: dict[str, Any], key: str, value: Any, whole: str) -> None:

@@ -68,7 +68,8 @@ class AsyncClient(AsyncMethods, asyncio.Protocol):
     async def execute(self, command: str, arguments: Json | Absent = ABSENT, fds: Sequence[int] = ()) -> Json:
         """Run a command and return its result. `fds` are passed along; they stay the caller's.
 
-        Raises QmpError for an error reply, QmpConnectionError when the server is gone.
+        Raises QmpError for an error reply, QmpConnectionError when the server is gone, TypeError for arguments that JSON cannot
+        carry.
         """
         if self.ended.done() or self._transport is None:
             raise QmpConnectionError("the server hung up")

@@ -9,7 +9,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -98,10 +98,12 @@ class QmpClient(Methods):
             deadline = self._deadline(timeout)
             while self._connection.greeting is None:
                 self._next(deadline, "greeting")
+                self._expect_time(deadline, "greeting")
             self._send(self._connection.negotiate())
             while not isinstance(event := self._next(deadline, "reply to qmp_capabilities"), Negotiated):
                 if isinstance(event, Reply) and isinstance(event.message, Error):
                     raise QmpConnectionError(f"{address}: refused negotiation: {event.message.desc}")
+                self._expect_time(deadline, "reply to qmp_capabilities")
         except BaseException:
             self.close()
             raise
@@ -125,7 +127,7 @@ class QmpClient(Methods):
     def execute(self, command: str, arguments: Json | Absent = ABSENT, fds: Sequence[int] = ()) -> Json:
         """Run a command by name and return its result. `fds` are passed along; they stay the caller's.
 
-        Raises QmpError for an error reply, and QmpConnectionError.
+        Raises QmpError for an error reply, QmpConnectionError, and TypeError for arguments that JSON cannot carry.
         """
         if self._ended:
             raise QmpConnectionError("the server hung up")
@@ -138,20 +140,33 @@ class QmpClient(Methods):
                 if isinstance(event.message, Error):
                     raise QmpError(event.message.class_name, event.message.desc)
                 return event.message.value
+            self._expect_time(deadline, f"reply to {command}")
 
     def call(self, command: Command[R], fds: Sequence[int] = ()) -> R:
         """Run a typed command and return its typed result. Raises as `execute`, and QmpError when the result does not fit."""
         return command.parse_result(self.execute(command.name, command.to_json() or ABSENT, fds))
 
-    def wait_event(self, timeout: float | None = None) -> Event:
-        """Return the oldest event that nobody has taken, waiting for one if there is none.
+    def wait_event(self, timeout: float | None = None, fits: Callable[[Event], bool] = lambda _event: True) -> Event:
+        """Return the oldest event that nobody has taken, waiting for one if there is none. Those that do not fit are dropped.
 
         Raises QmpTimeout after `timeout` seconds, and QmpConnectionError when the server hangs up first.
         """
         deadline = self._deadline(timeout)
-        while not self.events:
+        polled = False
+        while True:
+            while self.events:
+                event = self.events.popleft()
+                if fits(event):
+                    return event
+            if polled and not self._arrived:
+                self._expect_time(deadline, "event")
             self._next(deadline, "event")
-        return self.events.popleft()
+            polled = True
+
+    def _expect_time(self, deadline: float | None, what: str) -> None:
+        """A server that sends a lot of something else must not make us wait for ever. Raises QmpTimeout."""
+        if deadline is not None and time.monotonic() > deadline:
+            raise QmpTimeout(f"no {what} in time")
 
     def _next(self, deadline: float | None, what: str) -> ClientEvent:
         while not self._arrived:

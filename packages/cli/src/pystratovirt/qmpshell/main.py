@@ -6,14 +6,17 @@ Exit status: 0 done, 1 the server answered with an error, 2 wrong usage, 3 no co
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pystratovirt.qmpshell import arguments, render
 from pystratovirt.qmpshell.client import QmpClient, QmpConnectionError, QmpTimeout
 from pystratovirt.qmpshell.model import Model
+from pystratovirt.qmpshell.waiting import Wanted, wanted
 from qmp_protocol.errors import QmpError
 from qmp_protocol.messages import ABSENT
 
@@ -24,7 +27,8 @@ DONE, REFUSED, USAGE, NO_CONNECTION, TIMED_OUT = range(5)
 
 _EPILOG = """\
 what to do:
-  (nothing)                      an interactive shell; without a terminal, one command a line from standard input
+  (nothing)                      an interactive shell; without a terminal, what follows here or JSON, line by line from standard
+                                 input, to the first error
   COMMAND [KEY=VALUE...]         run a command and print its result as JSON; dots go into objects (file.filename=/x)
   wait EVENT... [KEY=VALUE...]   wait for one of these events with these data, and print it
   schema [NAME]                  say what the server can do; without -s, what StratoVirt can
@@ -147,84 +151,85 @@ def _run(options: argparse.Namespace) -> int:
 
         return run_shell(options.socket, options.timeout or 10.0)
     with QmpClient(options.socket, timeout=10.0 if options.timeout is None else options.timeout) as client:
+        session = _Session(client, output, options.timeout)
+        if not words:
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be any bytes
+            return session.script(sys.stdin)
+        # Before the command runs: what is wrong with the wait must not be found out behind it.
+        then = wanted(session.model, [options.wait]) if options.wait else None
+        session.run(words, fds=options.fd or ())
+        if then:
+            session.wait(then)
+    return DONE
+
+
+class _Session:
+    """What is done over one connection."""
+
+    def __init__(self, client: QmpClient, output: _Output, timeout: float | None) -> None:
+        """`timeout` is for events; None waits for ever."""
+        self._client = client
+        self._output = output
+        self._timeout = timeout
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """What the server can do: asked for when it is needed."""
+        return Model.of(self._client)
+
+    def run(self, words: Sequence[str], fds: Sequence[int] = ()) -> None:
+        """Run one command, or a word of our own, and print what comes of it."""
+        first = words[0]
         if first == "wait":
-            output.event(_wait(client, words[1:], options.timeout))
-        elif not words:
-            return _script(client, output)
+            self.wait(wanted(self.model, words[1:]))
+        elif first == "schema":
+            print(_schema_text(self.model, words[1:]), flush=True)
+        elif first == "hmp":
+            text = self._client.execute("human-monitor-command", {"command-line": " ".join(words[1:])})
+            print(render.plain(text).rstrip("\n") if isinstance(text, str) else "", flush=True)
         else:
-            _one(client, words, output, fds=options.fd or ())
-            if options.wait:
-                output.event(_wait(client, [options.wait], options.timeout))
-    return DONE
+            values = arguments.parse(self.model, first, words[1:]) if len(words) > 1 else ABSENT
+            self._output.value(self._client.execute(first, values, fds))
 
+    def wait(self, what: Wanted) -> None:
+        """Wait for an event and print it."""
+        self._output.event(self._client.wait_event(self._timeout, what.fits))
 
-def _one(
-    client: QmpClient,
-    words: Sequence[str],
-    output: _Output,
-    model: Callable[[], Model] | None = None,
-    fds: Sequence[int] = (),
-) -> None:
-    """Run one command and print its result."""
-    if words[0] == "hmp":
-        text = client.execute("human-monitor-command", {"command-line": " ".join(words[1:])})
-        print(render.plain(text).rstrip("\n") if isinstance(text, str) else "", flush=True)
-        return
-    values = arguments.parse(model() if model else Model.of(client), words[0], words[1:]) if len(words) > 1 else ABSENT
-    output.value(client.execute(words[0], values, fds))
+    def script(self, lines: Iterable[str]) -> int:
+        """Run what is on each line, as the shell does, until something fails."""
+        import shlex
 
-
-def _script(client: QmpClient, output: _Output) -> int:
-    """Run the commands on standard input, one a line, until one fails."""
-    import functools
-    import shlex
-
-    model = functools.cache(lambda: Model.of(client))
-    for number, line in enumerate(sys.stdin, 1):
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise Usage(f"line {number}: {error}") from None
-        if words:
-            _one(client, words, output, model)
-    return DONE
-
-
-def _wait(client: QmpClient, words: Sequence[str], timeout: float | None) -> Event:
-    names = {word for word in words if "=" not in word}
-    wanted = dict(word.split("=", 1) for word in words if "=" in word)
-    if not names:
-        raise Usage("wait: which event?")
-    import time
-
-    deadline = None if timeout is None else time.monotonic() + timeout
-    while True:
-        event = client.wait_event(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        if event.name in names and all(_means(event.data.get(key), text) for key, text in wanted.items()):
-            return event
-
-
-def _means(value: Any, text: str) -> bool:
-    if isinstance(value, bool):
-        return text in (arguments.TRUE if value else arguments.FALSE)
-    return value is not None and str(value) == text
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.lstrip().startswith("{"):
+                    self._output.value(self._client.execute(*arguments.from_json(line)))
+                elif words := shlex.split(line, comments=True):
+                    self.run(words)
+            except (arguments.ArgumentError, ValueError) as error:
+                raise Usage(f"line {number}: {error}") from None
+        return DONE
 
 
 def _print_schema(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from pystratovirt.qmpshell.describe import details, overview
-
-    if len(words) > 1:
-        raise Usage("schema: one name at most")
     if options.socket:
         with QmpClient(options.socket, timeout=10.0 if options.timeout is None else options.timeout) as client:
             model = Model.of(client)
     else:
         model = Model.stratovirt()
-    try:
-        print(details(model, words[0]) if words else overview(model))
-    except KeyError:
-        raise Usage(f"schema: no command or event {words[0]}") from None
+    print(_schema_text(model, words))
     return DONE
+
+
+def _schema_text(model: Model, words: Sequence[str]) -> str:
+    from pystratovirt.qmpshell.describe import details, overview
+
+    if len(words) > 1:
+        raise arguments.ArgumentError("schema: one name at most")
+    try:
+        return render.plain(details(model, words[0]) if words else overview(model))
+    except KeyError:
+        raise arguments.ArgumentError(f"schema: no command or event {words[0]}") from None
 
 
 def _print_script(words: Sequence[str]) -> int:
@@ -270,7 +275,7 @@ def _complete(words: Sequence[str]) -> int:
 
 
 def _complain(error: Exception, status: int) -> int:
-    print(f"qmp: {render.plain(str(error))}", file=sys.stderr)
+    print(f"qmp: {render.line(str(error))}", file=sys.stderr)
     return status
 
 

@@ -6,7 +6,8 @@ Not here: where it is written.
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -21,17 +22,68 @@ ERROR: Final = "\x1b[31m"
 OFF: Final = "\x1b[0m"
 
 
+# What a server says is not to steer a terminal, nor to be read in another order than it has: C0 and C1 controls, marks and
+# overrides of direction, separators of lines and paragraphs.
+_STEERING: Final = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_IN_JSON = re.compile(f"[{_STEERING}]")  # JSON itself escapes what is below 0x20
+_IN_TEXT = re.compile(f"[\x00-\x08\x0b-\x1f{_STEERING}]")
+_IN_LINE = re.compile(f"[\x00-\x1f{_STEERING}]")
+
+
 def to_text(value: Any, *, pretty: bool, colour: bool = False) -> str:
     """Return a JSON value as text: on one line, or indented if `pretty`, with escape sequences if `colour`."""
-    text = orjson.dumps(value, option=orjson.OPT_INDENT_2 if pretty else None).decode()
-    # What a server sends is not to reach a terminal as a command: JSON escapes control characters below 0x20, not these.
-    text = re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    try:
+        text = orjson.dumps(value, option=orjson.OPT_INDENT_2 if pretty else None).decode()
+    except TypeError:  # orjson reads deeper than it writes
+        text = "".join(_deep(value, pretty=pretty))
+    text = _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     return _TOKEN.sub(_paint, text) if colour else text
 
 
+def _deep(value: Any, *, pretty: bool) -> Iterator[str]:
+    """Yield the pieces of a JSON text, however deep it is nested."""
+    depth = 0
+    todo: list[Any] = [value]  # last things first; a _Mark is text
+    while todo:
+        each = todo.pop()
+        if isinstance(each, _Mark):
+            depth += each.step
+            yield each.text + ("\n" + "  " * depth if pretty and each.breaks else "")
+        elif isinstance(each, dict | list) and each:
+            opening, closing = "{}" if isinstance(each, dict) else "[]"
+            items: list[Any] = []
+            for item in each.items() if isinstance(each, dict) else each:
+                if items:
+                    items.append(_Mark(",", 0, True))
+                if isinstance(each, dict):
+                    items.append(_Mark(orjson.dumps(item[0]).decode() + (": " if pretty else ":"), 0, False))
+                    items.append(item[1])
+                else:
+                    items.append(item)
+            todo += [_Mark(closing, 0, False), _Mark("", -1, True), *reversed(items), _Mark(opening, 1, True)]
+        else:
+            yield orjson.dumps(each).decode()
+
+
+class _Mark(NamedTuple):
+    text: str
+    step: int  # how much deeper it goes on
+    breaks: bool  # whether a line ends behind it
+
+
 def plain(text: str) -> str:
-    """Return a server's text with what could steer a terminal made visible."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text.replace("\r\n", "\n"))
+    """Return a server's text, of several lines, with what could steer a terminal made visible."""
+    return _IN_TEXT.sub(_visible, text.replace("\r\n", "\n"))
+
+
+def line(text: str) -> str:
+    """The same for what is to be one line: an error, a name."""
+    return _IN_LINE.sub(_visible, text)
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def paint(colour: str, text: str, *, on: bool) -> str:

@@ -11,11 +11,11 @@ import os
 import shlex
 import signal
 import sys
+from collections import deque
 from collections.abc import Coroutine, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import orjson
 from prompt_toolkit import PromptSession
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
@@ -31,6 +31,7 @@ from pystratovirt.qmpshell.client import QmpConnectionError
 from pystratovirt.qmpshell.completion import words_after
 from pystratovirt.qmpshell.describe import details, overview
 from pystratovirt.qmpshell.model import Model
+from pystratovirt.qmpshell.waiting import Wanted, wanted
 from qmp_protocol.errors import QmpError
 from qmp_protocol.messages import ABSENT, Absent, Event, Json
 
@@ -38,14 +39,20 @@ if TYPE_CHECKING:
     from prompt_toolkit.input import Input
     from prompt_toolkit.output import Output
 
-_HELP = """\
-COMMAND [KEY=VALUE...]   run a command; Tab completes; dots go into objects (file.filename=/x)
-{"execute": ...}         the same as JSON
-help [NAME]              what the server can do, or one command or event
-hmp WORD...              a line of the human monitor
-exit, Ctrl-D             leave; the virtual machine goes on"""
+T = TypeVar("T")
 
-_LOCAL = ("help", "hmp", "exit")
+_RECENT = 1000
+
+_HELP = """\
+COMMAND [KEY=VALUE...]         run a command; Tab completes; dots go into objects (file.filename=/x)
+{"execute": ...}               the same as JSON
+wait EVENT... [KEY=VALUE...]   wait for one of these events with these data, from the last command on; Ctrl-C gives up
+schema [NAME]                  what the server can do, or one command or event
+help [NAME]                    the same, behind these lines
+hmp WORD...                    a line of the human monitor
+exit, Ctrl-D                   leave; the virtual machine goes on"""
+
+_LOCAL = ("help", "hmp", "schema", "wait", "exit")
 
 
 def run_shell(address: str, timeout: float) -> int:
@@ -94,8 +101,10 @@ class _Completer(Completer):
             return
         *before, word = line.split(" ")
         before = [each for each in before if each]
-        if before[:1] == ["help"]:
+        if before[:1] in (["help"], ["schema"]):
             found = [each for each in self._model.names("command") + self._model.names("event") if each.startswith(word)]
+        elif before[:1] == ["wait"]:
+            found = [each for each in self._model.names("event") if each.startswith(word)]
         else:
             found = words_after(self._model, before, word)
             if not before:
@@ -125,6 +134,8 @@ class Shell:
         self._model = model
         self._output = output
         self._colour = not os.environ.get("NO_COLOR")
+        self._recent: deque[Event] = deque(maxlen=_RECENT)  # shown since the last command was begun, and not waited for
+        self._news = asyncio.Event()
         self._session: PromptSession[str] = PromptSession(
             history=history,
             completer=_Completer(model),
@@ -138,7 +149,7 @@ class Shell:
     async def run(self) -> int:
         """Read lines until the user leaves or the server hangs up. Returns the exit status."""
         version = self._client.greeting.version
-        name = render.plain(str(version.get("package") or "a QMP server"))
+        name = render.line(str(version.get("package") or "a QMP server"))
         self._say(f"Connected to {name}. help tells more, Ctrl-D leaves.")
         with patch_stdout(raw=True):
             events = asyncio.create_task(self._show_events())
@@ -166,13 +177,13 @@ class Shell:
             try:
                 await self._do(line.strip())
             except QmpError as error:
-                self._say(render.paint(render.ERROR, render.plain(str(error)), on=self._colour))
+                self._say(render.paint(render.ERROR, render.line(str(error)), on=self._colour))
             except (arguments.ArgumentError, ValueError, RecursionError) as error:
-                self._say(render.plain(str(error)))
+                self._say(render.line(str(error)))
             except _Interrupted:
                 self._say("Not waited for any longer; the command itself goes on.")
             except QmpConnectionError as error:
-                self._say(render.plain(str(error)))
+                self._say(render.line(str(error)))
                 return 3
 
     async def _prompt(self, text: str) -> str | None:
@@ -190,11 +201,17 @@ class Shell:
         if not line:
             return
         if line.startswith("{"):
-            command, values = _from_json(line)
+            command, values = arguments.from_json(line)
         else:
             command, *words = shlex.split(line)
             if command == "help":
                 self._say(self._help(words))
+                return
+            if command == "schema":
+                self._say(self._schema(words))
+                return
+            if command == "wait":
+                await _interruptible(self._wait(wanted(self._model, words)))
                 return
             if command == "hmp":
                 text = await self._execute("human-monitor-command", {"command-line": " ".join(words)})
@@ -208,24 +225,45 @@ class Shell:
 
     async def _execute(self, command: str, values: Json | Absent) -> Json:
         """Run a command. Ctrl-C ends the wait for its reply and nothing else."""
+        self._recent.clear()
         return await _interruptible(self._client.execute(command, values))
 
     async def _sure(self) -> bool:
         answer = await self._prompt("This ends the virtual machine (exit leaves the shell). End it? [y/N] ")
         return answer is not None and answer.strip().lower() in ("y", "yes")
 
+    async def _wait(self, what: Wanted) -> None:
+        """Wait until such an event has been shown, or the server has hung up."""
+        while True:
+            self._news.clear()
+            while self._recent:
+                if what.fits(self._recent.popleft()):
+                    return
+            news = asyncio.create_task(self._news.wait())
+            try:
+                await asyncio.wait((news, self._client.ended), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                news.cancel()
+            if self._client.ended.done() and not self._recent:
+                return
+
     def _help(self, words: list[str]) -> str:
-        if not words:
-            return f"{_HELP}\n\n{overview(self._model)}"
+        return self._schema(words) if words else f"{_HELP}\n\n{self._schema([])}"
+
+    def _schema(self, words: list[str]) -> str:
+        if len(words) > 1:
+            return "one name at most"
         try:
-            return details(self._model, words[0])
+            return render.plain(details(self._model, words[0]) if words else overview(self._model))
         except KeyError:
-            return f"no command or event {words[0]}"
+            return render.line(f"no command or event {words[0]}")
 
     async def _show_events(self) -> None:
         while True:
             event = await self._client.events.get()
-            self._say(f"{render.paint(render.EVENT, render.plain(event.name), on=self._colour)} {self._data(event)}")
+            self._say(f"{render.paint(render.EVENT, render.line(event.name), on=self._colour)} {self._data(event)}")
+            self._recent.append(event)
+            self._news.set()
 
     def _data(self, event: Event) -> str:
         return render.to_text(event.data, pretty=False, colour=self._colour)
@@ -234,17 +272,7 @@ class Shell:
         print_formatted_text(ANSI(text), output=self._output, file=None if self._output else sys.stdout)
 
 
-def _from_json(line: str) -> tuple[str, Json | Absent]:
-    try:
-        value: Any = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(value.get("execute"), str):
-        raise ValueError('an object with "execute" is wanted')  # noqa: TRY004 - it is the user's mistake
-    return value["execute"], value.get("arguments", ABSENT)
-
-
-async def _interruptible(work: Coroutine[Any, Any, Json]) -> Json:
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: no Ctrl-C comes here
