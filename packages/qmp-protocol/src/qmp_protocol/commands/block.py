@@ -127,7 +127,7 @@ class SnapshotInfo(Struct):
         "vm-clock-sec", default=None, doc="how long the machine had run; StratoVirt 2.4.0 leaves it out"
     )
     vm_clock_nsec: u64 = member("vm-clock-nsec", doc="nanoseconds beyond that; without `vm-clock-sec`, all of them")
-    icount: u64 = member(doc="2^64 - 1: none")
+    icount: u64 | None = member(default=None, doc="2^64 - 1: none; QEMU leaves it out then")
 
 
 class BlockdevSnapshotDeleteInternalSync(

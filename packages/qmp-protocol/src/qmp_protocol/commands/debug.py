@@ -19,11 +19,11 @@ class VncInfo(Struct):
     """The VNC server."""
 
     enabled: bool
-    host: str
-    family: str
-    service: str
-    auth: str
-    clients: list[VncClient]
+    host: str | None = member(default=None, doc="QEMU leaves this and the following out when there is no server")
+    family: str | None = member(default=None)
+    service: str | None = member(default=None)
+    auth: str | None = member(default=None)
+    clients: list[VncClient] | None = member(default=None)
 
 
 class QueryVnc(

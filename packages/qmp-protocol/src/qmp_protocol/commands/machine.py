@@ -156,7 +156,9 @@ class Migrate(Command[Empty], name="migrate", strict=False):
 class MigrationInfo(Struct):
     """How far a migration is."""
 
-    status: Literal["none", "setup", "active", "completed", "failed", "canceled"]
+    status: Literal["none", "setup", "active", "completed", "failed", "canceled"] = member(
+        default="none", doc="QEMU leaves it out when there was no migration"
+    )
 
 
 class QueryMigrate(Command[MigrationInfo], name="query-migrate", strict=False):

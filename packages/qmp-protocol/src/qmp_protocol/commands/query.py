@@ -85,7 +85,7 @@ class ObjectType(Struct):
     """A type of object."""
 
     name: str
-    parent: str
+    parent: str | None = member(default=None, doc="QEMU leaves it out of types that are no device's")
 
 
 class QomListTypes(Command[list[ObjectType]], name="qom-list-types", strict=False):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from qmp_protocol.errors import COMMAND_NOT_FOUND, ERROR_CLASSES, GENERIC_ERROR, QmpError, SchemaError
 from qmp_protocol.messages import ABSENT, Absent, Json, shorten
+from qmp_protocol.schema.lenient import read
 from qmp_protocol.schema.struct import Struct, type_of
 
 R_co = TypeVar("R_co", covariant=True)
@@ -110,8 +111,11 @@ class Command(Struct, Generic[R_co]):
         return result
 
     def parse_result(self, value: Json) -> R_co:
-        """Return the typed result for the value of a reply. Raises QmpError when a server's answer does not fit."""
-        return typing.cast(R_co, type_of(self.result_hint()).check(value, ""))
+        """Return the typed result for the value of a reply. Raises QmpError when a server's answer does not fit.
+
+        What other servers have beside what is declared is no error (`schema.lenient`): a choice may be another word.
+        """
+        return typing.cast(R_co, read(type_of(self.result_hint()), value))
 
 
 class Notification(Struct):
