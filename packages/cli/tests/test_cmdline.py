@@ -16,11 +16,11 @@ from pystratovirt.cmdline.backends import Drive, FileChardev, IoThread, PtyChard
 from pystratovirt.cmdline.drivers.blk import VirtioBlk
 from pystratovirt.cmdline.drivers.rng import VirtioRng
 from pystratovirt.cmdline.drivers.serial import Virtconsole, VirtioSerial
-from pystratovirt.cmdline.machine import MemoryNode
+from pystratovirt.cmdline.machine import MemoryNode, ignores_acpi
 from pystratovirt.cmdline.options import LATER, OPTIONS
 from pystratovirt.cmdline.values import GiB, MiB
 from pystratovirt.main import main
-from pystratovirt.slots import ACPI_END, place
+from pystratovirt.slots import ACPI_END, LEGACY_END, place
 
 KERNEL = ["-kernel", "vmlinuz"]
 SPINE = [
@@ -350,13 +350,56 @@ def test_a_fifth_disk_has_no_room_without_acpi() -> None:
 
 def test_a_fifth_disk_goes_behind_the_replaceable_slots_with_acpi() -> None:
     config = kernel(*disks(6))
-    assert place(config.devices, acpi=True) == [0, 1, 2, 3, 6, 7]
+    assert place(config.devices, config.netdevs, acpi=True) == [0, 1, 2, 3, 6, 7]
 
 
 def test_a_machine_with_acpi_is_full_when_its_interrupts_are_used_up() -> None:
     room = ACPI_END - 6
     with pytest.raises(CommandLineError, match=f"id=d{room + 4}: a microvm has room for {room} devices beside 4 disks and 2"):
         kernel(*disks(room + 5))
+
+
+@pytest.mark.parametrize("acpi", ["on", "off"])
+def test_what_the_kernel_or_another_process_carries_leaves_the_network_slots_to_clients(acpi: str) -> None:
+    netdevs = ("tap,id=a,ifname=a,vhost=on", "tap,id=b,ifname=b", "vhost-user,id=c,chardev=c", "tap,id=d,ifname=d")
+    config = kernel(
+        *("-machine", f"microvm,acpi={acpi}", "-chardev", "socket,id=c,path=c", "-netdev", *netdevs),
+        *("-device", *(f"virtio-net-device,netdev={name},id={name}" for name in "abcd")),
+    )
+    assert place(config.devices, config.netdevs, acpi=acpi == "on") == [6, 4, 7, 5]
+
+
+def test_a_third_network_that_is_carried_here_has_no_room_without_acpi() -> None:
+    netdevs = [f"tap,id={name},ifname={name}" for name in "abc"]
+    cards = [f"virtio-net-device,netdev={name},id={name}" for name in "abc"]
+    with pytest.raises(CommandLineError, match="id=c: a microvm without ACPI has room for 2 network devices"):
+        kernel("-machine", "microvm,acpi=off", "-netdev", *netdevs, "-device", *cards)
+    config = kernel("-netdev", *netdevs, "-device", *cards)
+    assert place(config.devices, config.netdevs, acpi=True) == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("words", "ignored"),
+    [
+        ("", False),
+        ("reboot=k panic=1 acpi=off", True),
+        ("acpi=off acpi=force", False),
+        ("acpi=on acpi=off", True),
+        ("root=/dev/vda -- acpi=off", False),
+        ("noacpi=off acpi=offline", False),
+    ],
+)
+def test_a_kernel_is_told_to_ignore_acpi_by_the_last_word_about_it(words: str, ignored: bool) -> None:
+    assert ignores_acpi(words) is ignored
+
+
+def test_a_guest_that_ignores_acpi_has_no_more_devices_than_it_finds() -> None:
+    room = LEGACY_END - 6
+    config = kernel("-append", "acpi=off", *disks(room + 4))
+    assert place(config.devices, {}, acpi=True, ignored=config.acpi_ignored)[-1] == LEGACY_END - 1
+    told = f"id=d{room + 4}: a guest that is told acpi=off finds {room} devices beside 4 disks and 2 network devices"
+    with pytest.raises(CommandLineError, match=told):
+        kernel("-append", "acpi=off", *disks(room + 5))
 
 
 def test_there_is_one_serial_controller() -> None:

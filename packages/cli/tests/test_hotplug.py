@@ -378,6 +378,15 @@ class TestNetworks:
         assert self.link(vm, 4)
         assert refusal(vm, "netdev_del", id="a") == "Netdev a is in use: a device without an id has it"
 
+    def test_a_card_that_the_kernel_serves_leaves_the_slots_and_stays(self, tmp_path: Path) -> None:
+        options = ("-netdev", "tap,id=v,ifname=v,vhost=on", "-device", "virtio-net-device,netdev=v,id=nic0")
+        with RunningVm(tmp_path, *options) as vm:
+            vm.run("netdev_add", id="n", ifname="n")
+            vm.run("device_add", id="n", driver="virtio-net-mmio", addr="0")
+            assert [self.link(vm, slot) for slot in (4, 5, 6)] == [True, False, True]
+            assert refusal(vm, "device_del", id="nic0") == "Device nic0 is in no slot that can be emptied"
+            assert refusal(vm, "netdev_del", id="v") == "Netdev v is in use: device nic0 has it"
+
     def test_a_guest_with_acpi_finds_a_card_that_was_not_there(self, vm: RunningVm, peer: socket.socket) -> None:
         present, event, ged = 0xF000_0020, 0xF000_0000, vm.vm.machine.interrupt_line(16)
         assert vm.access.read(present, 4) == bytes(4)

@@ -130,6 +130,36 @@ def test_a_guest_that_asks_for_power_off_through_acpi_ends_the_process(harness: 
 
 
 def test_the_guest_s_output_reaches_its_file_before_the_end(harness: Harness, tmp_path: Path) -> None:
+class TestAGuestThatIsToldToIgnoreAcpi:
+    """As Kata Containers' guests are, on a machine that has it all the same: what they meet is StratoVirt's machine."""
+
+    @pytest.fixture
+    def kata(self, tmp_path: Path) -> Iterator[Harness]:
+        harness = Harness(tmp_path, "-append", "reboot=k panic=1 acpi=off console=hvc0")
+        yield harness
+        harness.close()
+
+    def test_a_panic_ends_the_process(self, kata: Harness) -> None:
+        assert kata.ask("outb 0x64 0xfe") == "OK"  # the keyboard controller's reset line: reboot=k
+        assert json.loads(kata.lines.readline())["data"] == {"guest": True, "reason": "guest-shutdown"}
+        assert kata.process.wait(LIMIT) == 0
+
+    @pytest.mark.parametrize("command", ["system_reset", "system_powerdown"])
+    def test_a_client_s_reset_and_power_button_end_the_process(self, kata: Harness, command: str) -> None:
+        assert kata.execute(command) == [{"return": {}}]
+        assert json.loads(kata.lines.readline())["event"] == "SHUTDOWN"
+        assert kata.process.wait(LIMIT) == 0
+
+    def test_the_clock_keeps_a_driver_from_claiming_the_interrupt_of_the_fourth_disk(self, kata: Harness) -> None:
+        kata.ask("outb 0x70 0x0b")
+        assert int(kata.ask("inb 0x71").removeprefix("OK "), 16) & 2 == 0  # register B, 24 hours: Linux wants them
+
+
+def test_a_guest_that_looks_at_acpi_has_a_clock_with_24_hours(harness: Harness) -> None:
+    harness.ask("outb 0x70 0x0b")
+    assert int(harness.ask("inb 0x71").removeprefix("OK "), 16) & 2
+
+
     for byte in b"bye\n":
         harness.ask(f"outb 0x3f8 {byte:#x}")
     harness.execute("quit")

@@ -68,7 +68,7 @@ class Maker:
         self.made: list[Microvm] = []
         self.hypervisor = RecordingHypervisor()
 
-    def __call__(self, *, acpi: bool = True, cpus: int = 2) -> Microvm:
+    def __call__(self, *, acpi: bool = True, acpi_ignored: bool = False, cpus: int = 2) -> Microvm:
         def post(event: MachineEvent) -> None:
             raise AssertionError(f"nobody asked for {event}")
 
@@ -77,7 +77,16 @@ class Maker:
         memory = GuestMemory(Layout.ram(2 * MiB))
         topology = CpuTopology(cpus, cpus)
         self.made.append(
-            Microvm(self.hypervisor, memory, post, topology=topology, clock=clock, loop=DirectLoop("main", clock), acpi=acpi)
+            Microvm(
+                self.hypervisor,
+                memory,
+                post,
+                topology=topology,
+                clock=clock,
+                loop=DirectLoop("main", clock),
+                acpi=acpi,
+                acpi_ignored=acpi_ignored,
+            )
         )
         return self.made[-1]
 
@@ -97,6 +106,20 @@ def started(make: Maker, *slots: int, **options: Any) -> Microvm:
     machine.finish()
     machine.start()
     return machine
+
+
+@pytest.mark.parametrize(
+    ("acpi", "ignored", "in_use"), [(True, False, True), (True, True, False), (False, False, False), (False, True, False)]
+)
+def test_a_guest_that_does_not_look_at_acpi_has_the_clock_and_power_of_a_machine_without(
+    make: Maker, acpi: bool, ignored: bool, in_use: bool
+) -> None:
+    machine = started(make, acpi=acpi, acpi_ignored=ignored)
+    assert machine.acpi_in_use == in_use
+    assert machine.press_power_button() == in_use
+    machine.pio.write(0x70, 1, 0x0B)
+    assert bool(machine.pio.read(0x71, 1) & 2) == in_use  # register B: 24 hours
+    assert (bytes(machine.memory.view(0xE_0000, 8)) == b"RSD PTR ") == acpi
 
 
 class TestPlugging:

@@ -79,11 +79,12 @@ class Runtime:
     def reset(self, *, guest: bool, reason: str) -> None:
         """Reset the machine and tell every client; a machine that cannot begin again ends.
 
-        Without ACPI a reset is the end, as on StratoVirt's microvm: its clients wait for the process.
+        Without ACPI, or for a guest that is told not to look at it, a reset is the end, as on StratoVirt's microvm: its clients
+        wait for the process, and have their guests end by one (`reboot=k panic=1`).
         """
         if self._ended:
             return
-        if not self.machine.acpi:
+        if not self.machine.acpi_in_use:
             self.end(guest=guest, reason="guest-shutdown" if guest else reason)
             return
         log.info(f"the virtual machine is reset: {reason}")

@@ -137,6 +137,7 @@ class VirtualMachine:
             clock=self.clock,
             loop=self.main_loop,
             kernel=kernel,
+            acpi_ignored=config.acpi_ignored,
             acpi=config.machine.acpi,
         )
         self._stack.callback(self.machine.close)
@@ -263,8 +264,9 @@ class VirtualMachine:
 
     def _add_devices(self) -> None:
         """Fill the slots (see `slots`)."""
-        slots = place(self.config.devices, acpi=self.config.machine.acpi)
-        for number, (device, slot) in enumerate(zip(self.config.devices, slots, strict=True)):
+        config = self.config
+        slots = place(config.devices, config.netdevs, acpi=config.machine.acpi, ignored=config.acpi_ignored)
+        for number, (device, slot) in enumerate(zip(config.devices, slots, strict=True)):
             if slot is not None:
                 name = device.id or f"{device.selector}.{number}"
                 self._plug(slot, device, BUILDERS[device.selector](self, device, name))

@@ -29,7 +29,7 @@ from .declare import Parameters, items, word_in_front
 from .drivers import DRIVERS
 from .errors import BadKey, CommandLineError, listing, show
 from .lexer import lex
-from .machine import Accel, Cpu, Machine, Memory, MemorySize, Smp
+from .machine import Accel, Cpu, Machine, Memory, MemorySize, Smp, ignores_acpi
 from .values import ID, PATH, SOCKET_PATH, Reference, Text
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def build(argv: Sequence[str]) -> Config:
     monitors = _monitors(given, users)
     serial = _serial(given, users)
     devices = [_device(text) for text in given.get("device", ())]
-    _check_devices(devices, users, machine)
+    append = _append(given)
+    _check_devices(devices, users)
+    place(devices, users.netdevs, acpi=machine.acpi, ignored=ignores_acpi(append))
     smp = _one(given, "smp", Smp) or Smp(cpus=1)
     memory, numa = _memory(given, machine), _numa(given, users)
     if numa:
@@ -81,7 +83,7 @@ def build(argv: Sequence[str]) -> Config:
         memory=memory,
         kernel=_text(given, "kernel", PATH),
         initrd=_text(given, "initrd", PATH),
-        append=_append(given),
+        append=append,
         drives=users.drives,
         iothreads=users.iothreads,
         rngs=users.rngs,
@@ -333,7 +335,7 @@ def _monitors(given: Mapping[str, list[str]], users: _Users) -> tuple[Listener, 
     return tuple(found)
 
 
-def _check_devices(devices: list[Device], users: _Users, machine: Machine) -> None:
+def _check_devices(devices: list[Device], users: _Users) -> None:
     ids: set[str] = set()
     for number, device in enumerate(devices):
         where = f"{device.selector}: "
@@ -349,7 +351,6 @@ def _check_devices(devices: list[Device], users: _Users, machine: Machine) -> No
             device.join(devices[:number])
         except BadKey as error:
             raise CommandLineError("-device", where + (error.name or f"id={show(device.id)}"), error.reason) from None
-    place(devices, acpi=machine.acpi)
 
 
 def _check_whole(config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .declare import Record
-from .machine import Cpu, Machine, Memory, Smp
+from .machine import Cpu, Machine, Memory, Smp, ignores_acpi
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,6 +55,11 @@ class Config(Record):
     daemonize: bool = False
     pidfile: str | None = None
     disable_seccomp: bool = False
+
+    @property
+    def acpi_ignored(self) -> bool:
+        """Whether the guest is told not to look at ACPI."""
+        return ignores_acpi(self.append)
 
     @property
     def topology(self) -> CpuTopology:

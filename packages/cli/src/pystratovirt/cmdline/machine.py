@@ -29,7 +29,7 @@ class Machine(Parameters):
         SWITCH,
         default=True,
         doc="ACPI tables, power button and sleep registers beside the MP table",
-        note="not in StratoVirt; `acpi=off` is exactly StratoVirt's machine",
+        note="not in StratoVirt; `acpi=off` is StratoVirt's machine with a clock and the keyboard controller's reset line",
     )
     mem_share: bool = key(SWITCH, default=False, doc="guest memory can be shared with other processes (vhost-user)")
     dump_guest_core: bool = key(SWITCH, default=True, doc="guest memory is part of a core dump")
@@ -44,6 +44,15 @@ class Machine(Parameters):
     def check(self) -> None:
         if self.usb:
             raise BadKey("usb=on", "only usb=off; a USB controller is added with -device")
+
+
+def ignores_acpi(command_line: str) -> bool:
+    """Tell whether a kernel with this command line leaves ACPI alone: the last of Linux's words about it is `acpi=off`."""
+    words = command_line.split()
+    if "--" in words:  # what follows is for the guest's first program
+        words = words[: words.index("--")]
+    said = [word for word in words if word in ("acpi=off", "acpi=on", "acpi=force")]
+    return said[-1:] == ["acpi=off"]
 
 
 class Accel(Parameters):

@@ -26,7 +26,7 @@ from vmm_core.loop import Loop
 from vmm_core.machine.core import Closable, Component, Machine, MachineEvent, Pausable, VmStatus
 from vmm_core.topology import CpuTopology
 from vmm_core.x86_64.acpi_tables import acpi_tables, write_acpi_tables
-from vmm_core.x86_64.boot import load_kernel
+from vmm_core.x86_64.boot import KernelFiles
 from vmm_core.x86_64.io_apic import IoApic
 from vmm_core.x86_64.layout import Microvm as Layout
 from vmm_core.x86_64.layout import Slot
@@ -72,7 +72,9 @@ class Microvm(Machine):
     ) -> None:
         """Make the machine without its serial port and virtio devices. `loop` runs the timers of its legacy devices.
 
-        Without a `kernel` the vCPUs have nothing to run; only test mode has a use for that.
+        acpi_ignored: bool = False,
+        Without a `kernel` the vCPUs have nothing to run; only test mode has a use for that. `acpi_ignored`: the guest is told
+        not to look at ACPI, so that clock, power button and what a reset is are those of a machine without.
         """
         super().__init__(hypervisor, memory, post)
         self.topology = topology
@@ -80,13 +82,14 @@ class Microvm(Machine):
         self._kernel = kernel
         self._has_serial = False
         self._windows: dict[int, _Window] = {}
+        self.acpi_in_use = acpi and not acpi_ignored
         self.i8042 = I8042(self)
         self.pio.add(*Layout.I8042_DATA, self.i8042.data_port, "keyboard controller data")
         self.pio.add(*Layout.I8042_COMMAND, self.i8042, "keyboard controller command")
         # A clock that does not answer costs a stock kernel 4 s of its boot, so it is there even without ACPI. Only ACPI tells
         # of its interrupt: a driver that finds it by itself would take IRQ 8, which is slot 3's, so it is kept away.
-        line = hypervisor.interrupt_line(Layout.RTC_GSI) if acpi else None
-        self.rtc = Rtc(clock, loop, line, memory_size=memory.size, hours_24=acpi)
+        line = hypervisor.interrupt_line(Layout.RTC_GSI) if self.acpi_in_use else None
+        self.rtc = Rtc(clock, loop, line, memory_size=memory.size, hours_24=self.acpi_in_use)
         self.pio.add(*Layout.RTC_PORTS, self.rtc, "clock")
         self.add_component("rtc", self.rtc)
         self.add_closable(self.rtc)
@@ -189,8 +192,8 @@ class Microvm(Machine):
             self.vcpus.append(self.hypervisor.create_vcpu(index, self.pio, self.mmio, self, boot))
 
     def press_power_button(self) -> bool:
-        """Press the power button. False when the machine has none (`acpi=off`)."""
-        if self.power is None:
+        """Press the power button. False when the machine has none (`acpi=off`), or its guest does not look at it."""
+        if self.power is None or not self.acpi_in_use:
             return False
         self.power.press_power_button()
         return True
