@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmm_core.errors import BootError
+from vmm_core.errors import BootError, InitrdError, KernelCommandLineError
 from vmm_core.guestmem import GuestMemory
-from vmm_core.x86_64.boot import LoadedKernel, load_kernel
+from vmm_core.x86_64.boot import KernelFiles, LoadedKernel, load_kernel
 from vmm_core.x86_64.layout import Microvm, Range
 from vmm_core.x86_64.memory_map import RAM, RESERVED, memory_map
 
@@ -97,6 +97,40 @@ def test_no_descriptor_stays_open(kernel: Path) -> None:
     refusal(kernel, b"junk")
     with pytest.raises(BootError):
         load_kernel(ram(), "/dev/zero")
+    assert descriptors() == before
+
+
+def test_files_that_are_open_load_again_without_their_names_and_with_their_new_size(kernel: Path, tmp_path: Path) -> None:
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(b"first")
+    kernel.write_bytes(plain())
+    before = descriptors()
+    with KernelFiles(str(kernel), str(initrd)) as files:
+        files.load(ram())
+        kernel.unlink()
+        initrd.write_bytes(b"the second one is longer")  # in place: the same file
+        initrd.unlink()
+        memory = ram()
+        loaded = files.load(memory)
+        assert memory.read(0x100_0000, MIB) == plain()
+        assert loaded.initrd is not None
+        assert memory.read(*loaded.initrd) == b"the second one is longer"
+    files.close()
+    assert descriptors() == before
+
+
+def test_an_error_says_by_its_kind_what_it_is_about(kernel: Path, tmp_path: Path) -> None:
+    kernel.write_bytes(plain())
+    before = descriptors()
+    with pytest.raises(InitrdError, match="none: cannot open"):
+        load_kernel(ram(), str(kernel), str(tmp_path / "none"))
+    with pytest.raises(InitrdError, match="does not fit"):
+        boot(kernel, plain(16 * MIB), initrd_path=str(kernel))
+    with pytest.raises(KernelCommandLineError):
+        boot(kernel, plain(), command_line="x" * 5000)
+    with pytest.raises(BootError) as caught:
+        load_kernel(ram(), str(tmp_path / "none"), str(kernel))
+    assert type(caught.value) is BootError
     assert descriptors() == before
 
 

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -315,7 +316,8 @@ def test_whole_pages_of_discarded_ram_go_back_to_the_host(tmp_path: Path, kind: 
 
 
 def test_huge_pages_are_kept_because_the_pool_may_not_give_them_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guestmem, "_huge_page_size", lambda fd: 2 * MiB)
+    monkeypatch.setattr(guestmem, "_file_system", lambda fd: "hugetlbfs")
+    monkeypatch.setattr(guestmem.os, "fstatvfs", lambda fd: SimpleNamespace(f_bsize=2 * MiB))
     ram = GuestMemory([(0, 4 * MiB)], path=str(tmp_path))
     ram.view(0, 4 * MiB)[:] = b"\xaa" * (4 * MiB)
     assert ram.discard(ram.view(0, 4 * MiB)) == 0

@@ -1,4 +1,7 @@
-"""Touching every page of guest RAM before the guest does. Loaded only when asked for (`-mem-prealloc`)."""
+"""Touching every page of guest RAM before the guest does. Loaded only when asked for (`-mem-prealloc`).
+
+Not here: how much memory there is (`_available`).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,20 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from vmm_core.errors import GuestMemoryError
+from vmm_core import _available
+from vmm_core.errors import PreallocError
 
 _MADV_POPULATE_WRITE = 23  # madvise(2), Linux 5.14
 _SLICE = 256 << 20  # small enough to share out evenly, large enough that the calls do not count
+
+
+def expect_room(size: int) -> None:
+    """Raise PreallocError when `size` bytes of RAM are more than there are: touching them would end with the OOM killer."""
+    room = _available.room()
+    if room is not None and size > room.size:
+        raise PreallocError(
+            f"{size >> 20} MiB of guest RAM cannot be there from the start: {room.where} has {room.size >> 20} MiB"
+        )
 
 
 def populate(views: Sequence[memoryview], fd: int, size: int, threads: int) -> None:
@@ -20,7 +33,7 @@ def populate(views: Sequence[memoryview], fd: int, size: int, threads: int) -> N
     `fd` is the file of a shared mapping, `size` bytes of it in use, or -1: its blocks are allocated first, since a full
     file system shows itself at a write to a mapping only by a signal that ends the process.
 
-    Raises GuestMemoryError when the memory cannot be had.
+    Raises PreallocError when the memory cannot be had.
     """
     try:
         if fd >= 0:
@@ -30,7 +43,7 @@ def populate(views: Sequence[memoryview], fd: int, size: int, threads: int) -> N
             for _ in pool.map(_touch, slices):
                 pass
     except OSError as error:
-        raise GuestMemoryError(f"cannot allocate {size:#x} bytes of guest RAM in advance: {error.strerror}") from None
+        raise PreallocError(f"cannot allocate {size:#x} bytes of guest RAM in advance: {error.strerror}") from None
 
 
 def _touch(view: memoryview) -> None:

@@ -15,12 +15,24 @@ class GuestMemoryError(VmmError):
     """An address range that is not wholly guest RAM, or RAM that could not be made."""
 
 
+class PreallocError(GuestMemoryError):
+    """RAM that was to be there from the start, and is not to be had."""
+
+
 class BusError(VmmError):
     """Two devices claim the same addresses, or a device asks for addresses outside the bus."""
 
 
 class BootError(VmmError):
-    """The kernel, the initial RAM disk or the command line cannot be loaded; the message names the file and the reason."""
+    """The kernel cannot be loaded; the message names the file and the reason."""
+
+
+class InitrdError(BootError):
+    """The initial RAM disk cannot be loaded; the message names the file and the reason."""
+
+
+class KernelCommandLineError(BootError):
+    """The kernel's command line is not one that it takes."""
 
 
 class StateError(VmmError):

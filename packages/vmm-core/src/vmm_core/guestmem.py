@@ -72,7 +72,8 @@ class GuestMemory:
         is the number of threads that touch every page now, 0 for none. Without `dump`, RAM is left out of core dumps.
         `placement` says on which nodes of the host RAM lies, one piece after the other; all of it, or nothing.
 
-        Raises GuestMemoryError when a region or piece is malformed, or the system or the file cannot give that much, or there.
+        Raises GuestMemoryError when a region or piece is malformed, or the system or the file cannot give that much, or there;
+        PreallocError when it cannot give that much now.
         """
         self.regions: tuple[Region, ...] = tuple(_checked(regions))
         self.size = sum(region.size for region in self.regions)
@@ -83,9 +84,10 @@ class GuestMemory:
         self._madvise: Any = None  # the C library's, once discard() was called
         self._first_base, self._first_size, self._first = 0, 0, memoryview(b"")
         self._rest: tuple[tuple[int, int, memoryview], ...] = ()
+        in_memory = True  # and not on a disk that it can be written back to
         try:
             if path is not None:
-                self.fd, self.page_size = _open_backing(path, self.size, self.regions)
+                self.fd, self.page_size, in_memory = _open_backing(path, self.size, self.regions)
             elif share:
                 self.fd = _open_memfd(self.size)
             for region in self.regions:
@@ -95,8 +97,12 @@ class GuestMemory:
 
                 place(self.regions, self._maps, placement, self.page_size)
             if prealloc > 0:
-                from vmm_core._prealloc import populate
+                from vmm_core._prealloc import expect_room, populate
 
+                # Huge pages are a pool, which says itself what it has left: at the mapping.
+                if self.page_size == PAGE_SIZE and (in_memory or not share):
+                    present = os.fstat(self.fd).st_blocks * 512 if self.fd >= 0 and share else 0
+                    expect_room(self.size - present)
                 populate(self._maps, self.fd if share else -1, self.size, prealloc)
         except BaseException:
             self.close()
@@ -249,16 +255,17 @@ def _open_memfd(size: int) -> int:
     return fd
 
 
-def _open_backing(path: str, size: int, regions: Sequence[Region]) -> tuple[int, int]:
+def _open_backing(path: str, size: int, regions: Sequence[Region]) -> tuple[int, int, bool]:
     """Open or make the file of `-mem-path`, at least `size` bytes long. An existing file is never grown unless empty.
 
-    Return its descriptor and the size of its pages."""
+    Return its descriptor, the size of its pages, and whether it is nowhere but in memory."""
     try:
         fd = _open_temporary(path) if os.path.isdir(path) else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)  # noqa: PTH112
     except OSError as error:
         raise GuestMemoryError(f"cannot open {path} for guest RAM: {error.strerror}") from None
     try:
-        page = _huge_page_size(fd)
+        kind = _file_system(fd)
+        page = os.fstatvfs(fd).f_bsize if kind == "hugetlbfs" else PAGE_SIZE
         for region in regions:
             if region.size % page:
                 # The kernel would round such a mapping up, and then refuse to unmap it.
@@ -276,7 +283,7 @@ def _open_backing(path: str, size: int, regions: Sequence[Region]) -> tuple[int,
     except GuestMemoryError:
         os.close(fd)
         raise
-    return fd, page
+    return fd, page, kind in ("tmpfs", "ramfs", "hugetlbfs")
 
 
 def _open_temporary(folder: str) -> int:
@@ -292,16 +299,16 @@ def _open_temporary(folder: str) -> int:
     raise FileExistsError(17, "every temporary name tried is taken")
 
 
-def _huge_page_size(fd: int) -> int:
-    """Return the page size of the hugetlbfs that `fd` is on, or the ordinary page size for any other file system."""
+def _file_system(fd: int) -> str:
+    """Return the name of the file system that `fd` is on; empty when it is on none that is mounted here."""
     device = os.fstat(fd).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     with open("/proc/self/mountinfo") as mounts:  # noqa: PTH123
         for line in mounts:  # proc(5): id parent major:minor root mount-point options [tags] - type source options
             fields, _, kind = line.partition(" - ")
-            if fields.split()[2] == number and kind.startswith("hugetlbfs "):
-                return os.fstatvfs(fd).f_bsize
-    return PAGE_SIZE
+            if fields.split()[2] == number:
+                return kind.split()[0]
+    return ""
 
 
 def _map(region: Region, fd: int, *, share: bool, dump: bool) -> memoryview:

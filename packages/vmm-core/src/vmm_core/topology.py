@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# An APIC id that a guest can use. 255 is all of them; from 256 on a vCPU gets no interrupt of a device unless the machine has
+# interrupt remapping: I/O APICs and messages have eight bits for who is meant (Intel SDM vol. 3, section 12.11.1).
+MAX_APIC_ID = 254
+
 
 def _bits(count: int) -> int:
     """Return how many bits number `count` things: 0 for one."""
@@ -47,7 +51,7 @@ class CpuTopology(NamedTuple):
     def apic_id(self, index: int) -> int:
         """Return the APIC id of vCPU `index`: each level in a field of its own width, so that guests can take it apart.
 
-        Equal to `index` when every count is a power of two.
+        Equal to `index` when every count is a power of two. May be more than MAX_APIC_ID otherwise: a machine is refused then.
         """
         thread, rest = index % self.threads, index // self.threads
         core, rest = rest % (self.cores * self.clusters), rest // (self.cores * self.clusters)

@@ -7,16 +7,17 @@ Four kinds of kernel file, told apart by their contents:
 - ELF without, entered in long mode with a zero page;
 - `objcopy -O binary vmlinux`, which StratoVirt's manual calls PE. It has no header; that it is Linux shows in its banner.
 
-Anything else is a BootError. Loading overwrites all that a former guest may have left of it, so a reset may load again.
+Anything else is a BootError. Loading overwrites all that a former guest may have left of it, so a reset may load again, and from
+the same files, whatever has become of their names (`KernelFiles`).
 Not here: ACPI and MP tables (`acpi_tables`, `mp_table`), what goes into the command line.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
-from vmm_core.errors import BootError
+from vmm_core.errors import BootError, InitrdError, KernelCommandLineError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.x86_64 import bzimage
 from vmm_core.x86_64.boot_state import long_mode, protected_mode, write_reset_vector
@@ -67,29 +68,65 @@ class _Placed(NamedTuple):
 def load_kernel(
     memory: GuestMemory, kernel_path: str, initrd_path: str | None = None, command_line: str = "", *, rsdp: int | None = None
 ) -> LoadedKernel:
-    """Load a kernel for the microvm machine. `rsdp` is the address of ACPI's root pointer, if the machine has ACPI.
+    """Load a kernel once, from files that are open no longer than that. As `KernelFiles` and its load()."""
+    with KernelFiles(kernel_path, initrd_path) as files:
+        return files.load(memory, command_line, rsdp=rsdp)
 
-    Raises BootError, one line that names the file, when a file cannot be read or is not what it should be, when something
-    does not fit RAM, or when the command line is longer than the kernel takes.
+
+class KernelFiles:
+    """A kernel and its RAM disk, open for as long as a machine may boot. A context manager.
+
+    By their descriptors, and not by their names: the upgrade of a kernel package removes the old file under a guest that
+    runs, and the guest's next reboot still finds it.
     """
-    entries = memory_map((region.base, region.size) for region in memory.regions)
-    with ImageFile(kernel_path) as file:
-        placed = _place(memory, file)
-    _write_command_line(memory, command_line, placed.command_line_max)
-    initrd = None
-    if initrd_path is not None:
-        with ImageFile(initrd_path) as file:
-            initrd = _load_initrd(memory, file, placed)
-    write_reset_vector(memory)
-    if placed.protocol == "PVH":
-        from vmm_core.x86_64.pvh import start_info
 
-        memory.write(Microvm.PVH_START.base, start_info(entries, initrd=initrd, rsdp=rsdp))
-        vcpu_boot = protected_mode(memory, placed.entry)
-    else:
-        memory.write(Microvm.ZERO_PAGE.base, zero_page(entries, header=placed.header, initrd=initrd, rsdp=rsdp))
-        vcpu_boot = long_mode(memory, placed.entry)
-    return LoadedKernel(placed.protocol, vcpu_boot, placed.kernel, initrd, entries)
+    def __init__(self, kernel_path: str, initrd_path: str | None = None) -> None:
+        """Open the files. Raises BootError, InitrdError for the RAM disk: one line that names the file."""
+        self._kernel = ImageFile(kernel_path)
+        self._initrd: ImageFile | None = None
+        if initrd_path is not None:
+            try:
+                self._initrd = ImageFile(initrd_path, InitrdError)
+            except InitrdError:
+                self.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. Twice is fine."""
+        for file in (self._kernel, self._initrd):
+            if file is not None:
+                file.close()
+
+    def load(self, memory: GuestMemory, command_line: str = "", *, rsdp: int | None = None) -> LoadedKernel:
+        """Load the kernel for the microvm machine. `rsdp` is the address of ACPI's root pointer, if the machine has ACPI.
+
+        Raises BootError when a file cannot be read or is not what it should be, or when something does not fit RAM, as
+        InitrdError for the RAM disk; KernelCommandLineError when the command line is longer than the kernel takes.
+        """
+        entries = memory_map((region.base, region.size) for region in memory.regions)
+        self._kernel.measure()
+        placed = _place(memory, self._kernel)
+        _write_command_line(memory, command_line, placed.command_line_max)
+        initrd = None
+        if self._initrd is not None:
+            self._initrd.measure()
+            initrd = _load_initrd(memory, self._initrd, placed)
+        write_reset_vector(memory)
+        if placed.protocol == "PVH":
+            from vmm_core.x86_64.pvh import start_info
+
+            memory.write(Microvm.PVH_START.base, start_info(entries, initrd=initrd, rsdp=rsdp))
+            vcpu_boot = protected_mode(memory, placed.entry)
+        else:
+            memory.write(Microvm.ZERO_PAGE.base, zero_page(entries, header=placed.header, initrd=initrd, rsdp=rsdp))
+            vcpu_boot = long_mode(memory, placed.entry)
+        return LoadedKernel(placed.protocol, vcpu_boot, placed.kernel, initrd, entries)
 
 
 def _place(memory: GuestMemory, file: ImageFile) -> _Placed:
@@ -162,18 +199,18 @@ def _write_command_line(memory: GuestMemory, command_line: str, limit: int) -> N
     try:
         data = os.fsencode(command_line)
     except UnicodeEncodeError as error:
-        raise BootError(f"kernel command line: {error}") from None
+        raise KernelCommandLineError(f"kernel command line: {error}") from None
     if b"\0" in data:
-        raise BootError(f"kernel command line: NUL at byte {data.index(0)}")
+        raise KernelCommandLineError(f"kernel command line: NUL at byte {data.index(0)}")
     limit = min(limit, Microvm.COMMAND_LINE.size - 1)
     if len(data) > limit:
-        raise BootError(f"kernel command line: {len(data)} bytes; this kernel takes at most {limit}")
+        raise KernelCommandLineError(f"kernel command line: {len(data)} bytes; this kernel takes at most {limit}")
     memory.write(Microvm.COMMAND_LINE.base, data + b"\0")
 
 
 def _load_initrd(memory: GuestMemory, file: ImageFile, placed: _Placed) -> Range:
     if file.size == 0:
-        raise BootError(f"{file.path}: empty")
+        raise InitrdError(f"{file.path}: empty")
     highest = min(memory.regions[0].size, placed.initrd_max + 1)
     # Where StratoVirt puts it; a larger one goes as high as the kernel and RAM allow.
     for top in (min(Microvm.INITRD_TOP, highest), highest):
@@ -181,7 +218,7 @@ def _load_initrd(memory: GuestMemory, file: ImageFile, placed: _Placed) -> Range
         if base >= placed.kernel.end:
             break
     else:
-        raise BootError(
+        raise InitrdError(
             f"{file.path}: does not fit: {file.size} bytes, and {max(highest - placed.kernel.end, 0)} of RAM "
             f"are left between the kernel's end at {placed.kernel.end:#x} and {highest:#x}"
         )

@@ -16,27 +16,31 @@ _HUGE_PAGE: Final = 2 << 20
 
 
 class ImageFile:
-    """A kernel or RAM disk, open for reading. A context manager; every failure is a BootError that names the file."""
+    """A kernel or RAM disk, open for reading. A context manager; every failure is an `error` that names the file."""
 
-    def __init__(self, path: str) -> None:
-        """Open `path`. Raises BootError unless it is a readable regular file: anything else has no size to check."""
+    def __init__(self, path: str, error: type[BootError] = BootError) -> None:
+        """Open `path`. Raises `error` unless it is a readable regular file: anything else has no size to check."""
         self.path = path
+        self._error = error
         try:
             # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise BootError(f"{path}: cannot open: {_reason(error)}") from None
-        status = os.fstat(self._fd)
-        self.size = status.st_size
-        if not S_ISREG(status.st_mode):
+        except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
+            raise error(f"{path}: cannot open: {_reason(problem)}") from None
+        if not S_ISREG(os.fstat(self._fd).st_mode):
             self.close()
-            raise BootError(f"{path}: not a regular file")
+            raise error(f"{path}: not a regular file")
+        self.measure()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def measure(self) -> None:
+        """Find out how many bytes there are: before the first use, and whenever somebody may have written to the file."""
+        self.size = os.fstat(self._fd).st_size
 
     def close(self) -> None:
         """Close the file. Twice is fine."""
@@ -45,11 +49,11 @@ class ImageFile:
             os.close(fd)
 
     def head(self, length: int) -> bytes:
-        """Return the first `length` bytes, or all there are if fewer. Raises BootError when the file cannot be read."""
+        """Return the first `length` bytes, or all there are if fewer. Raises `error` when the file cannot be read."""
         return self.read(0, min(length, self.size))
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes at `offset`. For headers: the caller bounds `length`. Raises BootError if there are fewer."""
+        """Return `length` bytes at `offset`. For headers: the caller bounds `length`. Raises `error` if there are fewer."""
         buffer = bytearray(length)
         self._fill(memoryview(buffer), offset)
         return bytes(buffer)
@@ -57,14 +61,14 @@ class ImageFile:
     def load(self, memory: GuestMemory, address: int, offset: int, length: int) -> None:
         """Read `length` bytes at file position `offset` to guest address `address`.
 
-        Raises BootError when they are not all there, or not all of the destination is RAM.
+        Raises `error` when they are not all there, or not all of the destination is RAM.
         """
         try:
             view = memory.view(address, length)
             if length >= _HUGE_PAGE:
                 memory.expect_writes(address, length)
-        except GuestMemoryError as error:
-            raise BootError(f"{self.path}: does not fit guest memory: {error}") from None
+        except GuestMemoryError as problem:
+            raise self._error(f"{self.path}: does not fit guest memory: {problem}") from None
         self._fill(view, offset)
 
     def _fill(self, view: memoryview, offset: int) -> None:
@@ -72,10 +76,11 @@ class ImageFile:
         while done < len(view):
             try:
                 count = os.preadv(self._fd, [view[done:]], offset + done)
-            except (OSError, OverflowError) as error:
-                raise BootError(f"{self.path}: cannot read: {_reason(error)}") from None
+            except (OSError, OverflowError) as problem:
+                raise self._error(f"{self.path}: cannot read: {_reason(problem)}") from None
             if count == 0:
-                raise BootError(f"{self.path}: truncated: ends at byte {offset + done}, {len(view) - done} bytes are missing")
+                missing = len(view) - done
+                raise self._error(f"{self.path}: truncated: ends at byte {offset + done}, {missing} bytes are missing")
             done += count
 
 

@@ -12,6 +12,7 @@ from vmm_core.errors import HypervisorError
 from vmm_core.hypervisor.kvm import ioctl as kvm
 from vmm_core.hypervisor.kvm.x86_64 import msrs, structs
 from vmm_core.hypervisor.kvm.x86_64.vcpu import VcpuArch
+from vmm_core.topology import MAX_APIC_ID
 from vmm_core.x86_64.cpuid import Entry, guest_cpuid
 from vmm_core.x86_64.layout import Microvm  # the hypervisor's own pages are at the same place on every machine
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from vmm_core.topology import CpuTopology
 
 _PIC_PINS, _IOAPIC_PINS = 16, 24
-_MAX_APIC_ID = 254  # 255 is broadcast; more needs x2APIC, which neither the MP table nor our I/O APIC entries can name
 
 
 class VmArch:
@@ -62,9 +62,9 @@ class VmArch:
     def vcpu_id(self, index: int) -> int:
         """Return the number under which KVM knows vCPU `index`: its APIC id."""
         apic_id = self._topology.apic_id(index)
-        if apic_id > _MAX_APIC_ID:
+        if apic_id > MAX_APIC_ID:
             raise HypervisorError(
-                f"vCPU {index} of this topology would have APIC id {apic_id}; at most {_MAX_APIC_ID} is possible"
+                f"vCPU {index} of this topology would have APIC id {apic_id}; at most {MAX_APIC_ID} is possible"
             )
         return apic_id
 
