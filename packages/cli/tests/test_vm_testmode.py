@@ -129,7 +129,6 @@ def test_a_guest_that_asks_for_power_off_through_acpi_ends_the_process(harness: 
     assert harness.process.wait(LIMIT) == 0
 
 
-def test_the_guest_s_output_reaches_its_file_before_the_end(harness: Harness, tmp_path: Path) -> None:
 class TestAGuestThatIsToldToIgnoreAcpi:
     """As Kata Containers' guests are, on a machine that has it all the same: what they meet is StratoVirt's machine."""
 
@@ -160,6 +159,7 @@ def test_a_guest_that_looks_at_acpi_has_a_clock_with_24_hours(harness: Harness) 
     assert int(harness.ask("inb 0x71").removeprefix("OK "), 16) & 2
 
 
+def test_the_guest_s_output_reaches_its_file_before_the_end(harness: Harness, tmp_path: Path) -> None:
     for byte in b"bye\n":
         harness.ask(f"outb 0x3f8 {byte:#x}")
     harness.execute("quit")

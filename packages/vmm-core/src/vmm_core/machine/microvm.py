@@ -48,10 +48,7 @@ class SerialPort(BusDevice, Component, Pausable, Closable, Protocol):
 
 
 class Kernel(NamedTuple):
-    """What the machine boots: paths of a kernel and a RAM disk, and the command line before the machine adds its words.
-
-    The files are opened once, by finish(), and stay open: every later reset boots from the same ones.
-    """
+    """What the machine boots: paths of a kernel and a RAM disk, and the command line before the machine adds its words."""
 
     path: str
     initrd: str | None = None
@@ -72,21 +69,20 @@ class Microvm(Machine):
         loop: Loop,
         kernel: Kernel | None = None,
         acpi: bool = True,
+        acpi_ignored: bool = False,
     ) -> None:
         """Make the machine without its serial port and virtio devices. `loop` runs the timers of its legacy devices.
 
-        acpi_ignored: bool = False,
         Without a `kernel` the vCPUs have nothing to run; only test mode has a use for that. `acpi_ignored`: the guest is told
         not to look at ACPI, so that clock, power button and what a reset is are those of a machine without.
         """
         super().__init__(hypervisor, memory, post)
         self.topology = topology
         self.acpi = acpi
+        self.acpi_in_use = acpi and not acpi_ignored
         self._kernel = kernel
         self._has_serial = False
-        self._files: KernelFiles | None = None
         self._windows: dict[int, _Window] = {}
-        self.acpi_in_use = acpi and not acpi_ignored
         self.i8042 = I8042(self)
         self.pio.add(*Layout.I8042_DATA, self.i8042.data_port, "keyboard controller data")
         self.pio.add(*Layout.I8042_COMMAND, self.i8042, "keyboard controller command")
@@ -188,10 +184,7 @@ class Microvm(Machine):
             self._appearing.clear(number)
 
     def finish(self) -> None:
-        """Load kernel and tables, and make the vCPUs. Once. Raises BootError, or HypervisorError for the vCPUs."""
-        if self._kernel:
-            self._files = KernelFiles(self._kernel.path, self._kernel.initrd)
-            self.add_closable(self._files)
+        """Load kernel and tables, and make the vCPUs. Raises BootError or HypervisorError."""
         if self._appearing:
             self._appearing.reset()
         boot = self._load()
@@ -225,12 +218,12 @@ class Microvm(Machine):
         if self._appearing:
             empty = self._appearing.empty
             rsdp = write_acpi_tables(memory, acpi_tables(apic_ids, slots, serial=self._has_serial, empty=empty))
-        if self._kernel is None or self._files is None:
+        if self._kernel is None:
             return None
-        words = self._kernel.command_line
+        path, initrd, words = self._kernel
         # Also with ACPI: a kernel built for StratoVirt's microvm has no ACPI, and one that has both takes each device once.
         command_line = " ".join([*([words] if words else []), *command_line_words(slots)])
-        return self._files.load(memory, command_line, rsdp=rsdp).vcpu_boot
+        return load_kernel(memory, path, initrd, command_line, rsdp=rsdp).vcpu_boot
 
 
 class _Window:
