@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -19,14 +20,14 @@ SLOT = 0xF010_0000
 class Harness:
     """A test suite's side: it listens on the test socket, and is a QMP client."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, stdout: Any = subprocess.PIPE) -> None:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(folder / "test"))
         listener.listen()
         listener.settimeout(LIMIT)
         command = [sys.executable, "-m", "pystratovirt", "-machine", "microvm", "-mod-test", str(folder / "test")]
         command += ["-qmp", f"unix:{folder}/qmp,server,nowait", *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE)
         self.test, _ = listener.accept()
         listener.close()
         self.test.settimeout(LIMIT)
@@ -165,6 +166,20 @@ def test_the_guest_s_output_reaches_its_file_before_the_end(harness: Harness, tm
     harness.execute("quit")
     assert harness.process.wait(LIMIT) == 0
     assert (tmp_path / "console").read_bytes() == b"bye\n"
+
+
+@pytest.mark.parametrize("serial", ["stdio", "file,path=/dev/full"])
+def test_output_that_is_lost_is_one_warning(tmp_path: Path, serial: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        harness = Harness(tmp_path, "-serial", serial, stdout=full)
+    for byte in b"two\nlines\n":
+        harness.ask(f"outb 0x3f8 {byte:#x}")
+    harness.execute("quit")
+    assert harness.process.wait(LIMIT) == 0
+    assert harness.process.stderr is not None
+    errors = harness.process.stderr.read().decode()
+    harness.close()
+    assert re.fullmatch(r".*:WARN: .*: output .*: No space left on device\n", errors)
 
 
 def test_nothing_of_kvm_is_opened_in_test_mode(harness: Harness) -> None:

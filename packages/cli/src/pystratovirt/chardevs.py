@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from vmm_core.devices.chardev_socket import SocketListener
 
 
-def open_chardev(chardev: Chardev, report: Callable[[str], None]) -> CharBackend:
-    """Open a character device; its user closes it. `report` gets sentences for people.
+def open_chardev(chardev: Chardev, report: Callable[[str], None], warn: Callable[[str], None]) -> CharBackend:
+    """Open a character device; its user closes it. `report` gets sentences for people, `warn` those about lost output.
+
+    A socket or pseudo-terminal whose peer comes and goes loses nothing that somebody waits for; that is no warning.
 
     A listening socket without `nowait` is waited for here: for starts only, and on the main thread. Raises ChardevError.
     """
     if isinstance(chardev, StdioChardev):
         from vmm_core.devices.chardev_terminal import StdioBackend
 
-        return StdioBackend(report)
+        return StdioBackend(warn)
     if isinstance(chardev, PtyChardev):
         from vmm_core.devices.chardev_terminal import PtyBackend
 
@@ -31,7 +33,7 @@ def open_chardev(chardev: Chardev, report: Callable[[str], None]) -> CharBackend
     if isinstance(chardev, FileChardev):
         from vmm_core.devices.chardev import FileBackend
 
-        return FileBackend(chardev.path, report)
+        return FileBackend(chardev.path, warn)
     if not chardev.server:
         return _connect(chardev, report)
     listener = _listen(chardev, report)

@@ -99,8 +99,8 @@ class Runtime:
     def fail(self, report: str) -> None:
         """Bring a machine to rest that has lost a vCPU, and tell every client; someone may want to look at it."""
         log.error(report)
-        try:
         was_running = self.machine.status is VmStatus.RUNNING
+        try:
             self.machine.fail()
         except VmmError as error:
             log.error(f"{error}")
@@ -119,9 +119,9 @@ class Runtime:
             self.end(guest=False, reason=f"Guest shutdown by signal {event.value}")
         elif self.machine.status is VmStatus.SHUTDOWN:
             return
-        elif event.kind is EventKind.RESET:
         elif not self.machine.is_current(event):
             log.info(f"what a guest before the reset asked for is dropped: {event.kind.value}: {event.report}")
+        elif event.kind is EventKind.RESET:
             self.reset(guest=True, reason=event.report)
         elif event.kind is EventKind.POWER_OFF:
             log.info(event.report)

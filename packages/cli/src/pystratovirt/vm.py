@@ -17,7 +17,7 @@ from pystratovirt.errors import VmError, blame
 from pystratovirt.slots import DISK_SLOTS, NET_SLOTS, place
 from virtio_devices.mmio import MmioTransport
 from vmm_core.clock import MonotonicClock, VirtualClock
-from vmm_core.errors import VmmError
+from vmm_core.errors import BootError, GuestMemoryError, InitrdError, KernelCommandLineError, PreallocError, VmmError
 from vmm_core.guestmem import GuestMemory, Placement
 from vmm_core.machine.microvm import Kernel, Microvm
 from vmm_core.threads import IoThread
@@ -123,8 +123,7 @@ class VirtualMachine:
         with blame(""):
             hypervisor = self._hypervisor()
         try:
-            with blame("-m"):
-                memory = self._memory()
+            memory = self._memory()
         except BaseException:
             hypervisor.close()
             raise
@@ -150,8 +149,13 @@ class VirtualMachine:
             self.machine.add_pausable(thread)
         if isinstance(self.clock, MonotonicClock):
             self.machine.add_pausable(self.clock)
-        with blame("-kernel"):
+        try:
             self.machine.finish()
+        except BootError as error:
+            option = {InitrdError: "-initrd", KernelCommandLineError: "-append"}.get(type(error), "-kernel")
+            raise VmError(f"{option}: {error}") from None
+        except VmmError as error:
+            raise VmError(f"-smp {config.smp.cpus}: {error}") from None
 
     def _io_thread(self, name: str) -> IoThread:
         thread = IoThread(name, self.clock, self._failed)
@@ -180,14 +184,23 @@ class VirtualMachine:
     def _memory(self) -> GuestMemory:
         wanted = self.config.memory
         threads = min(PREALLOC_THREADS, self.config.smp.cpus) if wanted.prealloc else 0
-        return GuestMemory(
-            Layout.ram(wanted.size),
-            path=wanted.path,
-            share=wanted.share,
-            prealloc=threads,
-            dump=wanted.dump,
-            placement=[Placement(node.size, node.policy, node.host_nodes) for node in wanted.nodes],
-        )
+        try:
+            return GuestMemory(
+                Layout.ram(wanted.size),
+                path=wanted.path,
+                share=wanted.share,
+                prealloc=threads,
+                dump=wanted.dump,
+                placement=[Placement(node.size, node.policy, node.host_nodes) for node in wanted.nodes],
+            )
+        except GuestMemoryError as error:
+            if wanted.nodes:
+                option = "-numa"
+            elif isinstance(error, PreallocError):
+                option = "-mem-prealloc"
+            else:
+                option = f"-mem-path {wanted.path}" if wanted.path else "-m"
+            raise VmError(f"{option}: {error}") from None
 
     def open_drive(self, drive: Drive) -> None:
         """Open and lock an image, until close_drive() or close(). Raises VmError."""
@@ -233,7 +246,7 @@ class VirtualMachine:
         from pystratovirt.chardevs import open_chardev
 
         with blame(option):
-            backend = open_chardev(chardev, log.info)
+            backend = open_chardev(chardev, log.info, log.warn)
         self.chardevs[chardev.id] = backend
         return backend
 

@@ -5,7 +5,7 @@ Not here: what is plugged into it (backends, devices).
 
 from __future__ import annotations
 
-from vmm_core.topology import CpuTopology
+from vmm_core.topology import MAX_APIC_ID, CpuTopology
 
 from .declare import Parameters, Record, key
 from .errors import BadKey
@@ -78,7 +78,13 @@ class Cpu(Parameters):
 class Smp(Parameters):
     """`-smp`: number and arrangement of the vCPUs."""
 
-    cpus: int = key(Integer(1, MAX_CPUS, "vCPUs"), positional=True, doc="vCPUs at start")
+    cpus: int = key(
+        Integer(1, MAX_CPUS, "vCPUs"),
+        positional=True,
+        doc="vCPUs at start",
+        note="APIC ids are at most 254, because there is no interrupt remapping: with counts that are no powers of two, such as "
+        "`252,sockets=84,cores=3`, it is fewer vCPUs",
+    )
     maxcpus: int = key(Integer(0, MAX_CPUS, "vCPUs"), default=0, doc="vCPUs at most; 0: the product, or cpus")
     sockets: int | None = key(_LEVEL, default=None, doc="sockets")
     dies: int = key(_LEVEL, default=1, doc="dies in a socket")
@@ -99,6 +105,13 @@ class Smp(Parameters):
             raise BadKey(
                 f"{self.cpus}",
                 f"sockets*dies*clusters*cores*threads = {'*'.join(map(str, levels))} = {product} is not maxcpus={maximum}",
+            )
+        last = self.topology.apic_id(self.cpus - 1)
+        if last > MAX_APIC_ID:
+            raise BadKey(
+                f"{self.cpus}",
+                f"sockets*dies*clusters*cores*threads = {'*'.join(map(str, levels))} gives vCPU {self.cpus - 1} APIC id {last}, "
+                f"each count in bits of its own; at most {MAX_APIC_ID}, which counts that are powers of two never exceed",
             )
 
     def _levels(self) -> tuple[int, tuple[int, int, int, int, int]]:

@@ -48,7 +48,10 @@ class SerialPort(BusDevice, Component, Pausable, Closable, Protocol):
 
 
 class Kernel(NamedTuple):
-    """What the machine boots: paths of a kernel and a RAM disk, and the command line before the machine adds its words."""
+    """What the machine boots: paths of a kernel and a RAM disk, and the command line before the machine adds its words.
+
+    The files are opened once, by finish(), and stay open: every later reset boots from the same ones.
+    """
 
     path: str
     initrd: str | None = None
@@ -81,6 +84,7 @@ class Microvm(Machine):
         self.acpi = acpi
         self.acpi_in_use = acpi and not acpi_ignored
         self._kernel = kernel
+        self._files: KernelFiles | None = None
         self._has_serial = False
         self._windows: dict[int, _Window] = {}
         self.i8042 = I8042(self)
@@ -184,7 +188,10 @@ class Microvm(Machine):
             self._appearing.clear(number)
 
     def finish(self) -> None:
-        """Load kernel and tables, and make the vCPUs. Raises BootError or HypervisorError."""
+        """Load kernel and tables, and make the vCPUs. Once. Raises BootError, or HypervisorError for the vCPUs."""
+        if self._kernel:
+            self._files = KernelFiles(self._kernel.path, self._kernel.initrd)
+            self.add_closable(self._files)
         if self._appearing:
             self._appearing.reset()
         boot = self._load()
@@ -218,12 +225,12 @@ class Microvm(Machine):
         if self._appearing:
             empty = self._appearing.empty
             rsdp = write_acpi_tables(memory, acpi_tables(apic_ids, slots, serial=self._has_serial, empty=empty))
-        if self._kernel is None:
+        if self._kernel is None or self._files is None:
             return None
-        path, initrd, words = self._kernel
+        words = self._kernel.command_line
         # Also with ACPI: a kernel built for StratoVirt's microvm has no ACPI, and one that has both takes each device once.
         command_line = " ".join([*([words] if words else []), *command_line_words(slots)])
-        return load_kernel(memory, path, initrd, command_line, rsdp=rsdp).vcpu_boot
+        return self._files.load(memory, command_line, rsdp=rsdp).vcpu_boot
 
 
 class _Window:
