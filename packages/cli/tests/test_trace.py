@@ -103,7 +103,7 @@ def test_a_bad_file_says_where(registry: Registry, tmp_path: Path, content: byte
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text("ab.*+?{}()[]|^$\\_1,", max_size=256))
+@given(st.text("ab.*+?{}()[]|^$\\_1,\n\0\ud800ä", max_size=300))
 @example(".?" * 20 + "0")
 @example(".?" * 127 + "0")
 @example("(.?){200}0")
@@ -111,6 +111,12 @@ def test_a_bad_file_says_where(registry: Registry, tmp_path: Path, content: byte
 def test_any_pattern_of_a_client_is_refused_or_quick(pattern: str) -> None:
     with contextlib.suppress(TraceError):
         Registry().states(pattern)  # or the test's time limit strikes
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{1001}", "(?=a)", "\\", "x" * 257, "\ud800", "[\n"])
+def test_what_is_no_pattern_is_refused_in_one_line(pattern: str) -> None:
+    with pytest.raises(TraceError, match=r"^no regular expression: [ -~]+$"):
+        Registry().states(pattern)
 
 
 def _original(target: str) -> object:

@@ -18,7 +18,6 @@ from threading import Lock
 from typing import Any, Final, NamedTuple
 
 from pystratovirt import log
-from pystratovirt.patterns import Pattern, PatternError
 from qmp_protocol.schema import Struct
 
 
@@ -71,6 +70,8 @@ POINTS: Final = tuple(
 )
 
 _LONGEST_VALUE = 200  # characters
+LONGEST_PATTERN: Final = 256  # characters
+_PATTERN_MEMORY = 1 << 20  # bytes that a compiled pattern and its search may take
 
 
 class Registry:
@@ -85,12 +86,12 @@ class Registry:
 
     def states(self, pattern: str) -> list[tuple[str, bool]]:
         """Return name and state of each point whose name has a match of `pattern` anywhere. Raises TraceError."""
-        found_in = _compile(pattern).found_in
+        found_in = _compile(pattern)
         return [(name, name in self._originals) for name in self._points if found_in(name)]
 
     def set_states(self, pattern: str, enable: bool) -> None:
         """Switch each point whose name has a match of `pattern` anywhere. No match is no error. Raises TraceError."""
-        found_in = _compile(pattern).found_in
+        found_in = _compile(pattern)
         with self._lock:
             for name, point in self._points.items():
                 if found_in(name):
@@ -142,11 +143,29 @@ class Registry:
         return traced
 
 
-def _compile(text: str) -> Pattern:
+def _compile(text: str) -> Callable[[str], object]:
+    """Return what tells whether a name has a match of the pattern `text`, anywhere in it.
+
+    Patterns come from clients and are tried on the main loop, so they need an engine whose time grows no faster than pattern and
+    name, with a bound on memory. RE2's syntax is that of StratoVirt's engine. Raises TraceError.
+    """
+    import re2  # type: ignore[import-untyped]  # when the first pattern comes
+
+    if len(text) > LONGEST_PATTERN:
+        raise TraceError(f"no regular expression: at most {LONGEST_PATTERN} characters")
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = _PATTERN_MEMORY
     try:
-        return Pattern(text)
-    except PatternError as error:
-        raise TraceError(str(error)) from None
+        return re2.compile(text, options=options).search  # type: ignore[no-any-return]
+    except (re2.error, UnicodeEncodeError) as error:
+        reason = error.args[0] if isinstance(error, re2.error) else "not text"
+        raise TraceError(f"no regular expression: {_one_line(reason)}") from None
+
+
+def _one_line(reason: str | bytes) -> str:
+    text = reason.decode(errors="replace") if isinstance(reason, bytes) else reason
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _find(target: str) -> tuple[type, str]:

@@ -20,8 +20,8 @@ class LeakyBucket:
     The level drains by `rate` units a second; while it is not above what drains in `burst` nanoseconds, whatever is asked for
     passes and raises it. With a burst of a second this is StratoVirt's rule (reference virtio, section 5.6).
 
-    Who was told to wait and comes late, because the host was busy, finds what drained meanwhile, up to a second's worth: else a busy
-    host would make every limit a lower one. Who comes after a rest finds no more than the burst.
+    Who was told to wait and comes late, because the host was busy, finds what drained meanwhile, up to a second's worth: else a
+    busy host would make every limit a lower one. Who comes after a rest finds no more than the burst.
     """
 
     def __init__(self, clock: Clock, rate: int, burst: int = _SECOND) -> None:
