@@ -284,6 +284,23 @@ def test_the_process_is_ready_when_it_is_there_and_ends_with_the_back_end(progra
     assert descriptors() == before
 
 
+def test_the_process_has_no_descriptor_but_its_own(program: Callable[[str], str]) -> None:
+    """One that was left open for us, a tap for instance, is inheritable and none of its business."""
+    left = [os.open("/etc/hostname", os.O_RDONLY), os.open("/", os.O_RDONLY)]
+    for fd in left:
+        os.set_inheritable(fd, True)
+    try:
+        backend = PasstBackend("net0", program(_ANSWERS))
+        # The program itself is a script, which its interpreter reads.
+        links = {str(path.readlink()) for path in Path(f"/proc/{backend._pid}/fd").iterdir() if int(path.name) > 3}
+        assert links <= {str(Path(program(_ANSWERS)).resolve())}
+        assert all(os.get_inheritable(fd) for fd in left)
+        backend.close()
+    finally:
+        for fd in left:
+            os.close(fd)
+
+
 def test_a_process_that_does_not_end_is_ended(program: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passt, "_END_LIMIT", 0.0)
     backend = PasstBackend("net0", program("length = read(4); stream.sendall(length + read(42)); time.sleep(1000)"))

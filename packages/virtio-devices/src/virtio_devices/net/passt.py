@@ -64,6 +64,7 @@ class PasstBackend(StreamBackend):
                     (os.POSIX_SPAWN_DUP2, stream, _FD),
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
                     (os.POSIX_SPAWN_DUP2, 0, 1),
+                    *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd > _FD),
                 ],
                 setpgroup=0,  # the interrupt key of our terminal is for us
                 setsigmask=[],
@@ -144,6 +145,16 @@ class PasstBackend(StreamBackend):
             return ""
         lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(_CHATTER)]
         return "; ".join(lines[:2])
+
+
+def _inheritable() -> list[int]:
+    """Return the descriptors that a child would get: those that whoever started us meant for us, such as taps."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - numbers, not paths
+        with suppress(OSError):  # the listing's own is gone by now
+            if os.get_inheritable(int(name)):
+                found.append(int(name))
+    return found
 
 
 def _words(status: int) -> str:
