@@ -223,6 +223,22 @@ def test_a_monitor_on_a_chardev_listens_where_the_chardev_says() -> None:
     assert (listener.path, listener.host, listener.port, listener.chardev) == (None, "127.0.0.1", 4444, "m")
 
 
+@pytest.mark.parametrize(
+    ("words", "waits"),
+    [
+        (["-qmp", "unix:q,server"], [True]),
+        (["-qmp", "unix:q,server,nowait"], [False]),
+        (["-qmp", "tcp:127.0.0.1:5,server=on,wait=on"], [True]),
+        (
+            ["-chardev", "socket,id=m,path=p,server,wait=on", "-mon", "chardev=m,mode=control", "-qmp", "unix:q,server,nowait"],
+            [False, True],
+        ),
+    ],
+)
+def test_a_monitor_that_is_not_told_nowait_is_waited_for(words: list[str], waits: list[bool]) -> None:
+    assert [listener.wait for listener in kernel(*words).monitors] == waits
+
+
 def test_devices_share_an_iothread_but_not_a_drive() -> None:
     config = kernel(
         *("-object", "iothread,id=io", "-drive", "id=a,file=f", "-drive", "id=b,file=g"),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pystratovirt.cmdline.backends import Listener as MonitorAddress
     from pystratovirt.cmdline.config import Config
     from pystratovirt.daemon import Daemon
+    from pystratovirt.events import EventChannel
     from qmp_server.sockets import Listener
 
 # How long a thread that comes back from a system call waits for one that runs Python. The default of 5 ms is what a guest would
@@ -76,6 +77,9 @@ def _run(config: Config, stack: contextlib.ExitStack) -> int:
     test_socket = None
     if config.test_socket:
         test_socket = stack.enter_context(_connect_test_socket(config.test_socket))
+    for where, listener in zip(config.monitors, listeners, strict=True):
+        if where.wait:
+            _wait_for_client(where, listener, events)
     vm.start()
     if daemon:
         daemon.ready()
@@ -92,13 +96,31 @@ def _listen(where: MonitorAddress, stack: contextlib.ExitStack) -> Listener:
     from pystratovirt.errors import VmError
     from qmp_server.sockets import listen_tcp, listen_unix
 
-    name = f"unix:{where.path}" if where.path is not None else f"tcp:{where.host}:{where.port}"
     try:
         listener = listen_unix(where.path) if where.path is not None else listen_tcp(where.host, where.port)
     except OSError as error:
-        raise VmError(f"-qmp {name}: {error.strerror or error}") from None
+        raise VmError(f"{_option(where)}: {error.strerror or error}") from None
     stack.callback(listener.close)
     return listener
+
+
+def _wait_for_client(where: MonitorAddress, listener: Listener, events: EventChannel) -> None:
+    """Wait until somebody has connected, who is greeted when the machine runs. A signal ends that. Raises VmError."""
+    import select
+
+    from pystratovirt.errors import VmError
+    from pystratovirt.stdio import say
+
+    say(2, f"stratovirt: waiting for a client on {where}\n")
+    watch = select.poll()
+    watch.register(listener.socket, select.POLLIN)
+    watch.register(events, select.POLLIN)
+    if events.fileno() in dict(watch.poll()):
+        raise VmError(f"{_option(where)}: interrupted while waiting for a client")
+
+
+def _option(where: MonitorAddress) -> str:
+    return f"-mon chardev={where.chardev}" if where.chardev else f"-qmp {where}"
 
 
 def _connect_test_socket(path: str) -> socket.socket:

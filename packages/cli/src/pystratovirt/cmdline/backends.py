@@ -218,12 +218,17 @@ class Qmp(Parameters):
 
     uri: str = key(_Uri(), positional=True, doc="where to listen")
     server: bool = key(FLAG, default=False, doc="listen; required", note="`server=on` works too")
-    nowait: bool = key(FLAG, default=False, inverse="wait", doc="start without a client; required", note="`wait=off` works too")
+    nowait: bool = key(
+        FLAG,
+        default=False,
+        inverse="wait",
+        doc="start without waiting for a client",
+        note="`wait=off` works too; without it vCPUs run once a client has connected (StratoVirt: an error)",
+    )
 
     def check(self) -> None:
-        for name in ("server", "nowait"):
-            if not getattr(self, name):
-                raise BadKey(self.uri, f"needs {name}: a monitor socket is {self.uri},server,nowait")
+        if not self.server:
+            raise BadKey(self.uri, f"needs server: a monitor socket is {self.uri},server,nowait")
 
 
 class Trace(Parameters):
@@ -247,15 +252,22 @@ class Global(Parameters):
 class Mon(Parameters):
     """`-mon`: a chardev that speaks QMP."""
 
-    chardev: str = key(Reference("chardev"), doc="a socket with server and nowait")
+    chardev: str = key(Reference("chardev"), doc="a socket with server; nowait as for -qmp")
     mode: str = key(Choice("control"), doc="`control` is QMP")
     id: str = key(ID, default="", doc="accepted for libvirt; no effect")
 
 
 class Listener(Record):
-    """Where QMP is served: a Unix socket at `path`, or TCP on `host` and `port`. `chardev` is set when it came from -mon."""
+    """Where QMP is served: a Unix socket at `path`, or TCP on `host` and `port`. `chardev` is set when it came from -mon.
+
+    `wait`: no vCPU runs before a client has connected.
+    """
 
     path: str | None = None
     host: str = ""
     port: int = 0
     chardev: str = ""
+    wait: bool = False
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path is not None else f"tcp:{self.host}:{self.port}"

@@ -319,7 +319,8 @@ def _monitors(given: Mapping[str, list[str]], users: _Users) -> tuple[Listener, 
     if qmp:
         scheme, _, rest = qmp.uri.partition(":")
         host, _, port = rest.rpartition(":")
-        found.append(Listener(path=rest) if scheme == "unix" else Listener(host=host, port=int(port)))
+        wait = not qmp.nowait
+        found.append(Listener(path=rest, wait=wait) if scheme == "unix" else Listener(host=host, port=int(port), wait=wait))
     mon = _one(given, "mon", Mon)
     if mon:
         where = f"chardev={show(mon.chardev)}"
@@ -327,11 +328,13 @@ def _monitors(given: Mapping[str, list[str]], users: _Users) -> tuple[Listener, 
         chardev = users.chardevs[mon.chardev]
         if not isinstance(chardev, SocketChardev):
             raise CommandLineError("-mon", where, "a monitor needs a socket chardev")
-        if not (chardev.server and chardev.nowait):
-            raise CommandLineError("-mon", where, f"socket {show(chardev.id)} needs server and nowait here")
-        found.append(
-            Listener(path=chardev.path, host=chardev.host if chardev.port else "", port=chardev.port or 0, chardev=chardev.id)
-        )
+        if not chardev.server:
+            raise CommandLineError("-mon", where, f"socket {show(chardev.id)} needs server here")
+        wait = not chardev.nowait
+        if chardev.path is not None:
+            found.append(Listener(path=chardev.path, chardev=chardev.id, wait=wait))
+        else:
+            found.append(Listener(host=chardev.host, port=chardev.port or 0, chardev=chardev.id, wait=wait))
     return tuple(found)
 
 

@@ -59,8 +59,8 @@ NOTES: Final = {
     "getfd": "of several descriptors the others are closed; a name that is used again closes the old one",
     "trace-get-state": "only points that exist here, with StratoVirt's names; `state` is a word as in the manual (StratoVirt "
     "sends a boolean); patterns as for `trace-set-state`",
-    "trace-set-state": "patterns are StratoVirt's without Unicode classes, sets in sets and the flag `x`, of at most 256 "
-    "characters; lines go to the log at level TRACE",
+    "trace-set-state": "patterns are RE2's, of at most 256 characters (StratoVirt's are the same but for sets in sets and the "
+    "flag `x`); lines go to the log at level TRACE",
 }
 
 # Where StratoVirt's microvm says the same words as a success, or nothing at all.
