@@ -161,8 +161,8 @@ def test_without_numpy_the_result_is_the_same(image_path: Path, what: str, monke
         if plain:
             original = Counts.__init__
 
-            def slow(self: Counts, header: Any, clusters: int, original: Any = original) -> None:
-                original(self, header, clusters, use_numpy=False)
+            def slow(self: Counts, header: Any, clusters: int, l1_entries: int = 0, original: Any = original) -> None:
+                original(self, header, clusters, l1_entries=l1_entries, use_numpy=False)
 
             monkeypatch.setattr(Counts, "__init__", slow)
         with open_image(image_path) as image:

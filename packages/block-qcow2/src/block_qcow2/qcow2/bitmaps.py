@@ -9,6 +9,7 @@ Not here: what a bitmap is used for (backups).
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from struct import Struct
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,10 @@ IN_USE, AUTO, EXTRA_COMPATIBLE = 1, 2, 4
 _TYPE_DIRTY = 1
 MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS = 9, 31
 _MAX_NAME = 1023
-# What one bitmap may take in memory: 64 MiB follow 32 TiB in the usual 64 KiB pieces.
+# What one bitmap may take in memory, and all that are loaded together: 64 MiB follow 32 TiB in the usual 64 KiB pieces.
 _MAX_BYTES = 64 << 20
+MAX_LOADED_BYTES = 128 << 20
+_MAX_TABLE_ENTRIES = 1 << 22  # of all bitmaps together: 2 GiB of bitmaps in the smallest clusters, which nobody has
 
 
 class BitmapError(BlockError):
@@ -62,11 +65,11 @@ def present(header: Header) -> bool:
     return bool(header.autoclear & AUTOCLEAR_BITMAPS) and header.extension(EXT_BITMAPS) is not None
 
 
-def load(file: HostFile, header: Header) -> list[Bitmap]:
-    """The directory. ImageFormatError names what is wrong."""
+def entries(file: HostFile, header: Header) -> Iterator[Bitmap]:
+    """Each entry of the directory. ImageFormatError names one that is wrong."""
     data = header.extension(EXT_BITMAPS)
     if not present(header) or data is None:
-        return []
+        return
     if len(data) != _EXTENSION.size:
         raise ImageFormatError(f"{file.path}: bitmaps extension of {len(data)} bytes, expected {_EXTENSION.size}")
     count, _, size, at = _EXTENSION.unpack(data)
@@ -76,12 +79,11 @@ def load(file: HostFile, header: Header) -> list[Bitmap]:
     raw = bytearray(size)
     with memoryview(raw) as view:
         read_padded(file, at, [view])
-    found = []
-    pos = 0
+    pos = total = 0
     for i in range(count):
         if pos + _ENTRY.size > size:
             raise ImageFormatError(f"{file.path}: bitmap directory entry {i} is outside the directory of {size} bytes")
-        offset, entries, flags, kind, bits, name_size, extra_size = _ENTRY.unpack_from(raw, pos)
+        offset, length, flags, kind, bits, name_size, extra_size = _ENTRY.unpack_from(raw, pos)
         names = pos + _ENTRY.size + extra_size
         what = f"{file.path}: bitmap directory entry {i}"
         if names + name_size > size or not 0 < name_size <= _MAX_NAME:
@@ -90,13 +92,29 @@ def load(file: HostFile, header: Header) -> list[Bitmap]:
             raise ImageFormatError(f"{what}: type {kind}, granularity_bits {bits}: expected type 1 and 9 to 31")
         if extra_size and not flags & EXTRA_COMPATIBLE:
             raise ImageFormatError(f"{what}: extra data that must be understood")
-        header.check_range(f"{what}: bitmap table", offset, entries * 8, file.size)
+        header.check_range(f"{what}: bitmap table", offset, length * 8, file.size)
+        total += length
+        if total > _MAX_TABLE_ENTRIES:
+            raise ImageFormatError(f"{what}: bitmap tables of more than {_MAX_TABLE_ENTRIES} entries together")
         bitmap = Bitmap(bytes(raw[names : names + name_size]).decode("utf-8", "surrogateescape"), bits, flags)
-        bitmap.table_offset, bitmap.table_size = offset, entries
+        bitmap.table_offset, bitmap.table_size = offset, length
         bitmap.extra = bytes(raw[pos + _ENTRY.size : names])
-        found.append(bitmap)
+        yield bitmap
         pos += -(-(_ENTRY.size + extra_size + name_size) // 8) * 8
-    return found
+
+
+def directory(header: Header) -> tuple[int, int] | None:
+    """Offset and length of the directory, if there is one."""
+    data = header.extension(EXT_BITMAPS)
+    if not present(header) or data is None or len(data) != _EXTENSION.size:
+        return None
+    _, _, size, at = _EXTENSION.unpack(data)
+    return at, size
+
+
+def load(file: HostFile, header: Header) -> list[Bitmap]:
+    """The directory. ImageFormatError names what is wrong."""
+    return list(entries(file, header))
 
 
 class Bitmaps:
@@ -124,6 +142,7 @@ class Bitmaps:
         if bitmap.table_size != -(-size // cluster):
             have, want = bitmap.table_size, -(-size // cluster)
             raise ImageFormatError(f"{self.image.path}: bitmap '{bitmap.name}': a table of {have} entries, expected {want}")
+        self._make_room(bitmap, size)
         bits = bytearray(bitmap.table_size * cluster)
         with memoryview(bits) as view:
             for i, entry in enumerate(tables.load(self.image.file, bitmap.table_offset, bitmap.table_size)):
@@ -138,6 +157,12 @@ class Bitmaps:
         bitmap.bits = bits[:size]
         return bitmap.bits
 
+    def _make_room(self, bitmap: Bitmap, size: int) -> None:
+        """Refuse to hold more than MAX_LOADED_BYTES: many bitmaps may share the clusters of a small file."""
+        total = size + sum(len(b.bits) for b in self.list if b.bits is not None)
+        if total > MAX_LOADED_BYTES:
+            raise BitmapError(f"Bitmap '{bitmap.name}' makes {total} bytes of bitmaps, at most {MAX_LOADED_BYTES} work together")
+
     def _bytes(self, bitmap: Bitmap) -> int:
         granules = -(-self.image.size >> bitmap.granularity_bits)
         size = -(-granules // 8)
@@ -149,7 +174,7 @@ class Bitmaps:
 
     def add(self, name: str, granularity: int = 65536) -> Bitmap:
         bits = granularity.bit_length() - 1
-        if granularity != 1 << bits or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
+        if not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS or granularity != 1 << bits:
             raise BitmapError(f"granularity {granularity}: expected a power of two from 512 to 2 GiB")
         if not 0 < len(name.encode("utf-8", "surrogateescape")) <= _MAX_NAME:
             raise BitmapError(f"the name of a bitmap takes 1 to {_MAX_NAME} bytes")
@@ -158,7 +183,9 @@ class Bitmaps:
         if self.image.header.version < 3:
             raise BitmapError("version 2 images have no bitmaps: compat=1.1 is needed")
         bitmap = Bitmap(name, bits)
-        bitmap.bits = bytearray(self._bytes(bitmap))
+        size = self._bytes(bitmap)
+        self._make_room(bitmap, size)
+        bitmap.bits = bytearray(size)
         self.list.append(bitmap)
         return bitmap
 
@@ -312,11 +339,10 @@ class Bitmaps:
     def _old_clusters(self) -> list[int]:
         """Clusters of what the header names now."""
         image, bits = self.image, self.image.cluster_bits
-        if not present(image.header):
+        where = directory(image.header)
+        if where is None:
             return []
-        data = image.header.extension(EXT_BITMAPS)
-        assert data is not None
-        _, _, size, at = _EXTENSION.unpack(data)
+        at, size = where
         found = list(range(at >> bits, -(-(at + size) >> bits)))
         for bitmap in load(image.file, image.header):
             found += self._clusters_of(bitmap)

@@ -4,35 +4,39 @@ References are counted from the header down and compared with the refcounts. Rep
 those that are too high, sets COPIED flags right, and rebuilds refcount structures that cannot be used. Guest data, and entries
 that point somewhere impossible, are never touched. The messages are qemu-img's.
 
-Not here: what a command prints at the end and its exit status (`cli`).
+What cannot be read cannot be counted, and what only it names looks like a leak. So everything that can be counted is, but
+where the counting is not complete no count is repaired; and where an entry points to an impossible place, no leak is freed: it
+may be what the entry meant.
+
+Not here: what a command prints at the end and its exit status (`cli`), the writing (`repair`).
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
-from struct import Struct
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from ..errors import ImageFormatError
+from . import bitmaps, tables
 from . import snapshots as snap
-from . import tables
-from .bitmaps import present
-from .counts import Counts
+from .counts import Counts, TableFindings
 from .format import (
     COMPRESSED,
     COPIED,
-    EXT_BITMAPS,
     EXT_LUKS,
     INCOMPAT_CORRUPT,
     INCOMPAT_DIRTY,
-    MAX_BITMAP_DIRECTORY_BYTES,
+    L1_RESERVED,
     OFFSET_MASK,
     REFCOUNT_OFFSET_MASK,
+    ZERO,
 )
 from .image import Qcow2Image
-from .refcount import pack
+from .repair import Fix, rebuild, set_counts, write_entries
 
-_BITMAP_ENTRY = Struct(">QIIBBHI")  # table_offset, table_size, flags, type, granularity_bits, name_size, extra_data_size
+# New refcount structures are a matter of one pass, flags of a second, the snapshot table of a third; the last finds nothing.
+_PASSES = 5
 
 Report = Callable[[str], None]
 
@@ -60,52 +64,85 @@ class CheckResult:
 def check(image: Qcow2Image, *, repair: str = "none", report: Report = lambda line: None) -> CheckResult:
     """Check `image` and repair "none", "leaks" or "all" of what is wrong. `report` gets a line for each finding.
 
+    What was repaired is checked again: what `CheckResult` says is left was found in an image that nothing more was done to.
     Raises OSError when the image cannot be read or written.
     """
-    with image.exclusive():
-        if not image.read_only and not image._broken:
-            image.commit()
-            image.commit()
-        checker = _Checker(image, repair, report)
-        checker.run()
-        result = checker.result
-        if repair == "all" and not result.corruptions and not result.check_errors:
-            marks = INCOMPAT_DIRTY | INCOMPAT_CORRUPT
-            if image.header.incompatible & marks:
-                image.header.incompatible &= ~marks
-                image.write_header()
-            image._broken = None
-        return result
+    return _check(image, repair, report, wholly=False)
 
 
 def repair_if_dirty(image: Qcow2Image) -> None:
-    """What writing to an image that was not closed properly begins with. ImageFormatError if that does not help."""
+    """What writing to an image that was not closed properly begins with.
+
+    ImageFormatError if that does not help; where what is wrong is more than counts and flags, not a byte was changed then.
+    """
     if image.read_only or not image.needs_repair:
         return
-    result = check(image, repair="all")
+    result = _check(image, "all", lambda line: None, wholly=True)
     if result.corruptions or result.check_errors:
         raise ImageFormatError(f"{image.path}: the image was not closed properly and cannot be repaired")
 
 
+def _check(image: Qcow2Image, repair: str, report: Report, *, wholly: bool) -> CheckResult:
+    with image.exclusive():
+        if not image.read_only and not image._broken:
+            image.commit()
+            image.commit()
+        leaks_fixed = corruptions_fixed = 0
+        for _ in range(_PASSES):
+            checker = _Checker(image, repair, report, wholly)
+            checker.run()
+            result = checker.result
+            if checker.outdated and result.corruptions == checker.outdated and not result.corruptions_fixed:
+                _clear_marks(image)
+                snap.rewrite_table(image)
+                result.corruptions_fixed = checker.outdated
+            leaks_fixed += result.leaks_fixed
+            corruptions_fixed += result.corruptions_fixed
+            if not (result.leaks_fixed or result.corruptions_fixed):
+                break
+        result.leaks_fixed, result.corruptions_fixed = leaks_fixed, corruptions_fixed
+        if repair == "all" and not result.corruptions and not result.check_errors:
+            _clear_marks(image)
+        return result
+
+
+def _clear_marks(image: Qcow2Image) -> None:
+    """Nothing is wrong any more: the image may be written."""
+    marks = INCOMPAT_DIRTY | INCOMPAT_CORRUPT
+    if image.header.incompatible & marks:
+        image.header.incompatible &= ~marks
+        image.write_header()
+    image._broken = None
+
+
 class _Checker:
-    def __init__(self, image: Qcow2Image, repair: str, report: Report) -> None:
+    def __init__(self, image: Qcow2Image, repair: str, report: Report, wholly: bool) -> None:
         self.image = image
         self.report = report
         self.leaks = repair in ("leaks", "all")
         self.all = repair == "all"
+        self.wholly = wholly  # repair everything or nothing
         self.result = CheckResult()
+        self.incomplete = False  # something that names clusters could not be read
+        self.lost = False  # an entry names no cluster that can be: a leak may be what it meant
         self.rebuild = False
         self.changed = False
-        self.snapshots: list[snap.Snapshot] = []
+        self.outdated = 0  # entries of the snapshot table to be written anew when nothing else is wrong
 
     def run(self) -> None:
         image, result = self.image, self.result
         image.refcounts.end = max(image.refcounts.end, -(-image.file.refresh_size() >> image.cluster_bits))
         self._count()
+        if self.incomplete or result.check_errors or (self.wholly and self.lost):
+            self.all = self.leaks = False
+            self.outdated = 0
+        if self.lost:
+            self.leaks = False
+        self._repair_entries()
         if self.rebuild and self.all:
-            self._rebuild()
-            result.corruptions = 0  # counted again
-            self._count()
+            rebuild(image, self.counts, self.bad_blocks, keep=self.lost)
+            result.corruptions_fixed += 1
+            return  # the next pass looks at what was written
         self._compare()
         self._check_copied()
         result.total_clusters = -(-image.size >> image.cluster_bits)
@@ -116,25 +153,22 @@ class _Checker:
     def _count(self) -> None:
         image, header = self.image, self.image.header
         clusters = -(-image.file.size >> image.cluster_bits)
-        self.counts = counts = Counts(header, clusters)
-        self.tables: list[tuple[int, int]] = []  # (L1 index, L2 offset) of the active image
+        length = self._read_snapshots()
+        total = len(image.l1) + sum(s.l1_size for s in self.snapshots)
+        self.counts = counts = Counts(header, clusters, l1_entries=total)
         self.wrong: list[tuple[int, int, int]] = []  # (index, entry, refcount)
-        r = self.result
-        r.allocated_clusters = r.compressed_clusters = r.fragmented_clusters = 0
+        self.fixes: list[Fix] = []
         self._read_disk_counts()
         self._add("header", 0, image.cluster_size)
-        self._count_l1(image.l1, header.l1_table_offset, active=True)
-        try:
-            self.snapshots, length = snap.load(image.file, header)
-        except ImageFormatError as e:
-            self._corruption(f"ERROR failed to read the snapshot table: {e}")
-            r.check_errors += 1
-            return
-        for s in self.snapshots:
-            self._count_l1(tables.load(image.file, s.l1_table_offset, s.l1_size), s.l1_table_offset, active=False)
+        self._count_l1(image.l1, header.l1_table_offset, 1, active=True)
+        l1_tables = self._disjoint("snapshot L1 table", ((s.l1_table_offset, s.l1_size * 8) for s in self.snapshots))
+        for offset, size, times in l1_tables:
+            self._count_l1(tables.load(image.file, offset, size // 8), offset, times, active=False)
         if length:
             self._add("snapshot table", header.snapshots_offset, length)
         self._count_extensions()
+        for offset, times, active in counts.tables():
+            self._found(offset, counts.add_l2(snap.read_table(image, offset), times, active=active), active)
         self._add("refcount table", header.refcount_table_offset, header.refcount_table_clusters << image.cluster_bits)
         for index, entry in enumerate(image.refcounts.table):
             if entry & REFCOUNT_OFFSET_MASK and index not in self.bad_blocks:
@@ -144,6 +178,22 @@ class _Checker:
                     self._corruption(f"ERROR refcount block {index} refcount={counts.found[where]}")
                     self.rebuild = True
 
+    def _read_snapshots(self) -> int:
+        """Set `snapshots` to what can be read of the table; return the length of that."""
+        self.snapshots: list[snap.Snapshot] = []
+        length = 0
+        try:
+            for snapshot, end in snap.entries(self.image.file, self.image.header):
+                length = end
+                self.snapshots.append(snapshot)
+                if not snapshot.complete:
+                    self.outdated += self.all
+                    verb = "Repairing" if self.all else "ERROR"
+                    self._corruption(f"{verb} snapshot table entry {len(self.snapshots) - 1} is incomplete")
+        except ImageFormatError as e:
+            self._unreadable(f"ERROR failed to read the snapshot table: {e}")
+        return length
+
     def _read_disk_counts(self) -> None:
         image = self.image
         self.bad_blocks: set[int] = set()
@@ -151,6 +201,7 @@ class _Checker:
             offset = entry & REFCOUNT_OFFSET_MASK
             if entry & ~REFCOUNT_OFFSET_MASK:
                 self._corruption(f"ERROR refcount table entry {index} has reserved bits set")
+                self.rebuild = True
             if not offset:
                 continue
             if offset & (image.cluster_size - 1):
@@ -163,35 +214,55 @@ class _Checker:
             self.bad_blocks.add(index)
             self.rebuild = True
 
-    def _count_l1(self, l1: array[int], offset: int, *, active: bool) -> None:
-        image = self.image
+    def _count_l1(self, l1: array[int], offset: int, times: int, *, active: bool) -> None:
         if len(l1):
-            self._add("L1 table", offset, len(l1) * 8)
-        r = self.result
-        for i, entry in enumerate(l1):
+            self._add("L1 table", offset, len(l1) * 8, times)
+        for entry in l1:
+            if entry & L1_RESERVED:
+                self._corruption(f"ERROR found L1 entry with reserved bits set: {entry:x}")
+        for i, entry in self.counts.add_tables(l1, times, active=active):
+            self.incomplete = True  # nothing below it can be counted
             where = entry & OFFSET_MASK
-            if not where:
-                continue
-            if where & (image.cluster_size - 1):
+            if where & (self.image.cluster_size - 1):
                 self._corruption(f"ERROR l2_offset={where:x}: Table is not cluster aligned; L1 entry corrupted")
-                continue
-            if not self._add(f"L2 table of L1 entry {i}", where, image.cluster_size):
-                continue
-            if active:
-                self.tables.append((i, where))
-            found = self.counts.add_l2(snap.read_table(image, where), active=active)
-            for index, bad in found.outside:
-                self._corruption(
-                    f"ERROR: counting reference for region exceeding the end of the file by one cluster or more: L2 table at "
-                    f"{where:#x}, entry {index}: offset {bad & OFFSET_MASK:#x}"
-                )
-            for _, bad in found.misaligned:
-                self._corruption(f"ERROR offset={bad & OFFSET_MASK:x}: Cluster is not properly aligned; L2 entry corrupted.")
-            if active:
-                self.wrong += found.wrong_copied
-                r.allocated_clusters += found.clusters + found.compressed
-                r.compressed_clusters += found.compressed
-                r.fragmented_clusters += found.fragmented + found.compressed
+            else:
+                self._outside(f"L2 table of L1 entry {i}", where)
+
+    def _found(self, table: int, found: TableFindings, active: bool) -> None:
+        """What one L2 table told."""
+        for index, bad in found.outside:
+            self._outside(f"L2 table at {table:#x}, entry {index}", bad & OFFSET_MASK)
+        for index, bad in found.misaligned:
+            self._misaligned(table, index, bad)
+        for _, bad in found.reserved:
+            self._corruption(f"ERROR found l2 entry with reserved bits set: {bad:x}")
+        for _, bad in found.wrong_bitmap:
+            if bad & COMPRESSED:
+                self._corruption(f"ERROR compressed cluster with non-zero subcluster allocation bitmap, entry={bad:#x}")
+            else:
+                self._corruption("ERROR: Unallocated cluster has non-zero subcluster allocation map")
+                self.lost = True
+        if active:
+            r = self.result
+            self.wrong += found.wrong_copied
+            r.allocated_clusters += found.clusters + found.compressed
+            r.compressed_clusters += found.compressed
+            r.fragmented_clusters += found.fragmented + found.compressed
+
+    def _misaligned(self, table: int, index: int, entry: int) -> None:
+        if self.image.header.extended_l2:
+            with_data = bool(int.from_bytes(self.image.file.pread(table + 16 * index + 8, 8), "big") & 0xFFFFFFFF)
+        else:
+            with_data = not entry & ZERO
+        offset = entry & OFFSET_MASK
+        if with_data:
+            self._corruption(f"ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted.")
+            self.lost = True
+        else:  # it reads as zeroes wherever it points
+            verb = "Repairing" if self.all else "ERROR"
+            self._corruption(f"{verb} offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted.")
+            extended = self.image.header.extended_l2
+            self.fixes.append(Fix(table + index * (16 if extended else 8), 0 if extended else ZERO))
 
     def _count_extensions(self) -> None:
         """What header extensions reference: bitmaps (section "Bitmaps extension") and the LUKS header."""
@@ -199,35 +270,53 @@ class _Checker:
         luks = header.extension(EXT_LUKS)
         if luks is not None and len(luks) == 16:
             self._add("LUKS header", int.from_bytes(luks[:8], "big"), int.from_bytes(luks[8:], "big"))
-        data = header.extension(EXT_BITMAPS)
-        if not present(header) or data is None or len(data) < 24:
-            return
-        count, size, at = int.from_bytes(data[:4], "big"), int.from_bytes(data[8:16], "big"), int.from_bytes(data[16:24], "big")
-        if size > min(MAX_BITMAP_DIRECTORY_BYTES, image.file.size) or not self._add("bitmap directory", at, size):
-            self._corruption(f"ERROR bitmap directory of {size} bytes at {at:#x}")
-            return
-        directory = image.file.pread(at, size) if at + size <= image.file.size else bytearray()
-        pos = 0
-        for i in range(count):
-            if pos + _BITMAP_ENTRY.size > len(directory):
-                self._corruption(f"ERROR bitmap directory entry {i} is outside the directory")
-                return
-            offset, entries, _, _, _, name_size, extra = _BITMAP_ENTRY.unpack_from(directory, pos)
-            pos += -(-(_BITMAP_ENTRY.size + name_size + extra) // 8) * 8
-            if entries * 8 > image.file.size or not self._add(f"bitmap table {i}", offset, entries * 8):
-                self._corruption(f"ERROR bitmap table {i} at {offset:#x}")
-                continue
-            for entry in tables.load(image.file, offset, entries):
-                if entry & OFFSET_MASK:
-                    self._add(f"bitmap {i}", entry & OFFSET_MASK, image.cluster_size)
+        named: list[tuple[int, int]] = []
+        try:
+            named.extend((b.table_offset, b.table_size * 8) for b in bitmaps.entries(image.file, header))
+        except ImageFormatError as e:
+            self._unreadable(f"ERROR failed to read the bitmap directory: {e}")
+        where = bitmaps.directory(header)
+        if where is not None:
+            self._add("bitmap directory", *where)
+        for offset, size, times in self._disjoint("bitmap table", named):
+            self._add("bitmap table", offset, size, times)
+            for entry, repeats in Counter(tables.load(image.file, offset, size // 8)).items():
+                at = entry & OFFSET_MASK
+                if at & (image.cluster_size - 1):
+                    self._corruption(f"ERROR bitmap table at {offset:#x}: cluster at {at:#x} is not aligned")
+                    self.lost = True
+                elif at and not self._add(f"bitmap table at {offset:#x}", at, image.cluster_size, times * repeats):
+                    self.lost = True
 
-    def _add(self, what: str, offset: int, length: int) -> bool:
-        if self.counts.add(offset, length):
+    def _disjoint(self, what: str, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """(offset, length, how often) of different ranges. One that cuts into another is an error: each is read once."""
+        kept = []
+        end = 0
+        for (offset, length), times in sorted(Counter(r for r in ranges if r[1]).items()):
+            if offset < end:
+                self._unreadable(f"ERROR {what} of {length} bytes at {offset:#x} overlaps another one")
+                continue
+            kept.append((offset, length, times))
+            end = offset + length
+        return kept
+
+    def _add(self, what: str, offset: int, length: int, times: int = 1) -> bool:
+        if self.counts.add(offset, length, times):
             return True
-        self._corruption(
-            f"ERROR: counting reference for region exceeding the end of the file by one cluster or more: {what} at {offset:#x}"
-        )
+        self._outside(what, offset)
         return False
+
+    def _outside(self, what: str, offset: int) -> None:
+        self._corruption(
+            f"ERROR: counting reference for region exceeding the end of the file by one cluster or more: {what}: "
+            f"offset {offset:#x}"
+        )
+        self.lost = True
+
+    def _unreadable(self, line: str) -> None:
+        self.report(line)
+        self.result.check_errors += 1
+        self.incomplete = True
 
     def _corruption(self, line: str) -> None:
         self.report(line)
@@ -235,11 +324,20 @@ class _Checker:
 
     # --- comparing and repairing ---
 
+    def _repair_entries(self) -> None:
+        """Entries that read as zeroes wherever they point."""
+        if self.all and self.fixes:
+            write_entries(self.image, self.fixes)
+            self.result.corruptions -= len(self.fixes)
+            self.result.corruptions_fixed += len(self.fixes)
+
     def _compare(self) -> None:
         image, r = self.image, self.result
         changes: list[tuple[int, int]] = []
         for cluster, have, want in self.counts.differences():
             leak = have > want
+            if leak and self.incomplete:
+                continue  # who references it may not have been counted
             fix = self.leaks if leak else self.all
             if fix and want > image.refcounts.maximum:
                 fix = False
@@ -252,72 +350,12 @@ class _Checker:
             else:
                 r.leaks += leak
                 r.corruptions += not leak
-        if not changes:
-            return
-        self.changed = True
-        image._compressed_at = 0
-        # Raising first: at no moment does the disk count less than what is referenced.
-        missing = False
-        with image._lock:
+        if changes:
+            self.changed = True
+            if not set_counts(image, changes):
+                rebuild(image, self.counts, self.bad_blocks, keep=self.lost)
             for cluster, want in changes:
-                have = image.refcounts.get(cluster)
-                block = cluster >> image.refcounts.block_bits
-                if block >= len(image.refcounts.table) or not image.refcounts.table[block]:
-                    missing = True
-                    continue
-                image.refcounts.add(cluster, 1, want - have)
-        if missing:
-            self._rebuild()
-        else:
-            snap._Transition._write_counts(image)
-        for cluster, want in changes:
-            self.counts.disk[cluster] = want
-
-    def _rebuild(self) -> None:
-        """Write new refcount structures behind the end of the file, counting what was found, and let the header name them."""
-        image, header, bits = self.image, self.image.header, self.image.cluster_bits
-        refcounts = image.refcounts
-        found = self.counts.found
-        # The old structures are free in the new ones.
-        drop = list(
-            range(header.refcount_table_offset >> bits, (header.refcount_table_offset >> bits) + header.refcount_table_clusters)
-        )
-        drop += [
-            (e & REFCOUNT_OFFSET_MASK) >> bits
-            for i, e in enumerate(refcounts.table)
-            if e & REFCOUNT_OFFSET_MASK and i not in self.bad_blocks
-        ]
-        for c in drop:
-            if c < self.counts.clusters and found[c]:
-                found[c] -= 1
-        start = self.counts.clusters
-        per_block = 1 << refcounts.block_bits
-        blocks = clusters = 1
-        while True:
-            need = (-(-(start + blocks + clusters) // per_block), -(-blocks * 8 >> bits))
-            if need == (blocks, clusters):
-                break
-            blocks, clusters = max(need[0], blocks), max(need[1], clusters)
-        table = array("Q", [(start + i) << bits for i in range(blocks)]) + array("Q", bytes((clusters << bits) - 8 * blocks))
-        empty = refcounts._empty_block()
-        for i in range(blocks):
-            block = array(empty.typecode, empty)
-            for c in range(i * per_block, min((i + 1) * per_block, start)):
-                block[c % per_block] = min(int(found[c]), refcounts.maximum)
-            for c in range(max(i * per_block, start), min((i + 1) * per_block, start + blocks + clusters)):
-                block[c % per_block] = 1
-            image.file.pwrite(table[i], pack(block, refcounts.order))
-        image.file.pwrite((start + blocks) << bits, tables.to_bytes(table))
-        header.refcount_table_offset, header.refcount_table_clusters = (start + blocks) << bits, clusters
-        image.write_header()
-        with image._lock:
-            refcounts.replace(table, start + blocks + clusters)
-            image.reserved.clear()
-            image._find_reserved()
-        image.file.refresh_size()
-        self.rebuild = False
-        self.changed = True
-        self.result.corruptions_fixed += 1
+                self.counts.disk[cluster] = want
 
     def _check_copied(self) -> None:
         """COPIED must be set if and only if the count is 1 (sections "L1 table entry", "L2 table entry")."""
@@ -326,17 +364,21 @@ class _Checker:
             again = Counts(image.header, self.counts.clusters)
             again.disk = self.counts.disk
             self.wrong = []
-            for _, where in self.tables:
-                self.wrong += again.add_l2(snap.read_table(image, where), active=True).wrong_copied
+            for offset, _, active in self.counts.tables():
+                if active:
+                    self.wrong += again.add_l2(snap.read_table(image, offset), active=True).wrong_copied
         verb = "Repairing" if self.all else "ERROR"
         lines = []
         for _, entry, refcount in self.wrong:
             kind = "compressed" if entry & COMPRESSED else "data"
             lines.append(f"{verb} OFLAG_COPIED {kind} cluster: l2_entry={entry:x} refcount={refcount}")
-        for i, where in self.tables:
+        for i, entry in enumerate(image.l1):
+            where = entry & OFFSET_MASK
+            if not where or where & (image.cluster_size - 1) or where >> image.cluster_bits >= self.counts.clusters:
+                continue
             count = int(self.counts.disk[where >> image.cluster_bits])
-            if (count == 1) != bool(image.l1[i] & COPIED):
-                lines.append(f"{verb} OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={image.l1[i]:x} refcount={count}")
+            if (count == 1) != bool(entry & COPIED):
+                lines.append(f"{verb} OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={count}")
         for line in lines:
             self.report(line)
         if self.all and lines:

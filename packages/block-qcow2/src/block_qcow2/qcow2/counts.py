@@ -11,21 +11,23 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import tables
-from .format import COMPRESSED, COPIED, OFFSET_MASK, Header, compressed_span
+from .format import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, Header, compressed_span
 from .refcount import unpack
 
 _CHUNK = 1 << 20
 
 
 class TableFindings(NamedTuple):
-    """What one L2 table references."""
+    """What one L2 table references. Lists are of (index, entry)."""
 
     clusters: int  # normal and preallocated
     compressed: int
     fragmented: int  # normal ones that do not follow the one before
-    outside: list[tuple[int, int]]  # (index, entry) that point out of the file
+    outside: list[tuple[int, int]]  # that point out of the file
     misaligned: list[tuple[int, int]]
     wrong_copied: list[tuple[int, int, int]]  # (index, entry, refcount on disk)
+    reserved: list[tuple[int, int]]  # with reserved bits set
+    wrong_bitmap: list[tuple[int, int]]  # whose subclusters cannot be allocated: there is no cluster, or it is compressed
 
 
 def _numpy() -> Any:
@@ -39,18 +41,28 @@ def _numpy() -> Any:
 class Counts:
     """`found[c]`: references to cluster c; `disk[c]`: its refcount on the disk. For the clusters of a file, and no others."""
 
-    def __init__(self, header: Header, clusters: int, *, use_numpy: bool = True) -> None:
+    def __init__(self, header: Header, clusters: int, *, l1_entries: int = 0, use_numpy: bool = True) -> None:
+        """`l1_entries`: of all tables that will be counted."""
         self.header = header
         self.clusters = clusters
         self._np = _numpy() if use_numpy else None
+        # One cluster may be named by every entry of every table, and every table by every L1 entry.
+        self._wide = l1_entries << header.l2_bits >= 1 << 32
+        self.found: Any = self._numbers()
+        self._named: Any = None  # references to L2 tables, by cluster
+        self._active = bytearray()  # 1 for L2 tables of the active image, by cluster
         np = self._np
-        self.found: Any = np.zeros(clusters, np.uint32) if np else array("I", bytes(4 * clusters))
         self.disk: Any = np.zeros(clusters, np.uint64) if np and header.refcount_order == 6 else None
         if self.disk is None:
             self.disk = np.zeros(clusters, np.uint32) if np else array("Q" if header.refcount_order == 6 else "I", bytes(0))
             if not np:
                 self.disk.frombytes(bytes(self.disk.itemsize * clusters))
         self._next = 0  # the host cluster that would continue the last one of this table
+
+    def _numbers(self) -> Any:
+        if self._np:
+            return self._np.zeros(self.clusters, self._np.uint64 if self._wide else self._np.uint32)
+        return array("Q" if self._wide else "I", bytes((8 if self._wide else 4) * self.clusters))
 
     def set_disk(self, first: int, block: bytes | bytearray) -> None:
         """A refcount block, which counts clusters from `first`."""
@@ -67,40 +79,87 @@ class Counts:
         else:
             self.disk[first : first + n] = array(self.disk.typecode, values[:n])
 
-    def add(self, offset: int, length: int) -> bool:
-        """Count a reference to every cluster of a range; False if some of it is outside the file."""
+    def add(self, offset: int, length: int, times: int = 1) -> bool:
+        """Count `times` references to every cluster of a range; False if some of it is outside the file."""
         bits = self.header.cluster_bits
         first, end = offset >> bits, -(-(offset + length) >> bits)
-        for c in range(first, min(end, self.clusters)):
-            self.found[c] += 1
+        if self._np and end - first > 1:
+            self.found[first : min(end, self.clusters)] += self.found.dtype.type(times)
+        else:
+            for c in range(first, min(end, self.clusters)):
+                self.found[c] += times
         return end <= self.clusters
 
-    def add_l2(self, raw: bytes | bytearray, *, active: bool) -> TableFindings:
-        """Count what an L2 table references. `active`: look at fragmentation and the COPIED flags too."""
+    def add_tables(self, l1: array[int], times: int = 1, *, active: bool = False) -> list[tuple[int, int]]:
+        """Count `times` the L2 tables that an L1 table names; return the (index, entry) that name none that can be.
+
+        What the tables name is counted by add_l2() for each of tables(): once, whoever names a table how often.
+        """
+        if self._named is None:
+            self._named = self._numbers()
+            self._active = bytearray(self.clusters)
+        bits, mask = self.header.cluster_bits, self.header.cluster_size - 1
+        bad = []
+        for i, entry in enumerate(l1):
+            offset = entry & OFFSET_MASK
+            if not offset:
+                continue
+            c = offset >> bits
+            if offset & mask or c >= self.clusters:
+                bad.append((i, entry))
+                continue
+            self._named[c] += times
+            self.found[c] += times
+            if active:
+                self._active[c] = 1
+        return bad
+
+    def tables(self) -> Iterator[tuple[int, int, bool]]:
+        """(offset, references, whether it is of the active image) of each L2 table that was named, ascending."""
+        if self._named is None:
+            return
+        bits = self.header.cluster_bits
+        if self._np:
+            for c in self._np.nonzero(self._named)[0].tolist():
+                yield c << bits, int(self._named[c]), bool(self._active[c])
+            return
+        for c, times in enumerate(self._named):
+            if times:
+                yield c << bits, times, bool(self._active[c])
+
+    def add_l2(self, raw: bytes | bytearray, times: int = 1, *, active: bool) -> TableFindings:
+        """Count what an L2 table references, `times`. `active`: look at fragmentation and the COPIED flags too."""
         self._next = 0
         if self._np:
-            return self._add_l2_numpy(raw, active)
-        return self._add_l2_plain(raw, active)
+            return self._add_l2_numpy(raw, times, active)
+        return self._add_l2_plain(raw, times, active)
 
-    def _add_l2_plain(self, raw: bytes | bytearray, active: bool) -> TableFindings:
+    def _add_l2_plain(self, raw: bytes | bytearray, times: int, active: bool) -> TableFindings:
         words = tables.from_bytes(raw)
+        bitmaps = None
         if self.header.extended_l2:
-            words = words[::2]
+            words, bitmaps = words[::2], words[1::2]
         bits, mask, limit = self.header.cluster_bits, self.header.cluster_size - 1, self.clusters
         external = self.header.has_data_file
         found, disk = self.found, self.disk
         clusters = compressed = fragmented = 0
-        outside, misaligned, wrong = [], [], []
+        outside, misaligned, wrong, reserved, wrong_bitmap = [], [], [], [], []
         for i, entry in enumerate(words):
             if entry & COMPRESSED:
                 compressed += 1
-                if not self.add(*compressed_span(entry, bits)):
+                if bitmaps is not None and bitmaps[i]:
+                    wrong_bitmap.append((i, entry))
+                if not self.add(*compressed_span(entry, bits), times):
                     outside.append((i, entry))
                 if entry & COPIED and active:
                     wrong.append((i, entry, 0))
                 continue
+            if entry & L2_RESERVED:
+                reserved.append((i, entry))
             offset = entry & OFFSET_MASK
             if not offset or external:
+                if bitmaps is not None and not (offset or (external and entry & COPIED)) and bitmaps[i] & 0xFFFFFFFF:
+                    wrong_bitmap.append((i, entry))
                 clusters += bool(entry & (OFFSET_MASK | COPIED))
                 continue
             clusters += 1
@@ -111,38 +170,50 @@ class Counts:
             if c >= limit:
                 outside.append((i, entry))
                 continue
-            found[c] += 1
+            found[c] += times
             if active:
                 fragmented += bool(self._next) and c != self._next
                 self._next = c + 1
                 if (disk[c] == 1) != bool(entry & COPIED):
                     wrong.append((i, entry, disk[c]))
-        return TableFindings(clusters, compressed, fragmented, outside, misaligned, wrong)
+        return TableFindings(clusters, compressed, fragmented, outside, misaligned, wrong, reserved, wrong_bitmap)
 
-    def _add_l2_numpy(self, raw: bytes | bytearray, active: bool) -> TableFindings:
+    def _add_l2_numpy(self, raw: bytes | bytearray, times: int, active: bool) -> TableFindings:
         np: Any = self._np
         words = np.frombuffer(raw, np.dtype(">u8")).astype(np.uint64)
-        if self.header.extended_l2:
-            words = words[::2]
-        bits = self.header.cluster_bits
         outside: list[tuple[int, int]] = []
         wrong: list[tuple[int, int, int]] = []
-        compressed = 0
+        external = self.header.has_data_file
+
+        def listed(chosen: Any) -> list[tuple[int, int]]:
+            return [(i, int(words[i])) for i in np.nonzero(chosen)[0].tolist()] if chosen.any() else []
+
         flags = words & np.uint64(COMPRESSED)
+        wrong_bitmap: list[tuple[int, int]] = []
+        if self.header.extended_l2:
+            words, bitmaps = words[::2], words[1::2]
+            flags = words & np.uint64(COMPRESSED)
+            absent = (words & np.uint64(OFFSET_MASK | COPIED if external else OFFSET_MASK)) == 0
+            wrong_bitmap = listed(
+                np.where(flags != 0, bitmaps != 0, absent & ((bitmaps & np.uint64(0xFFFFFFFF)) != 0)),
+            )
+        bits = self.header.cluster_bits
+        compressed = 0
+        reserved = listed(((words & np.uint64(L2_RESERVED)) != 0) & (flags == 0))
         if flags.any():
             packed = np.nonzero(flags)[0]
             compressed = len(packed)
             for i in packed.tolist():
                 entry = int(words[i])
-                if not self.add(*compressed_span(entry, bits)):
+                if not self.add(*compressed_span(entry, bits), times):
                     outside.append((i, entry))
                 if entry & COPIED and active:
                     wrong.append((i, entry, 0))
             words = words.copy()
             words[packed] = 0
-        if self.header.has_data_file:
+        if external:
             used = int(np.count_nonzero(words & np.uint64(OFFSET_MASK | COPIED)))
-            return TableFindings(used, compressed, 0, outside, [], wrong)
+            return TableFindings(used, compressed, 0, outside, [], wrong, reserved, wrong_bitmap)
         offsets = words & np.uint64(OFFSET_MASK)
         index = np.nonzero(offsets)[0]
         clusters = len(index)
@@ -158,16 +229,17 @@ class Counts:
             good = ~far & ~bad
             index, host, words = index[good], host[good], words[good]
         if not len(host):
-            return TableFindings(clusters, compressed, 0, outside, misaligned, wrong)
+            return TableFindings(clusters, compressed, 0, outside, misaligned, wrong, reserved, wrong_bitmap)
         steps = np.diff(host)
         jumps = int(np.count_nonzero(steps != 1))
+        step = self.found.dtype.type(times)
         if not jumps:
-            self.found[int(host[0]) : int(host[0]) + len(host)] += 1
+            self.found[int(host[0]) : int(host[0]) + len(host)] += step
         elif (steps > 0).all():
-            self.found[host] += 1
+            self.found[host] += step
         else:  # perhaps twice the same
-            unique, times = np.unique(host, return_counts=True)
-            self.found[unique] += times.astype(self.found.dtype)
+            unique, repeats = np.unique(host, return_counts=True)
+            self.found[unique] += repeats.astype(self.found.dtype) * step
         fragmented = 0
         if active:
             fragmented = jumps
@@ -175,7 +247,7 @@ class Counts:
             off = (counts == 1) != ((words & np.uint64(COPIED)) != 0)
             if off.any():
                 wrong += [(int(index[i]), int(words[i]), int(counts[i])) for i in np.nonzero(off)[0].tolist()]
-        return TableFindings(clusters, compressed, fragmented, outside, misaligned, wrong)
+        return TableFindings(clusters, compressed, fragmented, outside, misaligned, wrong, reserved, wrong_bitmap)
 
     def with_copied(self, raw: bytes | bytearray) -> bytes | None:
         """An L2 table with its COPIED flags as `disk` says; None if it is like that. Impossible entries stay as they are."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple, Self
 
@@ -49,6 +50,7 @@ class Snapshot(NamedTuple):
     disk_size: int  # bytes; what the image was when it was taken
     icount: int = NO_ICOUNT
     extra: bytes = b""  # extra data past what is known
+    complete: bool = True  # version 3 wants the first two fields of the extra data
 
     def pack(self) -> bytes:
         extra = _EXTRA.pack(self.vm_state_size, self.disk_size, self.icount) + self.extra
@@ -72,11 +74,8 @@ class SnapshotError(BlockError):
     """The snapshot asked for does not exist, exists already, or cannot be taken."""
 
 
-def load(file: HostFile, header: Header) -> tuple[list[Snapshot], int]:
-    """The snapshot table and its length in bytes. ImageFormatError names the entry that is wrong."""
-    found: list[Snapshot] = []
-    if not header.nb_snapshots:
-        return found, 0
+def entries(file: HostFile, header: Header) -> Iterator[tuple[Snapshot, int]]:
+    """Each entry of the snapshot table with the length of the table up to its end. ImageFormatError names one that is wrong."""
     at = header.snapshots_offset
     file.refresh_size()
     limit = min(at + MAX_SNAPSHOT_TABLE_BYTES, file.size)
@@ -95,15 +94,25 @@ def load(file: HostFile, header: Header) -> tuple[list[Snapshot], int]:
         icount = int.from_bytes(extra[16:24], "big") if extra_size >= 24 else NO_ICOUNT
         if l1_size * 8 > MAX_L1_BYTES:
             raise ImageFormatError(f"{what}: l1_size is {l1_size}, expected at most {MAX_L1_BYTES // 8}")
-        try:
-            header.check_range(f"{what}: L1 table", l1, l1_size * 8, file.size)
-        except ImageFormatError as e:
-            raise ImageFormatError(str(e)) from None
+        header.check_range(f"{what}: L1 table", l1, l1_size * 8, file.size)
         ident = data[extra_size : extra_size + id_size].decode("utf-8", "surrogateescape")
         name = data[extra_size + id_size :].decode("utf-8", "surrogateescape")
-        found.append(Snapshot(ident, name, l1, l1_size, sec, nsec, clock, vm_state, disk_size, icount, extra[24:]))
         at += -(-len(data) // 8) * 8
-    return found, at - header.snapshots_offset
+        complete = header.version < 3 or extra_size >= 16
+        yield (
+            Snapshot(ident, name, l1, l1_size, sec, nsec, clock, vm_state, disk_size, icount, extra[24:], complete),
+            at - header.snapshots_offset,
+        )
+
+
+def load(file: HostFile, header: Header) -> tuple[list[Snapshot], int]:
+    """The snapshot table and its length in bytes. ImageFormatError names the entry that is wrong."""
+    found: list[Snapshot] = []
+    length = 0
+    for snapshot, end in entries(file, header):
+        found.append(snapshot)
+        length = end
+    return found, length
 
 
 class Snapshots:
@@ -235,7 +244,7 @@ class _Transition:
     def _finish(self, image: Qcow2Image) -> None:
         header, bits = image.header, image.cluster_bits
         old_l1 = image.l1, header.l1_table_offset
-        self._write_counts(image)
+        write_counts(image)
         if self._l1 is not None:
             offset, size = self._new_l1_at, self._new_size
             image.file.pwrite(offset, tables.to_bytes(self._l1) + bytes(-len(self._l1) * 8 % image.cluster_size))
@@ -262,7 +271,7 @@ class _Transition:
             for first, count in self._freed:
                 image.refcounts.add(first, count, -1)
                 image.reserved.difference_update(range(first, first + count))
-        self._write_counts(image)
+        write_counts(image)
         fix_copied(image)
         with image._lock:
             image.reserved.clear()
@@ -277,21 +286,9 @@ class _Transition:
 
     def _clean(self, image: Qcow2Image) -> None:
         if image.header.version >= 3:
-            self._write_counts(image)
+            write_counts(image)
             image.header.incompatible &= ~INCOMPAT_DIRTY
             image.write_header()
-
-    @staticmethod
-    def _write_counts(image: Qcow2Image) -> None:
-        with image._lock:
-            blocks, entries = image.refcounts.take_dirty()
-        written = False
-        try:
-            image._write_in_order(blocks, entries, [], [])
-            written = True
-        finally:
-            with image._lock:
-                image.refcounts.finish(written)
 
     # --- what changes ---
 
@@ -349,16 +346,33 @@ class _Transition:
             self.free(image.header.snapshots_offset >> bits, -(-old_bytes >> bits))
 
 
+def write_counts(image: Qcow2Image) -> None:
+    """Write the refcount blocks and table entries that changed. Nothing else is running."""
+    with image._lock:
+        blocks, table_entries = image.refcounts.take_dirty()
+    written = False
+    try:
+        image._write_in_order(blocks, table_entries, [], [])
+        written = True
+    finally:
+        with image._lock:
+            image.refcounts.finish(written)
+
+
+def rewrite_table(image: Qcow2Image) -> None:
+    """Write the snapshot table anew, with all that its entries should have. Nothing else is running, and nothing is wrong."""
+    found, length = load(image.file, image.header)
+    with _Transition(image) as change:
+        change.put_table(found, length)
+
+
 def add_references(image: Qcow2Image, l1: array[int], delta: int) -> None:
     """Add `delta` to the count of every L2 table below `l1` and of every cluster below those. Nothing else is running."""
-    counts = Counts(image.header, image.refcounts.end)
-    for i, entry in enumerate(l1):
-        offset = entry & OFFSET_MASK
-        if not offset:
-            continue
-        if offset & (image.cluster_size - 1) or not counts.add(offset, image.cluster_size):
-            raise image._corrupt(f"L1 entry {i}: L2 table at {offset:#x}, expected a cluster inside the file")
-        found = counts.add_l2(read_table(image, offset), active=False)
+    counts = Counts(image.header, image.refcounts.end, l1_entries=len(l1))
+    for i, entry in counts.add_tables(l1):
+        raise image._corrupt(f"L1 entry {i}: L2 table at {entry & OFFSET_MASK:#x}, expected a cluster inside the file")
+    for offset, times, _ in counts.tables():
+        found = counts.add_l2(read_table(image, offset), times, active=False)
         for index, bad in found.outside + found.misaligned:
             raise image._corrupt(f"L2 table at {offset:#x}, entry {index}: cluster at {bad & OFFSET_MASK:#x}")
     with image._lock:
@@ -379,16 +393,15 @@ def fix_copied(image: Qcow2Image) -> None:
     with image._lock:
         image.refcounts.fill(counts)
         image.l2.clear()
-    for i, entry in enumerate(image.l1):
-        offset = entry & OFFSET_MASK
-        if not offset or offset & (image.cluster_size - 1) or offset >> image.cluster_bits >= counts.clusters:
-            continue  # a check reports it; there is nothing to correct
-        raw = read_table(image, offset)
-        changed = counts.with_copied(raw)
+    impossible = {i for i, _ in counts.add_tables(image.l1)}  # a check reports them; there is nothing to correct
+    for offset, _, _ in counts.tables():
+        changed = counts.with_copied(read_table(image, offset))
         if changed is not None:
             image.file.pwrite(offset, changed)
-        alone = counts.disk[offset >> image.cluster_bits] == 1
-        image.l1[i] = offset | COPIED if alone else offset
+    for i, entry in enumerate(image.l1):
+        if entry & OFFSET_MASK and i not in impossible:
+            alone = counts.disk[(entry & OFFSET_MASK) >> image.cluster_bits] == 1
+            image.l1[i] = entry | COPIED if alone else entry & ~COPIED
     image.file.flush()
     if len(image.l1):
         image.file.pwrite(header.l1_table_offset, tables.to_bytes(image.l1))
