@@ -87,23 +87,29 @@ def test_disks_on_every_engine_and_format_carry_the_same_bytes(
 def test_a_limit_on_requests_and_one_on_bytes_are_what_the_guest_gets(start: Start, root: list[object], folder: Path) -> None:
     disk = folder / "disk"
     disk.write_bytes(bytes(64 * MiB))
+    free_disk = folder / "free"
+    with free_disk.open("wb") as file:
+        file.truncate(1 << 36)  # holes, and more than can be read in 20 s
     vmm = start(
         *root,
         *("-drive", f"id=slow,file={disk},direct=off,readonly=on,throttling.bps-total={2 * MiB}"),
         *("-device", "virtio-blk-device,id=slow,drive=slow"),
         *("-drive", f"id=few,file={disk},direct=off,readonly=on,throttling.iops-total=40"),
         *("-device", "virtio-blk-device,id=few,drive=few"),
+        *("-drive", f"id=free,file={free_disk},direct=off,readonly=on", "-device", "virtio-blk-device,id=free,drive=free"),
     )
     vmm.expect(PROMPT)
-    # What a limit promises is an upper bound, which no load of the host can break: bytes in 20 s, requests in 20 s.
     for disk_name, block, limit in (("vdb", "128k", 2 * MiB * 20 // (128 << 10)), ("vdc", "4k", 40 * 20)):
-        before = vmm.run(UPTIME)
-        vmm.run(f"timeout 20 dd if=/dev/{disk_name} of=/dev/null iflag=direct bs={block} 2> /tmp/dd; true", 90)
-        after = vmm.run(UPTIME)
-        served = int(vmm.run(f"awk '{{print $1}}' /sys/block/{disk_name}/stat").split()[0])
-        elapsed = float(after.split()[0]) - float(before.split()[0])
+        read = "timeout 20 dd if=/dev/{} of=/dev/null iflag=direct bs={} 2> /dev/null"
+        counts = f"{UPTIME}; awk '{{print $1}}' /sys/block/{disk_name}/stat /sys/block/vdd/stat"
+        before = [float(word) for word in vmm.run(counts).split()]
+        vmm.run(f"{read.format('vdd', block)} & {read.format(disk_name, block)}; wait", 90)
+        elapsed, served, free = (float(word) - first for word, first in zip(vmm.run(counts).split(), before, strict=True))
+        # What a limit promises is an upper bound, which no load of the host can break: bytes in 20 s, requests in 20 s.
         assert served <= limit * elapsed / 20 * 1.05 + 40, (disk_name, served, elapsed)
-        assert served >= limit * 0.5, (disk_name, served, elapsed)
+        # It is no lower limit than was asked for: a disk without one, read in the same way at the same time, tells what a host
+        # that is busy with other things has left for one.
+        assert served >= min(limit, free) * 0.5, (disk_name, served, free, elapsed)
     vmm.send("poweroff")
     assert vmm.wait() == 0
 
