@@ -363,6 +363,18 @@ class TestNetworks:
         vm.run("netdev_del", id="nic7")
         assert refusal(vm, "netdev_del", id="nic7") == "Netdev nic7 not found"
 
+    @pytest.mark.parametrize("more", [{}, {"type": "tap"}, {"queues": 1, "script": "no"}])
+    def test_a_network_that_names_no_tap_is_a_card_without_a_link(self, vm: RunningVm, more: dict[str, Any]) -> None:
+        for _ in range(2):
+            vm.run("netdev_add", id="n", **more)
+            vm.run("device_add", id="n", driver="virtio-net-mmio")
+            assert refusal(vm, "netdev_del", id="n") == "Netdev n is in use: device n has it"
+            vm.drive_slot(4)
+            assert not self.link(vm, 4)
+            vm.run("device_del", id="n")
+        vm.run("netdev_add", id="n", **more)
+        vm.run("netdev_del", id="n")
+
     def test_a_card_of_the_command_line_comes_back_under_its_own_id(self, cabled: RunningVm) -> None:
         vm = cabled
         for _ in range(2):
@@ -416,7 +428,7 @@ class TestNetworks:
     @pytest.mark.parametrize(
         ("arguments", "text"),
         [
-            ({}, "Tap device is missing, use 'ifname' or 'fd' to configure a tap device"),
+            ({"vhost": True}, "Tap device is missing, use 'ifname' or 'fd' to configure a tap device"),
             ({"ifname": "t", "fds": "tapA"}, "give one of the two"),
             ({"ifname": "much-too-long-for-one"}, "ifname: at most 15 bytes"),
             ({"ifname": "t", "queues": 17}, "The 'queues' 17 is bigger than max queue num 16"),

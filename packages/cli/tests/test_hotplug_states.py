@@ -80,6 +80,7 @@ class HotPlugging(RuleBasedStateMachine):
         self.original, net.open_netdev = net.open_netdev, open_pair  # type: ignore[assignment]
         self.drives: dict[str, tuple[str, bool]] = {}
         self.networks: set[str] = set()
+        self.unconnected: set[str] = set()
         self.devices: dict[str, Plugged] = {}
         self.gone: set[tuple[str, str]] = set()
         self.passed: set[str] = set()
@@ -160,6 +161,7 @@ class HotPlugging(RuleBasedStateMachine):
     def forget(self, backend: str) -> None:
         self.drives.pop(backend, None)
         self.networks.discard(backend)
+        self.unconnected.discard(backend)
 
     def may_open(self, file: str, read_only: bool) -> bool:
         if file not in ("raw", "other", "qcow2"):
@@ -182,13 +184,16 @@ class HotPlugging(RuleBasedStateMachine):
             self.drives[name] = (file, read_only)
             self.gone.discard(("blk", name))
 
-    @rule(name=names, descriptor=names, starve=starved)
-    def add_network(self, name: str, descriptor: str, starve: bool) -> None:
-        right = descriptor in self.passed and name not in self.taken and not self.full
-        if self.attempt(right, "netdev_add", starve, id=name, fds=descriptor):
+    @rule(name=names, descriptor=st.none() | names, starve=starved)
+    def add_network(self, name: str, descriptor: str | None, starve: bool) -> None:
+        right = (descriptor is None or descriptor in self.passed) and name not in self.taken and not self.full
+        if self.attempt(right, "netdev_add", starve, id=name, **({} if descriptor is None else {"fds": descriptor})):
             self.networks.add(name)
-            self.passed.remove(descriptor)
             self.gone.discard(("net", name))
+            if descriptor is None:
+                self.unconnected.add(name)
+            else:
+                self.passed.remove(descriptor)
 
     @rule(name=names)
     def pass_a_descriptor(self, name: str) -> None:
@@ -274,7 +279,7 @@ class HotPlugging(RuleBasedStateMachine):
 
     @invariant()
     def the_guest_sees_what_is_plugged(self) -> None:
-        plugged = {device.slot for device in self.devices.values()}
+        plugged = {device.slot for device in self.devices.values() if device.backend not in self.unconnected}
         assert [self.vm.capacity(slot) for slot in range(4)] == [SIZE // 512 * (slot in plugged) for slot in range(4)]
         links = [self.vm.register(slot, 0x104) >> 16 & 1 for slot in (4, 5)]
         assert links == [int(slot in plugged) for slot in (4, 5)]

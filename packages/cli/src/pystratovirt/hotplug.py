@@ -111,13 +111,15 @@ class HotPlug:
 
     def add_netdev(self, netdev: Netdev, take: Callable[[str], int | None]) -> None:
         """Open a network, for a device to come. `take` as in `devices.net.open_netdev`. Raises HotPlugError."""
+        from pystratovirt.cmdline.netdevs import Unconnected
         from pystratovirt.devices.net import open_network
 
         self._expect_alive()
         backend = Backend(NET, netdev.id)
         self._register(backend)
         try:
-            self._vm.networks[netdev.id] = open_network(self._vm, netdev, take)
+            if not isinstance(netdev, Unconnected):
+                self._vm.networks[netdev.id] = open_network(self._vm, netdev, take)
         except (VmmError, OSError) as error:
             self._backends.remove(backend)
             raise HotPlugError(f"Add netdev error: {error}") from None
@@ -242,7 +244,7 @@ class HotPlug:
             if found.slot >= REPLACEABLE:
                 raise HotPlugError(f"Device {device} is in no slot that can be emptied")
             try:
-                self._detach(found.slot)
+                self._detach(found)
             except VmmError as error:
                 raise HotPlugError(f"{device}: failed to update config. {error}") from None
             self._vm.machine.clear(found.slot)
@@ -276,13 +278,16 @@ class HotPlug:
             card = cast("NetDevice", device)
             if mac is not None and not card.active:  # a driver has read its address; StratoVirt never changes it
                 card.set_mac(mac)
-            card.attach(self._vm.networks[backend.name])
+            if backend.name in self._vm.networks:  # or it is connected to nothing
+                card.attach(self._vm.networks[backend.name])
         else:
             drive, disk = self._vm.drives[backend.name], self._vm.disks[backend.name]
             cast("BlkDevice", device).attach(disk, serial=serial, iops=drive.iops_total or 0, bps=drive.bps_total or 0)
 
-    def _detach(self, slot: int) -> None:
-        cast("BlkDevice | NetDevice", self._vm.slots[slot].device).detach()
+    def _detach(self, backend: Backend) -> None:
+        assert backend.slot is not None
+        if backend.kind == DISK or backend.name in self._vm.networks:
+            cast("BlkDevice | NetDevice", self._vm.slots[backend.slot].device).detach()
 
     def _expect_alive(self) -> None:
         if self._vm.machine.status is VmStatus.SHUTDOWN:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pystratovirt.cmdline.backends import Chardev, Drive
     from pystratovirt.cmdline.config import Config
     from pystratovirt.cmdline.drivers.base import Device
-    from pystratovirt.cmdline.netdevs import Netdev
+    from pystratovirt.cmdline.netdevs import Connected, Netdev
     from pystratovirt.hotplug import HotPlug
     from virtio_devices.device import VirtioDevice
     from virtio_devices.net.backend import Backend as NetBackend
@@ -61,7 +61,7 @@ class VirtualMachine:
         self.drives: dict[str, Drive] = {}  # declarations of the disks below
         self.disks: dict[str, Disk] = {}
         self.netdevs: dict[str, Netdev] = {}  # declarations of the networks below
-        self.networks: dict[str, NetBackend] = {}
+        self.networks: dict[str, NetBackend] = {}  # of those that lead anywhere
         self.io_threads: dict[str, IoThread] = {}
         self.chardevs: dict[str, CharBackend] = {}
         self.declared_chardevs: dict[str, Chardev] = dict(config.chardevs)
@@ -224,7 +224,7 @@ class VirtualMachine:
             for name in self.disks:
                 stack.callback(self.close_drive, name)
 
-    def open_netdev(self, netdev: Netdev, take: Callable[[str], int | None] = lambda _name: None) -> None:
+    def open_netdev(self, netdev: Connected, take: Callable[[str], int | None] = lambda _name: None) -> None:
         """Open a network, until close_netdev() or close(). `take` hands over descriptors by name. Raises VmError."""
         from pystratovirt.devices.net import open_network
 
@@ -235,10 +235,11 @@ class VirtualMachine:
     def close_netdev(self, name: str) -> None:
         """Close a network that no device uses any more."""
         del self.netdevs[name]
-        self.networks.pop(name).close()
+        if network := self.networks.pop(name, None):
+            network.close()
 
     def _close_netdevs(self) -> None:
-        for name in list(self.networks):
+        for name in list(self.netdevs):
             self.close_netdev(name)
 
     def open_chardev(self, chardev: Chardev, option: str) -> CharBackend:

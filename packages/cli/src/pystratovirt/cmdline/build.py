@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from .backends import Chardev, Object
     from .drivers.base import Device
-    from .netdevs import Netdev
+    from .netdevs import Connected
     from .numa import MemoryBackend, NumaEntry
 
 P = TypeVar("P", bound=Parameters)
@@ -195,7 +195,7 @@ class _Users:
         self.rngs: dict[str, RngRandom] = {}
         self.memory_backends: dict[str, MemoryBackend] = {}
         self.chardevs: dict[str, Chardev] = {}
-        self.netdevs: dict[str, Netdev] = {}
+        self.netdevs: dict[str, Connected] = {}
         self._used: dict[tuple[str, str], str] = {}
         for text in given.get("drive", ()):
             self._drive(text)
@@ -242,7 +242,7 @@ class _Users:
     def _netdev(self, text: str) -> None:
         from .netdevs import NETDEVS
 
-        made: Netdev = _choose("-netdev", text, NETDEVS, "type").parse("-netdev", text)
+        made: Connected = _choose("-netdev", text, NETDEVS, "type").parse("-netdev", text)
         _new("-netdev", made.id, self.netdevs)
         for key in made.keys.values():
             if isinstance(key.kind, Reference):
@@ -363,9 +363,10 @@ def _check_whole(config: Config) -> None:
         raise CommandLineError("-pidfile", show(config.pidfile), "only together with -daemonize")
     stdio = [name for name, chardev in config.chardevs.items() if isinstance(chardev, StdioChardev)]
     if len(stdio) > 1:
-        raise CommandLineError(
-            "-chardev", f"stdio: id={show(stdio[1])}", f"standard input and output belong to {show(stdio[0])} already"
-        )
+        owner = f"standard input and output belong to {show(stdio[0])} already"
+        if stdio[1] == SERIAL_ID:  # which nobody has typed
+            raise CommandLineError("-serial", "stdio", owner)
+        raise CommandLineError("-chardev", f"stdio: id={show(stdio[1])}", owner)
     if stdio and config.daemonize:
         where = "stdio" if stdio[0] == SERIAL_ID else f"stdio: id={show(stdio[0])}"
         raise CommandLineError("-daemonize", where, "a daemon has no standard input and output")

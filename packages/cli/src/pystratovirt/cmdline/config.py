@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .backends import Chardev, Drive, IoThread, Listener, RngRandom
     from .drivers.base import Device
-    from .netdevs import Netdev
+    from .netdevs import Connected
     from .numa import MemoryBackend, NumaEntry
 
 
@@ -40,7 +40,7 @@ class Config(Record):
     memory_backends: Mapping[str, MemoryBackend] = {}
     numa: tuple[NumaEntry, ...] = ()  # `memory` is as they say already
     chardevs: Mapping[str, Chardev] = {}
-    netdevs: Mapping[str, Netdev] = {}
+    netdevs: Mapping[str, Connected] = {}
     devices: tuple[Device, ...] = ()
     serial: Chardev | None = None  # also in chardevs when it was given by -chardev
 

@@ -111,5 +111,12 @@ class VhostUser(Parameters, selector="vhost-user"):
     queues: int = key(Integer(1, PAIRS_MAX, bits=16), default=1, doc="pairs of queues")
 
 
-Netdev = Tap | User | VhostUser
-NETDEVS: Mapping[str, type[Netdev]] = {"tap": Tap, "user": User, "vhost-user": VhostUser}
+class Unconnected(Parameters):
+    """No network: what netdev_add makes of an id and nothing else. A card that has it has no link. Not for the command line."""
+
+    id: str = key(ID, doc="the name that a device uses")
+
+
+Connected = Tap | User | VhostUser
+Netdev = Connected | Unconnected
+NETDEVS: Mapping[str, type[Connected]] = {"tap": Tap, "user": User, "vhost-user": VhostUser}

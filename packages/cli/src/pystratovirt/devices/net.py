@@ -16,7 +16,7 @@ from virtio_devices.net.device import NetDevice
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pystratovirt.cmdline.netdevs import Netdev
+    from pystratovirt.cmdline.netdevs import Connected
     from pystratovirt.vm import VirtualMachine
     from virtio_devices.net.backend import Backend
 
@@ -54,7 +54,7 @@ def _free_mac(vm: VirtualMachine) -> bytes:
     raise DeviceError("Failed to get a free mac address")
 
 
-def open_network(vm: VirtualMachine, netdev: Netdev, take: Callable[[str], int | None]) -> Backend:
+def open_network(vm: VirtualMachine, netdev: Connected, take: Callable[[str], int | None]) -> Backend:
     """Open what a -netdev or netdev_add of any type describes, as open_netdev() does."""
     if isinstance(netdev, VhostUser):
         from pystratovirt.devices import vhost_user

@@ -34,7 +34,8 @@ NOTES: Final = {
     "blockdev-del": "works; after `device_del`, which lets go of the drive as in StratoVirt, it succeeds once "
     "(StratoVirt's microvm: `blockdev_del not support yet`)",
     "netdev_add": "every key of `-netdev` but the `path` of `user`: all descriptors, `vhost`, `queues`, and the types "
-    "`vhost-user` and `user` (StratoVirt's microvm: a tap by `ifname` or by the last of `fds`)",
+    "`vhost-user` and `user` (StratoVirt's microvm: a tap by `ifname` or by the last of `fds`); opened at once; one without a "
+    "tap gives a card without a link, as there",
     "netdev_del": "works; after `device_del` it succeeds once (StratoVirt's microvm: `netdev_del not support yet`)",
     "chardev-add": "works (StratoVirt's microvm: an error)",
     "chardev-remove": "works, unless something uses the device (StratoVirt's microvm: an error)",

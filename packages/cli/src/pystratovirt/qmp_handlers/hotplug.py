@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
 
+_TAP: Final = ("ifname", "fd", "fds", "vhost", "vhostfd", "vhostfds")  # what names a tap, or how it is served
 _ONLY: Final = {"chardev": "vhost-user", "tcp-ports": "user", "udp-ports": "user"}  # members of one type, which no other ignores
 
 
@@ -88,9 +89,11 @@ def register(server: QmpServer, runtime: Runtime) -> None:
 
 def declared(arguments: NetdevAdd) -> Netdev:
     """Return what the command line would say. Raises QmpError."""
-    from pystratovirt.cmdline.netdevs import PAIRS_MAX, Descriptors, Tap, User, VhostUser
+    from pystratovirt.cmdline.netdevs import PAIRS_MAX, Descriptors, Tap, Unconnected, User, VhostUser
 
     kind: type[Netdev] = {"user": User, "vhost-user": VhostUser}.get(arguments.type or "", Tap)
+    if kind is Tap and all(getattr(arguments, name) is None for name in _TAP):
+        kind = Unconnected  # as on StratoVirt's microvm
     if kind is VhostUser and arguments.vhost:
         raise QmpError(GENERIC_ERROR, "vhost-user netdev does not support 'vhost' option")
     if kind is VhostUser and arguments.chardev is None:
