@@ -62,6 +62,7 @@ class HostFile:
         # Read-modify-write of a block excludes every other write to it; only direct I/O has either.
         self.gate = RangeGate()
         self.volatile = False  # flushes do nothing: for files that are thrown away if their making does not finish
+        self._flush_error: OSError | None = None
         self._zero_range = True
         self._punch_hole = True
         self._close_lock = threading.Lock()
@@ -135,10 +136,22 @@ class HostFile:
             self.writev(offset, [view])
 
     def flush(self) -> None:
-        """fdatasync: what was written before survives power loss when this returns."""
+        """fdatasync: what was written before survives power loss when this returns.
+
+        One that fails makes every later one fail. The kernel reports a write that failed once, and drops the pages or marks
+        them clean: the next fdatasync would succeed without what was lost. Only who opens the file anew, and so reads what is
+        really there, gets flushes that mean something again.
+        """
         if self.volatile:
             return
-        os.fdatasync(self.fd)
+        if self._flush_error is not None:
+            error = self._flush_error
+            raise OSError(error.errno, f"{error.strerror}, when the file was flushed before", self.path)
+        try:
+            os.fdatasync(self.fd)
+        except OSError as e:
+            self._flush_error = e
+            raise
 
     # --- discarding and zeroing ---
 

@@ -1,0 +1,68 @@
+"""A flush that failed is never followed by one that claims success: what was lost stays lost, and whoever asks is told."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from block_qcow2 import create_image, open_disk, open_image
+
+from .conftest import Driver
+
+
+@pytest.fixture
+def lossy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The kernel after a write to the medium failed: one fdatasync says so, those after it know nothing of it."""
+    real, calls = os.fdatasync, []
+
+    def fdatasync(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    return calls
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+@pytest.mark.parametrize("aio", ["off", "threads"])
+def test_a_failed_flush_fails_until_the_file_is_opened_anew(tmp_path: Path, fmt: str, aio: str, lossy: list[int]) -> None:
+    path = tmp_path / "disk"
+    lossy.append(-1)  # creating loses nothing
+    create_image(path, 1 << 20, format=fmt)
+    disk = open_disk(path, format=fmt, aio=aio)
+    disk.lock()
+    driver = Driver(disk)
+    assert driver.write(0, b"x" * 4096) == 0
+    lossy.clear()
+    for _ in range(3):
+        assert driver.wait(driver.channel.flush("flush")) == -errno.EIO
+        with pytest.raises(OSError, match="error"):
+            disk.flush()
+    assert len(lossy) == 1
+    with pytest.raises(OSError, match="error") if fmt == "qcow2" else nullcontext():
+        disk.close()
+    disk = open_disk(path, format=fmt, aio=aio)
+    disk.lock()
+    disk.flush()
+    disk.close()
+
+
+def test_a_failed_flush_of_an_image_fails_its_closing_too(tmp_path: Path, lossy: list[int]) -> None:
+    path = tmp_path / "image"
+    lossy.append(-1)
+    create_image(path, 1 << 20)
+    image = open_image(path, read_only=False)
+    image.write(0, b"x")
+    lossy.clear()
+    with pytest.raises(OSError, match="error"):
+        image.flush()
+    with pytest.raises(OSError, match="flushed before"):
+        image.flush()
+    with pytest.raises(OSError, match="flushed before"):
+        image.close()
