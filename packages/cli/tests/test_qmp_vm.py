@@ -1,12 +1,8 @@
-"""QMP against the whole program in test mode (no KVM): the manual's examples, the reference's transcripts, every query."""
+"""QMP against the whole program in test mode (no KVM): the reference's transcripts, every query, every command."""
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,12 +15,11 @@ from pystratovirt.qmp_handlers import docs
 from pystratovirt.qmp_handlers.debug import print_patiently
 from pystratovirt.qmp_handlers.human import snapshot_table
 from pystratovirt.trace import POINTS
+from qmp_manual import examples
 from qmp_protocol.commands import COMMANDS, STRATOVIRT
-from qmp_protocol.framing import Framer
 from qmp_protocol.schema.reference import reference
 from qmp_protocol.schema.struct import type_of
-
-LIMIT = 60.0  # seconds, for what takes a tenth of one
+from vm_process import LIMIT, Client, Vm
 
 # Commands whose device does not exist in this program yet. A command that learns to work must leave this set.
 NOT_YET = {
@@ -43,153 +38,17 @@ NOT_ON_MICROVM = {
     "switch-audio-record",
     "update_region",
 }
-# What succeeds only after something else, see test_hotplug.
-NEEDS_OTHERS = {"blockdev-add", "blockdev-del", "netdev_add", "netdev_del", "device_add", "device_del", "chardev-remove"}
-# A microvm that has none answers so.
-NO_BALLOON = {"balloon", "query-balloon"}
 
 
-class Client:
-    """A connection that shows messages in the order in which they come."""
-
-    def __init__(self, address: Any) -> None:
-        self.socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
-        self.socket.settimeout(LIMIT)
-        self.socket.connect(address)
-        self._framer = Framer(1 << 24)
-        self._messages: list[Any] = []
-        self.greeting = self.read()
-
-    def read(self) -> Any:
-        while not self._messages:
-            data = self.socket.recv(65536)
-            if not data:
-                return None
-            self._messages += self._framer.feed(data)
-        return self._messages.pop(0)
-
-    def send(self, text: str) -> None:
-        self.socket.sendall(text.encode())
-
-    def run(self, command: str, arguments: Any = None) -> Any:
-        self.send(json.dumps({"execute": command} if arguments is None else {"execute": command, "arguments": arguments}) + "\n")
-        while "event" in (message := self.read()):
-            pass
-        return message
-
-    def close(self) -> None:
-        self.socket.close()
-
-
-class Vm:
-    """The program in test mode with a unix and a TCP monitor."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(folder / "test"))
-        listener.listen()
-        listener.settimeout(LIMIT)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.tcp = probe.getsockname()
-        self.unix = str(folder / "qmp")
-        command = [sys.executable, "-m", "pystratovirt", "-machine", "microvm", "-smp", "2,maxcpus=2", "-m", "128"]
-        command += ["-mod-test", str(folder / "test"), "-object", "iothread,id=io1"]
-        command += ["-qmp", f"unix:{self.unix},server,nowait"]
-        command += ["-chardev", f"socket,host={self.tcp[0]},port={self.tcp[1]},id=m,server,nowait"]
-        command += ["-mon", "chardev=m,mode=control", *options]
-        self.log = folder / "log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "STRATOVIRT_LOG_LEVEL": "trace"}
-            )
-        self.test, _ = listener.accept()
-        listener.close()
-        self.test.settimeout(LIMIT)
-
-    def ask(self, request: str) -> str:
-        """A request of test mode."""
-        self.test.sendall(request.encode())
-        reply = b""
-        while not reply.endswith(b"\n"):
-            reply += self.test.recv(65536)
-        return reply.decode().strip()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.test.close()
+OPTIONS = ("-smp", "2,maxcpus=2", "-object", "iothread,id=io1")
 
 
 @pytest.fixture
 def vm(request: pytest.FixtureRequest) -> Iterator[Vm]:
     with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp") as folder:
-        made = Vm(Path(folder), *getattr(request, "param", ()))
+        made = Vm(Path(folder), *OPTIONS, *getattr(request, "param", ()))
         yield made
         made.close()
-
-
-def examples() -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """What the manual shows: the request, and what comes back in that order."""
-    text = (Path(__file__).parent / "qmp_manual_examples.txt").read_text()
-    # Two misprints of the manual.
-    text = text.replace(', vm-clock-nsec"', ', "vm-clock-nsec"').replace('"ds":', '"seconds":')
-    found: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
-    for line in text.splitlines():
-        if line.startswith("-> "):
-            found.append((json.loads(line[3:]), []))
-        elif line.startswith("<- "):
-            found[-1][1].append(json.loads(line[3:]))
-    return found
-
-
-def shape(value: Any) -> Any:
-    """A value without its values: names and kinds."""
-    if isinstance(value, dict):
-        return {name: shape(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [shape(item) for item in value[:1]]
-    return int if isinstance(value, int) and not isinstance(value, bool) else type(value)
-
-
-def test_the_manual_has_the_examples_that_we_think() -> None:
-    assert len(examples()) == 29
-    assert {request["execute"] for request, _ in examples()} <= set(STRATOVIRT.commands)
-
-
-@pytest.mark.parametrize("transport", ["unix", "tcp"])
-def test_every_example_of_the_manual_is_answered_as_printed(vm: Vm, transport: str) -> None:
-    client = Client(getattr(vm, transport))
-    assert client.greeting["QMP"]["version"]["StratoVirt"].keys() == {"micro", "minor", "major"}
-    last = [(request, expected) for request, expected in examples() if request["execute"] == "quit"]
-    for request, expected in [each for each in examples() if each not in last] + last:
-        command = request["execute"]
-        client.send(json.dumps(request) + "\n")
-        if command == "getfd":
-            assert client.read()["error"]["desc"] == "Invalid SCM message"  # see below for one with a descriptor
-        elif command in NO_BALLOON:
-            assert client.read()["error"] == {"class": "DeviceNotActive", "desc": "No balloon device has been activated"}
-        elif command in NOT_YET:
-            assert client.read()["error"]["desc"] == f"The command {command} is not supported yet"
-        elif command in NOT_ON_MICROVM:
-            assert client.read()["error"]["desc"] == STRATOVIRT.commands[command].refusal
-        elif command in NEEDS_OTHERS:
-            assert client.read().keys() <= {"return", "error"}
-        elif command == "query-vcpu-reg":
-            assert client.read()["error"]["desc"] == "not supported or arguments error"  # no vCPU has run
-        else:
-            got = [client.read() for _ in expected]
-            if command == "trace-get-state":
-                assert got == [{"return": []}]  # no trace point has the manual's name
-            elif command == "query-mem-gpa":
-                assert got[0]["error"]["desc"] == "this gpa does not support query"  # no such memory in this machine
-            else:
-                assert shape(got) == shape(expected), command
-            for message, printed in zip(got, expected, strict=True):
-                assert message.get("event") == printed.get("event")
-    assert client.read() is None
-    assert vm.process.wait(LIMIT) == 0
-    client.close()
 
 
 def test_every_command_is_answered_and_the_sets_above_are_true(vm: Vm) -> None:
@@ -218,7 +77,7 @@ def test_every_command_is_answered_and_the_sets_above_are_true(vm: Vm) -> None:
 
 def _arguments(command: Any) -> dict[str, Any]:
     """Arguments that pass validation."""
-    known = next((request.get("arguments", {}) for request, _ in examples() if request["execute"] == command.name), None)
+    known = next((each.request.get("arguments", {}) for each in examples() if each.request["execute"] == command.name), None)
     if known is not None:
         return dict(known)
     return {
