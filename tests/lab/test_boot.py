@@ -40,6 +40,9 @@ def test_a_stock_kernel_boots_to_a_shell_on_every_cpu_and_powers_off(
     assert int(vmm.run("nproc")) == cpus
     client = qmp()
     assert client.execute("query-status") == {"running": True, "singlestep": False, "status": "running"}
+    threads = {cpu["thread_id"] for cpu in client.execute("query-cpus")}
+    assert len(threads) == cpus
+    assert all(Path(f"/proc/{vmm.pid}/task/{thread}").is_dir() for thread in threads)
     vmm.send("poweroff")
     assert client.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}
     assert vmm.wait() == 0
@@ -207,16 +210,16 @@ def test_a_guest_as_kata_starts_it_leaves_the_fourth_disk_its_interrupt_and_ends
     start: Start, qmp: Connect, generic_kernel: guests.Kernel, folder: Path
 ) -> None:
     """`acpi=off reboot=k panic=1`, on a machine that has ACPI. (Stock kernels find no virtio-mmio device then, Kata's do.)"""
-    script = "cat /sys/class/rtc/rtc0/name; cat /proc/interrupts; echo ready; read x; echo c > /proc/sysrq-trigger"
+    script = "echo now; cat /proc/interrupts; echo ready; read x; echo c > /proc/sysrq-trigger"
     initrd = guests.initrd(generic_kernel, modules=(), script=script)
     vmm = start(
         *("-machine", "type=microvm,dump-guest-core=off", "-m", 512, "-kernel", generic_kernel.image, "-initrd", initrd),
         *("-append", "reboot=k panic=1 acpi=off console=ttyS0 quiet", "-serial", "stdio"),
         *("-qmp", f"unix:{folder}/qmp.sock,server,nowait"),
     )  # fmt: skip
-    interrupts = vmm.expect(r"(?s)rtc_cmos(.*)ready")[1]
+    interrupts = vmm.expect(r"(?s)now(.*)ready")[1]
     assert " ttyS0" in interrupts
-    assert "rtc" not in interrupts
+    assert "rtc" not in interrupts  # its driver finds a clock that it does not like, and takes no interrupt
     client = qmp()
     vmm.send("")
     assert client.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}

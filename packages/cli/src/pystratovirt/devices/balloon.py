@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 def build_balloon(vm: VirtualMachine, device: VirtioBalloon, name: str) -> BalloonDevice:
     """Return a balloon for the machine's memory. Who wants to hear of changes sets `on_change`."""
+    (loop,) = vm.loops(device.iothread)
     return BalloonDevice(
         name,
-        vm.main_loop,
+        loop,
         vm.machine.memory,
         deflate_on_oom=device.deflate_on_oom,
         reporting=device.free_page_reporting,

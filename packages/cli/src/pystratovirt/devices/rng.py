@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def build_rng(vm: VirtualMachine, device: VirtioRng, name: str) -> RngDevice:
     """Return an entropy device on the source that `device` names."""
+    (loop,) = vm.loops(device.iothread)
     with blame(f"-object rng-random,id={device.rng}"):
         source = open_source(vm.config.rngs[device.rng].filename)
-    return RngDevice(name, vm.main_loop, vm.clock, source, rate=device.rate or 0, report=log.warn)
+    return RngDevice(name, loop, vm.clock, source, rate=device.rate or 0, report=log.warn)

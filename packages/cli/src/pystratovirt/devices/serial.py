@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 def build_serial(vm: VirtualMachine, device: VirtioSerial, name: str) -> ConsoleDevice:
     """Return the controller with the ports that the command line has for it."""
     ports = numbered(ports_of(vm.config.devices))
+    (loop,) = vm.loops(device.iothread)
     # Each port costs a guest two queues, so there are no more than can be used.
-    console = ConsoleDevice(name, vm.main_loop, device.max_ports or max((nr + 1 for nr, _ in ports), default=1))
+    console = ConsoleDevice(name, loop, device.max_ports or max((nr + 1 for nr, _ in ports), default=1))
     try:
         for nr, port in ports:
             option = f"-device {port.selector},id={port.id}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..declare import key
 from ..errors import BadKey
 from ..values import ID, SWITCH, Integer
-from .base import Device
+from .base import IOTHREAD, Device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +34,7 @@ class VirtioBalloon(Device, selector="virtio-balloon-device"):
         doc="how often the guest is asked for statistics, which `query-balloon` then shows; 0: never",
         note="not in StratoVirt; QEMU's name",
     )
+    iothread: str | None = key(IOTHREAD, default=None, doc="the I/O thread that serves it", note="not in StratoVirt")
 
     def check(self) -> None:
         if self.auto_balloon:

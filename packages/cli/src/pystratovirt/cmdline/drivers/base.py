@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..declare import Parameters, key
-from ..values import ID
+from ..values import ID, Reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import ClassVar
 
 _NO_PCI = "a virtio-mmio device has no PCI address"
+
+# Of drivers whose queues are not served here: there is nothing that a thread of ours could do.
+NO_LOOP = "queues are served by the host's kernel, or by another process, which have threads of their own"
+IOTHREAD = Reference("iothread", shared=True)
 
 # Where a device goes (see `pystratovirt.slots`).
 DISK, NET, OTHER = "disk", "net", "other"

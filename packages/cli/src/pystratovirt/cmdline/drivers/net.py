@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..declare import key
 from ..values import ID, SWITCH, Kind, PowerOfTwo, Reference
-from .base import NET, Device
+from .base import IOTHREAD, NET, Device
 
 if TYPE_CHECKING:
     from typing import ClassVar
@@ -46,7 +46,7 @@ class VirtioNet(Device, selector="virtio-net-device"):
         note="a multicast address or zeroes: refused (StratoVirt takes it; no guest brings up a card with it)",
     )
     mq: bool = key(SWITCH, default=False, doc="the guest may use all pairs of queues that the -netdev has")
-    iothread: str | None = key(Reference("iothread", shared=True), default=None, doc="the I/O thread that serves it")
+    iothread: str | None = key(IOTHREAD, default=None, doc="the I/O thread that serves it")
     queue_size: int = key(PowerOfTwo(256, 4096), default=256, doc="entries of a queue")
     vectors: str | None = key(
         ID, default=None, doc="accepted; there are no message interrupts", note="as in StratoVirt: no effect"

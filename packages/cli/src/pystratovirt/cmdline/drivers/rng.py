@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..declare import key
 from ..errors import BadKey
 from ..values import Integer, Reference
-from .base import Device
+from .base import IOTHREAD, Device
 
 U64_MAX = (1 << 64) - 1
 
@@ -16,6 +16,7 @@ class VirtioRng(Device, selector="virtio-rng-device"):
     rng: str = key(Reference("rng-random"), doc="the -object rng-random it reads")
     max_bytes: int | None = key(Integer(1, U64_MAX), default=None, doc="bytes in a period; with period")
     period: int | None = key(Integer(1, U64_MAX), default=None, doc="milliseconds; with max-bytes")
+    iothread: str | None = key(IOTHREAD, default=None, doc="the I/O thread that serves it", note="not in StratoVirt")
 
     def check(self) -> None:
         if (self.max_bytes is None) != (self.period is None):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..declare import key
 from ..errors import BadKey
 from ..values import ID, Integer, Reference
-from .base import NOWHERE, Device
+from .base import IOTHREAD, NOWHERE, Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,6 +25,9 @@ class VirtioSerial(Device, selector="virtio-serial-device"):
         name="max_ports",
         doc="ports at most; default: as many as there are",
         note="StratoVirt's microvm has one port, whatever is asked for",
+    )
+    iothread: str | None = key(
+        IOTHREAD, default=None, doc="the I/O thread that serves it and its ports", note="not in StratoVirt"
     )
 
     def join(self, others: Sequence[Device]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from ..declare import key
 from ..values import ID, Integer, PowerOfTwo, Reference, Text
-from .base import Device
+from .base import NO_LOOP, Device
 
 _CHARDEV = Reference("chardev")
+_UNKNOWN = {**Device.unknown, "iothread": NO_LOOP}
 
 
 class VhostUserBlk(Device, selector="vhost-user-blk-device"):
     """A disk that another process serves. The guest's memory has to be shared (`-machine mem-share=on`)."""
+
+    unknown = _UNKNOWN
 
     id: str = key(ID, doc="name of the device")
     chardev: str = key(_CHARDEV, doc="the socket of that process: `-chardev socket,path=…`, without server")
@@ -23,6 +26,8 @@ class VhostUserBlk(Device, selector="vhost-user-blk-device"):
 
 class VhostUserFs(Device, selector="vhost-user-fs-device"):
     """A folder of the host, served by virtiofsd. The guest's memory has to be shared (`-machine mem-share=on`)."""
+
+    unknown = _UNKNOWN
 
     id: str = key(ID, doc="name of the device")
     chardev: str = key(
