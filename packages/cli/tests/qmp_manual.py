@@ -6,7 +6,7 @@ Not here: the machines that they are replayed to.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ class Refusal(NamedTuple):
 
     desc: str
     why: str
+    kind: str = "GenericError"
 
 
 def _lacks(command: str, why: str) -> Refusal:
@@ -52,7 +53,6 @@ REFUSED = {
 # the actual BALLOON level". StratoVirt sends it before the reply.
 EVENTS_LEFT_OUT = {"balloon": ["BALLOON_CHANGED"]}
 
-# Here the values count, and not only their names and kinds.
 EXACT = {"device_del", "query-status", "query-balloon", "query-mem-gpa"}
 
 GREETING = '{ "QMP": { "version": { "StratoVirt": { "micro":1, "minor":0, "major":0 }, "package":"" }, "capabilities":[] } }'
@@ -100,15 +100,17 @@ class Replay:
         arguments: Mapping[str, Mapping[str, Any]],
         before: Mapping[str, Callable[[], None]],
         refused: Mapping[str, Refusal] = REFUSED,
+        exact: Collection[str] = EXACT,
         fds: Mapping[str, Sequence[int]],
     ) -> None:
         """`arguments` replace those of a command in the manual, which name files of whoever reads it; `before` prepares the
-        machine for a command; `fds` go along with it.
+        machine for a command; `fds` go along with it; of `exact` commands the values count, and not only their kinds.
         """
         self._client = client
         self._arguments = arguments
         self._before = before
         self._refused = refused
+        self._exact = exact
         self._fds = fds
 
     def run(self) -> None:
@@ -131,14 +133,15 @@ class Replay:
             request["arguments"] = {**request["arguments"], **self._arguments[command]}
         self._client.send(json.dumps(request) + "\n", self._fds.get(command, ()))
         if command in self._refused:
-            assert self._client.read() == {"error": {"class": "GenericError", "desc": self._refused[command].desc}}, command
+            desc, _, kind = self._refused[command]
+            assert self._client.read() == {"error": {"class": kind, "desc": desc}}, command
             return
         for name in EVENTS_LEFT_OUT.get(command, ()):
             assert self._client.read()["event"] == name
         got = [self._client.read() for _ in example.printed]
         assert [_kind(message) for message in got] == [_kind(message) for message in example.printed], f"{command}: {got}"
         assert shape(got) == shape(example.printed), command
-        if command in EXACT:
+        if command in self._exact:
             assert [_timeless(message) for message in got] == [_timeless(message) for message in example.printed]
 
     def _expect_silence(self, command: str) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +22,21 @@ WINDOWS = 0xF010_0000  # of virtio-mmio, 0x200 bytes each
 class Client:
     """A connection that shows messages in the order in which they come."""
 
-    def __init__(self, address: Any) -> None:
-        self.socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
-        self.socket.settimeout(LIMIT)
-        self.socket.connect(address)
+    def __init__(self, address: Any, *, early: bool = False) -> None:
+        """Connect and read the greeting. `early`: the program may not listen yet."""
+        deadline = time.monotonic() + (LIMIT if early else 0.0)
+        while True:
+            self.socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+            self.socket.settimeout(LIMIT)
+            try:
+                self.socket.connect(address)
+            except (FileNotFoundError, ConnectionRefusedError):
+                self.socket.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            else:
+                break
         self._framer = Framer(1 << 24)
         self._messages: list[Any] = []
         self.greeting = self.read()
