@@ -511,6 +511,52 @@ class TestOtherCommands:
             with pytest.raises(Refused, match=error):
                 line(text)
 
+    def test_the_human_monitor_shows_what_devices_count(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(net, "open_netdev", open_pair)
+        (tmp_path / "disk").write_bytes(bytes(MiB))
+        options = (
+            *("-drive", f"file={tmp_path}/disk,id=d,direct=off", "-device", "virtio-blk-device,drive=d,id=blk0"),
+            *("-netdev", "tap,id=a,ifname=tap0,queues=2", "-device", "virtio-net-device,netdev=a,mac=52:54:00:00:00:01"),
+            *("-object", "rng-random,id=r,filename=/dev/urandom", "-device", "virtio-rng-device,rng=r,id=rng0"),
+            *("-device", "virtio-serial-device,id=s", "-chardev", f"file,id=c,path={tmp_path}/log"),
+            *("-device", "virtconsole,chardev=c,id=p", "-device", "virtio-balloon-device,id=b"),
+            *("-device", f"virtio-vsock-device,id=v,guest-cid=3,path={tmp_path}/vsock"),
+        )
+        with RunningVm(tmp_path, *options) as vm:
+
+            def info(what: str) -> list[str]:
+                text: str = vm.run("human-monitor-command", command_line=f"info {what}")
+                assert text.endswith("\r\n")
+                return text.split("\r\n")[:-1]
+
+            vm.run("netdev_add", id="n")
+            vm.run("netdev_add", id="later", ifname="tap1")
+            vm.run("device_add", id="n", driver="virtio-net-mmio", addr="1", mac="52:54:00:00:00:02")
+            nothing = "rx_frames=0,rx_bytes=0,rx_dropped=0,rx_filtered=0,tx_frames=0,tx_bytes=0,tx_dropped=0"
+            assert info("network") == [
+                "slot4: index=0,type=nic,model=virtio-net-device,macaddr=52:54:00:00:00:01,link=up",
+                " \\ a: index=0,type=tap,ifname=tap0,queues=2",
+                f"    {nothing}",
+                "n: index=0,type=nic,model=virtio-net-device,macaddr=52:54:00:00:00:02,link=down",
+                " \\ n: index=0,type=none",
+                f"    {nothing}",
+                "later: index=0,type=tap,ifname=tap1",
+            ]
+            lines = info("stats")
+            assert lines[0::2] == [
+                "blk0 (virtio-blk-device):",
+                "slot4 (virtio-net-device):",
+                "n (virtio-net-device):",
+                "rng0 (virtio-rng-device):",
+                "s (virtio-serial-device):",
+                "b (virtio-balloon-device):",
+                "v (virtio-vsock-device):",
+            ]
+            assert lines[1] == ("    reads=0,read_bytes=0,writes=0,written_bytes=0,flushes=0,discards=0,zeroes=0,failed=0")
+            assert lines[7] == "    requests=0,bytes=0,delays=0"
+            vm.run("device_del", id="blk0")
+            assert "blk0" not in "".join(info("stats"))
+
     def test_drives_are_listed(self, booted: RunningVm, image: Path) -> None:
         vm = booted
         create_image(str(image.with_suffix(".qcow2")), format="qcow2", size=8 * MiB)

@@ -116,6 +116,21 @@ def test_pages_that_are_no_ram_are_passed_over(make: Make, taken: Taken) -> None
     assert not driver.broken
 
 
+def test_pages_and_what_the_host_took_back_are_counted(make: Make) -> None:
+    driver = make(reporting=True)
+    driver.request(pfns(0x80, 0x81, 0x81, 0x100), queue=INFLATE)
+    driver.request(pfns(0x80), queue=DEFLATE)
+    ring = driver.rings[2]
+    ring.offer(ring.chain((0x90000, 2 * PAGE, True)))
+    driver.kick(2)
+    assert driver.device.counters() == {
+        "inflated_pages": 4,
+        "deflated_pages": 1,
+        "reported_bytes": 2 * PAGE,
+        "returned_bytes": 4 * PAGE,  # a page twice is one, and page 0x100 is no RAM
+    }
+
+
 def test_requests_of_one_batch_are_one_range(make: Make, taken: Taken) -> None:
     driver = make()
     for page in (0x82, 0x80, 0x81):

@@ -270,6 +270,15 @@ def test_what_the_guest_says_is_shown_in_order(make: Make) -> None:
     assert driver.rings[TRANSMIT].collect() == [(0, 0), (2, 0)]
 
 
+def test_bytes_are_counted_when_they_have_arrived(make: Make) -> None:
+    driver = make(Terminal(takes=7)).start()
+    driver.say(b"0123", b"4567")
+    driver.room(8)
+    driver.terminal.type(b"ls\n")
+    driver.loop.poll()
+    assert driver.device.counters() == {"port0_rx_bytes": 3, "port0_tx_bytes": 7}
+
+
 def test_a_guest_waits_for_a_host_that_takes_nothing(make: Make) -> None:
     driver = make(Terminal(takes=0)).start()
     driver.say(b"0123")

@@ -65,6 +65,16 @@ def test_the_bytes_are_the_source_s_and_scattered_in_order(make: Make, pipe: tup
     assert make(pipe[0]).request(4, 100) == (10, b"0123456789" + b"\xcc" * 94)
 
 
+def test_requests_bytes_and_waits_are_counted(make: Make, pipe: tuple[int, int]) -> None:
+    driver = make(pipe[0])
+    os.write(pipe[1], b"0123456789")
+    driver.request(4)
+    driver.request(8)
+    driver.offer(16)
+    driver.kick()
+    assert driver.device.counters() == {"requests": 2, "bytes": 10, "delays": 1}
+
+
 def test_a_source_that_has_nothing_is_asked_again(make: Make, pipe: tuple[int, int]) -> None:
     driver = make(pipe[0])
     driver.offer(16)

@@ -169,6 +169,8 @@ def test_a_guest_reaches_a_service_of_the_host(make: Make, service: Service, tog
     guest.driver.loop.poll()
     (packet,) = guest.packets()
     assert (packet.op, packet.data, packet.fwd_cnt) == (RW, b"to the guest", 11)
+    counted = {"connections": 1, "rx_packets": 2, "rx_bytes": 12, "tx_packets": 2, "tx_bytes": 11}
+    assert guest.driver.device.counters() == counted
 
 
 def test_a_port_that_nobody_serves_is_refused(make: Make, path: str) -> None:

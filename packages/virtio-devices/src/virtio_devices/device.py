@@ -110,6 +110,13 @@ class VirtioDevice:
         """Tell whether the driver's choice `features`, all of them offered, fits together (2.2.2)."""
         return True
 
+    def counters(self) -> dict[str, int]:
+        """Return what the device has counted since it was made, by name; nothing where others serve its queues. On any thread.
+
+        Frames, packets and bytes are `rx` towards the guest and `tx` from it.
+        """
+        return {}
+
     # Life cycle
 
     def connect(self, notifier: Notifier) -> None:

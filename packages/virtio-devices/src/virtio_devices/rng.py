@@ -65,6 +65,11 @@ class RngDevice(VirtioDevice):
         self._report = report
         self._failing = False
         self._timer: Timer | None = None
+        self._requests = self._bytes = self._delays = 0
+
+    def counters(self) -> dict[str, int]:
+        """Return how many requests got how many bytes, and how often one had to wait for the limit or the source."""
+        return {"requests": self._requests, "bytes": self._bytes, "delays": self._delays}
 
     def close(self) -> None:
         """Reset, and close the source."""
@@ -89,6 +94,8 @@ class RngDevice(VirtioDevice):
                 self._wait(queue, _FAILED_NS if self._failing else _EMPTY_NS, host=True)
                 break
             queue.add_used(head, written)
+            self._requests += 1
+            self._bytes += written
             budget -= written
             if budget <= 0:
                 self._kick_later(index)
@@ -113,6 +120,7 @@ class RngDevice(VirtioDevice):
     def _wait(self, queue: SplitQueue, delay: int, *, host: bool = False) -> None:
         """Leave the request in the ring, and come back after `delay` nanoseconds of the machine's time or the host's."""
         queue.put_back()
+        self._delays += 1
 
         def again() -> None:
             self._timer = None

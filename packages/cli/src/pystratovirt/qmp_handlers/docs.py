@@ -56,7 +56,8 @@ NOTES: Final = {
     "query-mem-gpa": "works on a microvm; reads RAM only (StratoVirt's standard machines read device registers too)",
     "query-kvm": "says what is true",
     "query-migrate": "`setup`, as long as there is no migration",
-    "human-monitor-command": "`drive_add`, `drive_del`, `info block`, `info snapshots` (StratoVirt's microvm: none)",
+    "human-monitor-command": "`drive_add`, `drive_del`, `info block`, `info network`, `info snapshots`, and `info stats`, which "
+    "shows what each device counts (StratoVirt's microvm: none)",
     "getfd": "of several descriptors the others are closed; a name that is used again closes the old one",
     "trace-get-state": "only points that exist here, with StratoVirt's names; `state` is a word as in the manual (StratoVirt "
     "sends a boolean); patterns as for `trace-set-state`",

@@ -6,23 +6,26 @@ Not here: everything that has a QMP command of its own and nobody asks for in te
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from pystratovirt.cmdline.backends import Drive
-from pystratovirt.cmdline.drivers.base import DISK
+from pystratovirt.cmdline.drivers.base import DISK, NET
 from pystratovirt.cmdline.errors import CommandLineError
 from pystratovirt.qmp_handlers.block import refusals_as_replies
 from qmp_protocol.commands.debug import HumanMonitorCommand
 from qmp_protocol.errors import GENERIC_ERROR, QmpError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pystratovirt.runtime import Runtime
     from pystratovirt.vm import VirtualMachine
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
+    from virtio_devices.device import VirtioDevice
+    from virtio_devices.net.device import NetDevice
 
+_DRIVERS: Final = {DISK: "virtio-blk-device", NET: "virtio-net-device"}  # of what clients have plugged in
 _NO_ICOUNT: Final = 2**64 - 1
 _HEAD: Final = f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"
 
@@ -87,6 +90,56 @@ def _info_block(vm: VirtualMachine) -> str:
     return "".join(f"{line}\r\n" for line in lines)
 
 
+def _info_network(vm: VirtualMachine) -> str:
+    """QEMU's lines: each card, then the network that it is connected to; at the end the networks that no card has."""
+    lines = []
+    used = {backend.slot: backend.name for backend in vm.hotplug.backends(NET) if backend.slot is not None}
+    for slot, name, driver, device in _devices(vm):
+        if slot not in used:
+            continue
+        card = cast("NetDevice", device)
+        lines.append(
+            f"{name}: index=0,type=nic,model={driver},macaddr={card.mac.hex(':')},link={'up' if card.link_up else 'down'}"
+        )
+        lines.append(f" \\ {_network(vm, used[slot])}")
+        if counted := card.counters():
+            lines.append(f"    {_pairs(counted)}")
+    lines += [_network(vm, backend.name) for backend in vm.hotplug.backends(NET) if backend.slot is None]
+    return "".join(f"{line}\r\n" for line in lines)
+
+
+def _network(vm: VirtualMachine, name: str) -> str:
+    netdev = vm.netdevs[name]
+    said = [
+        f",{key.name}={key.kind.render(getattr(netdev, key.attribute))}"
+        for key in netdev.keys.values()
+        if key.name != "id" and getattr(netdev, key.attribute) != key.default
+    ]
+    return f"{name}: index=0,type={netdev.selector or 'none'}{''.join(said)}"
+
+
+def _info_stats(vm: VirtualMachine) -> str:
+    """What each device counts. Those are missing whose queues the kernel or another process serves: it is counted there."""
+    lines = []
+    for _, name, driver, device in _devices(vm):
+        if counted := device.counters():
+            lines += [f"{name} ({driver}):", f"    {_pairs(counted)}"]
+    return "".join(f"{line}\r\n" for line in lines)
+
+
+def _pairs(counted: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={value}" for name, value in counted.items())
+
+
+def _devices(vm: VirtualMachine) -> Iterator[tuple[int, str, str, VirtioDevice]]:
+    """Yield slot, name, driver and device of everything that is plugged in. What has no id is called by its slot."""
+    plugged = {backend.slot: (backend.device, _DRIVERS[kind]) for kind in (DISK, NET) for backend in vm.hotplug.backends(kind)}
+    for slot, (declared, device) in sorted(vm.slots.items()):
+        name, driver = (declared.id, declared.selector) if declared is not None else plugged.get(slot, (None, ""))
+        if name is not None and device is not None:
+            yield slot, name or f"slot{slot}", driver, device
+
+
 def _info_snapshots(vm: VirtualMachine) -> str:
     disks: Mapping[str, Any] = vm.disks
     return snapshot_table({name: disk.snapshots() for name, disk in disks.items() if hasattr(disk, "snapshots")})
@@ -119,5 +172,7 @@ _COMMANDS: Final[dict[str, tuple[Callable[..., Any], int]]] = {
     "drive_add": (_drive_add, 2),
     "drive_del": (_drive_del, 1),
     "info block": (_info_block, 0),
+    "info network": (_info_network, 0),
     "info snapshots": (_info_snapshots, 0),
+    "info stats": (_info_stats, 0),
 }

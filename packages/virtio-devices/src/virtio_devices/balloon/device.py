@@ -102,12 +102,17 @@ class BalloonDevice(VirtioDevice):
         self.on_change = on_change
         self._report = report
         self._refused = False
+        self._counted = dict.fromkeys(("inflated_pages", "deflated_pages", "reported_bytes", "returned_bytes"), 0)
         self._handlers: list[Callable[[int, SplitQueue], None]] = []
         self._change_timer: Timer | None = None
         self._statistics_timer: Timer | None = None
         self._statistics_buffer: int | None = None  # head of the driver's buffer, which is given back to ask for new values
 
     # What clients ask, on any thread
+
+    def counters(self) -> dict[str, int]:
+        """Return pages that were named, bytes that were reported free, and how much of both the host took back."""
+        return dict(self._counted)
 
     @property
     def ready(self) -> bool:
@@ -220,6 +225,7 @@ class BalloonDevice(VirtioDevice):
                 raise QueueError(f"a request of more than {_MAX_REQUEST // 4} page numbers")
             pages += page_numbers(b"".join(readable))
             heads.append(head)
+            self._counted["inflated_pages"] += length // 4
             budget -= length
             if budget <= 0:
                 self._kick_later(index)
@@ -235,6 +241,7 @@ class BalloonDevice(VirtioDevice):
             if not readable:
                 raise QueueError("a request without page numbers")
             queue.add_used(head, 0)
+            self._counted["deflated_pages"] += sum(map(len, readable)) // 4
         self._used(index, queue)
 
     def _take_report(self, index: int, queue: SplitQueue) -> None:
@@ -245,6 +252,7 @@ class BalloonDevice(VirtioDevice):
             for view in writable:
                 self._discard(view)
             queue.add_used(head, sum(map(len, writable)))
+            self._counted["reported_bytes"] += sum(map(len, writable))
             budget -= len(writable) + sum(map(len, writable)) // (1 << 20)
             if budget <= 0:
                 self._kick_later(index)
@@ -291,7 +299,7 @@ class BalloonDevice(VirtioDevice):
 
     def _discard(self, view: memoryview) -> None:
         try:
-            self._memory.discard(view)
+            self._counted["returned_bytes"] += self._memory.discard(view)
         except OSError as error:
             # The guest has its way all the same; what it gave up is only not free for others.
             if not self._refused and self._report:

@@ -157,6 +157,10 @@ class BlkDevice(VirtioDevice):
         """What the disk that is there has been asked for."""
         return Statistics(*map(sum, zip(*(lane.counted for lane in self._all_lanes), strict=True)))
 
+    def counters(self) -> dict[str, int]:
+        """Return the statistics of the disk that is there."""
+        return self.statistics._asdict()
+
     def attach(self, disk: Disk, *, serial: str = "", iops: int = 0, bps: int = 0) -> None:
         """Put a disk in, with its serial number and its limits, and tell the driver.
 

@@ -58,6 +58,11 @@ class ConsoleDevice(VirtioDevice):
         """Whether the driver speaks of ports."""
         return bool(self.negotiated & F_MULTIPORT)
 
+    def counters(self) -> dict[str, int]:
+        """Return the bytes of each port."""
+        ports = list(self.ports.values())
+        return {f"port{port.nr}_{way}": getattr(port, way) for port in ports for way in ("rx_bytes", "tx_bytes")}
+
     def add_port(self, nr: int, name: str, *, console: bool) -> ConsolePort:
         """Add a port whose host's end is still missing: what a guest says is dropped. At any time, from the owner's thread.
 

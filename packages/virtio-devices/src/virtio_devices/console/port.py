@@ -57,6 +57,7 @@ class ConsolePort:
         self._sent = 0  # bytes of the transmit ring's first request that the back end has taken
         self._blocked = False  # the back end will say when it takes more
         self._budget = 0  # what may be sent in this turn of the loop
+        self.rx_bytes = self.tx_bytes = 0  # that the guest got, and that its end of the port gave
 
     @property
     def host_open(self) -> bool:
@@ -154,6 +155,7 @@ class ConsolePort:
                 if not self._waiting:
                     break
             queue.add_used(head, written)
+            self.rx_bytes += written
             if not self._waiting:
                 break
         self._device.publish(self.receive_queue, queue)
@@ -200,6 +202,7 @@ class ConsolePort:
                 taken = len(piece) if self._backend is None else self._backend.write(piece)
                 at += taken
                 self._sent += taken
+                self.tx_bytes += taken
                 self._budget -= taken
                 if taken < len(piece):
                     self._blocked = True

@@ -167,6 +167,11 @@ class NetDevice(VirtioDevice):
         parts = [self._past, *(lane.statistics() for lane in self._lanes)]
         return Statistics(*map(sum, zip(*parts, strict=True)))
 
+    def counters(self) -> dict[str, int]:
+        """Return the statistics; none of what a back end moves by itself."""
+        backend = self._backend
+        return {} if backend is not None and backend.serves_queues else self.statistics()._asdict()
+
     def _use(self, backend: Backend | None) -> None:
         self._backend = backend
         self._lanes = []

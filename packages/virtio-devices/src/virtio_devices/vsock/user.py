@@ -38,12 +38,23 @@ class UserVsockDevice(VsockDevice):
         super().__init__(name, [loop], guest_cid, features=F_INDIRECT_DESC | F_EVENT_IDX)
         self._loop = loop
         self._deaf = False  # the guest's packets wait until ours have left
+        self._rx_packets = self._rx_bytes = self._tx_packets = self._tx_bytes = 0
         self._switch = Switchboard(name, loop, path, lambda: self._guarded(RX, self._process), report)
 
     @property
     def connections(self) -> int:
         """The number of connections, those included that only wait for the host to read."""
         return self._switch.size
+
+    def counters(self) -> dict[str, int]:
+        """Return packets and bytes of their data, and how many connections there are now."""
+        return {
+            "connections": self.connections,
+            "rx_packets": self._rx_packets,
+            "rx_bytes": self._rx_bytes,
+            "tx_packets": self._tx_packets,
+            "tx_bytes": self._tx_bytes,
+        }
 
     # Life
 
@@ -96,6 +107,7 @@ class UserVsockDevice(VsockDevice):
                         break
                     self._take_packet(readable)
                     queue.add_used(head, 0)
+                    self._tx_packets += 1
                     budget -= 1
                     if budget <= 0:
                         self._kick_later(index)
@@ -128,6 +140,7 @@ class UserVsockDevice(VsockDevice):
             views, room = _cut(payload, length)
             if room < length:
                 raise QueueError(f"a packet of {length} bytes in {room}")
+            self._tx_bytes += length
             self._switch.take_data(key, views, length, buf_alloc, fwd_cnt)
         else:
             self._switch.take_packet(key, op, flags, buf_alloc, fwd_cnt)
@@ -167,6 +180,7 @@ class UserVsockDevice(VsockDevice):
                     connection.update_owed = False
                 self._put_header(writable, cid, key, 0, kind, op, flags, connection)
                 queue.add_used(head, HEADER.size)
+                self._rx_packets += 1
                 if not packets:
                     break
         return not packets
@@ -222,6 +236,8 @@ class UserVsockDevice(VsockDevice):
         for _ in range(len(heads) - used):
             queue.put_back()
         if got:
+            self._rx_packets += used
+            self._rx_bytes += got
             connection.sent(got)
             connection.credit_requested = False
             if used == len(heads):
