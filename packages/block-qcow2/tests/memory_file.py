@@ -76,26 +76,40 @@ class MemoryFile:
         """Nothing is open."""
 
 
-def after_power_loss(start: bytes, log: Sequence[tuple[int, bytes] | None], cut: int, rng: random.Random) -> bytes:
-    """What the disk holds when the power fails after `cut` entries: what was flushed, and any sectors of what was not."""
-    last = max((i for i, e in enumerate(log[:cut]) if e is None), default=-1)
-    disk = bytearray(start)
-    keep = rng.choice([0.0, 0.3, 0.7, 1.0])
-    for i, entry in enumerate(log[:cut]):
-        if entry is None:
-            continue
-        offset, data = entry
-        if len(disk) < offset + len(data):
-            disk.extend(bytes(offset + len(data) - len(disk)))
-        if i < last:
-            disk[offset : offset + len(data)] = data
-            continue
-        at = 0
-        whole = rng.random() < 0.5  # often a write is there or not, sometimes only some of its sectors are
-        there = rng.random() < keep
-        while at < len(data):
-            n = min(SECTOR - (offset + at) % SECTOR, len(data) - at)
-            if there if whole else rng.random() < keep:
-                disk[offset + at : offset + at + n] = data[at : at + n]
-            at += n
-    return bytes(disk)
+class PowerLosses:
+    """What a disk holds when the power fails after some entries of a log: what was flushed, any sectors of what was not."""
+
+    def __init__(self, start: bytes, log: Sequence[tuple[int, bytes] | None]) -> None:
+        self._log = log
+        self._flushed = bytearray(start)
+        self._at = 0  # entries that `_flushed` has
+
+    def after(self, cut: int, rng: random.Random) -> bytes:
+        """The disk after `cut` entries, which must not be fewer than they were before."""
+        log = self._log
+        last = max((i for i in range(self._at, cut) if log[i] is None), default=self._at)
+        for entry in log[self._at : last]:
+            if entry is not None:
+                _put(self._flushed, *entry)
+        self._at = last
+        disk = bytearray(self._flushed)
+        keep = rng.choice([0.0, 0.3, 0.7, 1.0])
+        for entry in log[last:cut]:
+            if entry is None:
+                continue
+            offset, data = entry
+            disk.extend(bytes(max(offset + len(data) - len(disk), 0)))
+            at = 0
+            whole = rng.random() < 0.5  # often a write is there or not, sometimes only some of its sectors are
+            there = rng.random() < keep
+            while at < len(data):
+                n = min(SECTOR - (offset + at) % SECTOR, len(data) - at)
+                if there if whole else rng.random() < keep:
+                    disk[offset + at : offset + at + n] = data[at : at + n]
+                at += n
+        return bytes(disk)
+
+
+def _put(disk: bytearray, offset: int, data: bytes) -> None:
+    disk.extend(bytes(max(offset + len(data) - len(disk), 0)))
+    disk[offset : offset + len(data)] = data

@@ -245,6 +245,10 @@ class _Transition:
         header, bits = image.header, image.cluster_bits
         old_l1 = image.l1, header.l1_table_offset
         write_counts(image)
+        if self._counted and self._l1 is None:
+            # What the snapshot is about to share must not be written in place, also after a power loss: version 2 has no mark
+            # that says that its flags cannot be trusted.
+            fix_copied(image)
         if self._l1 is not None:
             offset, size = self._new_l1_at, self._new_size
             image.file.pwrite(offset, tables.to_bytes(self._l1) + bytes(-len(self._l1) * 8 % image.cluster_size))
@@ -272,7 +276,8 @@ class _Transition:
                 image.refcounts.add(first, count, -1)
                 image.reserved.difference_update(range(first, first + count))
         write_counts(image)
-        fix_copied(image)
+        if self._down or self._l1 is not None:
+            fix_copied(image)
         with image._lock:
             image.reserved.clear()
             image._find_reserved()
