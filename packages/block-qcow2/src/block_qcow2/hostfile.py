@@ -81,8 +81,20 @@ class HostFile:
 
     # --- reading and writing ---
 
+    def _named(self, error: OSError) -> OSError:
+        """The error with the name of the file, for whoever has to say which of several it was."""
+        if error.filename is None:
+            error.filename = self.path
+        return error
+
     def read_some(self, offset: int, buffers: Sequence[memoryview]) -> int:
         """Fill `buffers` from `offset` as far as the file goes; return the number of bytes that were there."""
+        try:
+            return self._read_some(offset, buffers)
+        except OSError as e:
+            raise self._named(e) from None
+
+    def _read_some(self, offset: int, buffers: Sequence[memoryview]) -> int:
         total = sum(map(len, buffers))
         align = self.alignment
         if not self.direct or not (offset % align or total % align):
@@ -110,18 +122,21 @@ class HostFile:
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers` from `offset`. A file that ends before is EIO: somebody truncated it."""
         if self.read_some(offset, buffers) != sum(map(len, buffers)):
-            raise OSError(errno.EIO, "the file ends inside the range to be read")
+            raise OSError(errno.EIO, "the file ends inside the range to be read", self.path)
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers` at `offset`."""
         total = sum(map(len, buffers))
-        if not self.direct:
-            _all(os.pwritev, self.fd, offset, buffers, total)
-        elif offset % self.alignment or total % self.alignment:
-            self._read_modify_write(offset, buffers, total)
-        else:
-            with self.gate.write(offset, offset + total):
-                self._write_aligned(offset, buffers, total)
+        try:
+            if not self.direct:
+                _all(os.pwritev, self.fd, offset, buffers, total)
+            elif offset % self.alignment or total % self.alignment:
+                self._read_modify_write(offset, buffers, total)
+            else:
+                with self.gate.write(offset, offset + total):
+                    self._write_aligned(offset, buffers, total)
+        except OSError as e:
+            raise self._named(e) from None
 
     def pread(self, offset: int, length: int) -> bytearray:
         """Exactly `length` bytes from `offset`, or EIO."""
@@ -151,7 +166,7 @@ class HostFile:
             os.fdatasync(self.fd)
         except OSError as e:
             self._flush_error = e
-            raise
+            raise self._named(e) from None
 
     # --- discarding and zeroing ---
 
@@ -168,7 +183,7 @@ class HostFile:
                 syscalls.fallocate(self.fd, syscalls.FALLOC_PUNCH_HOLE | syscalls.FALLOC_KEEP_SIZE, offset, length)
         except OSError as e:
             if e.errno not in _UNSUPPORTED:
-                raise
+                raise self._named(e) from None
             self._punch_hole = False
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
@@ -198,7 +213,7 @@ class HostFile:
                 self._block_ioctl(syscalls.BLKZEROOUT, offset, length)
             except OSError as e:
                 if e.errno not in _UNSUPPORTED and e.errno != errno.EINVAL:
-                    raise
+                    raise self._named(e) from None
                 return False
             return True
         if unmap and self._punch_hole and offset + length <= os.fstat(self.fd).st_size:
@@ -206,7 +221,7 @@ class HostFile:
                 syscalls.fallocate(self.fd, syscalls.FALLOC_PUNCH_HOLE | syscalls.FALLOC_KEEP_SIZE, offset, length)
             except OSError as e:
                 if e.errno not in _UNSUPPORTED:
-                    raise
+                    raise self._named(e) from None
                 self._punch_hole = False
             else:
                 return True
@@ -215,7 +230,7 @@ class HostFile:
                 syscalls.fallocate(self.fd, syscalls.FALLOC_ZERO_RANGE, offset, length)
             except OSError as e:
                 if e.errno not in _UNSUPPORTED:
-                    raise
+                    raise self._named(e) from None
                 self._zero_range = False
             else:
                 return True
@@ -223,7 +238,12 @@ class HostFile:
 
     def truncate(self, size: int) -> None:
         """Make a regular file `size` bytes long; what is added reads as zeroes."""
-        os.ftruncate(self.fd, size)
+        try:
+            os.ftruncate(self.fd, size)
+        except OSError as e:
+            raise self._named(e) from None
+        except OverflowError:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path) from None
         self.size = size
 
     def _block_ioctl(self, request: int, offset: int, length: int) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from . import locks
+from . import locks, prealloc
 from .errors import ImageFormatError, ImageReadOnlyError, OpenError, UnsupportedFeatureError
 from .hostfile import HostFile, read_padded
+from .prealloc import Report
 from .qcow2.format import MAGIC
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Allow = bool | Callable[[str], bool]
 FORMATS = ("raw", "qcow2")  # read and written
 READ_FORMATS = (*FORMATS, "vdi", "vhdx", "vpc", "vmdk")
+_SECTOR = 512  # what the size of a new qcow2 image is a multiple of
 MAX_CHAIN = 64  # images; more are a mistake, and each costs descriptors
 
 
@@ -215,6 +217,8 @@ def _open(
 ) -> Any:
     if fmt is not None and fmt not in READ_FORMATS:
         raise OpenError(f"{path}: format {fmt!r} is not supported; there are: {', '.join(READ_FORMATS)}")
+    if force_share and not read_only:
+        raise OpenError(f"{path}: sharing is for reading: what is written to is locked")
     file = HostFile(path, read_only=read_only, direct=direct)
     try:
         status = os.fstat(file.fd)
@@ -318,49 +322,98 @@ def create_image(
     *,
     format: str = "qcow2",
     options: Options | None = None,
+    report: Report | None = None,
+    made: Callable[[str], None] | None = None,
 ) -> None:
     """Create an empty image of `size` bytes, replacing what is at `path` unless somebody uses it.
 
-    `options` are of qcow2 images. Options are checked before anything is touched; a creation that fails leaves no image.
-    Raises OpenError, ImageInUseError, ImageFormatError, OSError.
+    The size of a qcow2 image is rounded up to a multiple of 512.
+
+    `options` are of qcow2 images; raw ones have `preallocation` (not "metadata"), `nocow` and `extent_size_hint` of them.
+    `report` is called with the bytes that are preallocated and those that are to be. `made` is called with the path of
+    each file when the content that it had is gone. Options are checked before anything is touched; a creation that fails
+    leaves no image. Raises OpenError, ImageInUseError, ImageFormatError, OSError.
     """
     from .qcow2 import create
 
     path = os.fspath(path)
     if format not in FORMATS:
         raise OpenError(f"{path}: format {format!r} is not supported; there are: {', '.join(FORMATS)}")
-    if format == "raw" and options not in (None, create.Options()):
-        raise OpenError(f"{path}: raw images have no such options")
     o = options or create.Options()
     if format == "qcow2":
+        size = -(-size // _SECTOR) * _SECTOR  # as qemu-img does: QEMU opens no other
         create.check_options(size, o)
+    else:
+        _check_raw_options(path, size, o)
+    paths: list[str] = []
+
+    def touched(name: str) -> None:
+        paths.append(name)
+        if made is not None:
+            made(name)
+
     try:
-        made = not os.path.lexists(path)
+        fresh = not os.path.lexists(path)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
     except OSError as e:
         raise OpenError(f"{path}: {e.strerror}") from e
     file = HostFile(path)
     try:
         locks.lock(file.fd, path, write=True)
+        if fresh:
+            paths.append(path)
+        if format == "raw" and file.is_block and size > file.size:
+            raise OpenError(f"{path}: the device has {file.size} bytes, {size} were asked for")
+        touched(path)
         if not file.is_block:
             file.truncate(0)
-        if format == "raw":
-            if not file.is_block:
-                file.truncate(size)
-            elif size > file.size:
-                raise OpenError(f"{path}: the device has {file.size} bytes, {size} were asked for")
-        else:
+            _set_attributes(file, o)
+        if format == "qcow2":
             create.write_empty(file, size, o)
             if o.data_file:
-                create.make_data_file(resolve_name(path, o.data_file, True), size)
+                create.make_data_file(resolve_name(path, o.data_file, True), size, touched)
             if o.preallocation != "off":
-                create.preallocate(path, o)
+                _preallocate(file, o, report)
+        elif not file.is_block:
+            file.truncate(size)
+            if o.preallocation != "off":
+                prealloc.fill(file, 0, size, o.preallocation, report)
     except BaseException:
-        if made:
-            os.unlink(path)  # noqa: PTH108
+        for name in paths:
+            if os.path.isfile(name):  # noqa: PTH113
+                os.unlink(os.path.realpath(name))  # noqa: PTH108
         raise
     finally:
         file.close()
+
+
+def _check_raw_options(path: str, size: int, o: Options) -> None:
+    if o._replace(preallocation="off", nocow=False, extent_size_hint=0) != type(o)():
+        raise OpenError(f"{path}: raw images have no such options")
+    if o.preallocation not in prealloc.MODES or o.preallocation == "metadata":
+        raise OpenError(f"{path}: preallocation={o.preallocation}: raw images have off, falloc and full")
+    if not 0 <= size < 1 << 63:
+        raise OpenError(f"{path}: size={size}: expected 0 to 2^63-1")
+
+
+def _set_attributes(file: HostFile, o: Options) -> None:
+    if o.nocow:
+        prealloc.set_nocow(file)
+    if o.extent_size_hint:
+        prealloc.set_extent_size(file, o.extent_size_hint)
+
+
+def _preallocate(file: HostFile, o: Options, report: Report | None) -> None:
+    """Preallocate the new qcow2 image in `file`, which nothing below it is opened for."""
+    from .qcow2.create import preallocate
+    from .qcow2.image import open_qcow2
+
+    def open_data_file(name: str) -> HostFile:
+        return HostFile(resolve_name(file.path, name, True))
+
+    # The creator holds the locks. The backing file's content does not matter, so it is not looked at.
+    with open_qcow2(HostFile(file.path), read_only=False, open_backing=_nothing, open_data_file=open_data_file) as image:
+        preallocate(image, 0, o.preallocation, report)
 
 
 class ImageFile(io.RawIOBase):

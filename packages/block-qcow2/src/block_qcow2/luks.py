@@ -188,13 +188,13 @@ def _material(mode: str, kind: str, key: bytes, passphrase: bytes, salt: bytes, 
     return bytes(material)
 
 
-def rounds_for(milliseconds: int) -> int:
-    """PBKDF2 iterations that take about so long here."""
+def rounds_for(milliseconds: int, kind: str = "sha256") -> int:
+    """PBKDF2 iterations with the hash `kind` that take about so long here."""
     import time
 
     sample = 20_000
     start = time.perf_counter()
-    hashlib.pbkdf2_hmac("sha256", b"", bytes(32), sample, 64)
+    hashlib.pbkdf2_hmac(kind, b"", bytes(32), sample, 64)
     return min(max(int(sample * milliseconds / 1000 / (time.perf_counter() - start)), 1000), _MAX_ITERATIONS)
 
 
@@ -231,18 +231,54 @@ def _split(key: bytes, stripes: int, kind: str) -> bytes:
     return b"".join([*parts, _xor(d, key)])
 
 
-_KEY_BYTES = 64  # of new images: aes-256-xts takes two keys
-_MATERIAL_SECTORS = (_KEY_BYTES * _STRIPES + 8 * SECTOR - 1) // (8 * SECTOR) * 8
-NEW_HEADER_BYTES = (8 + _MATERIAL_SECTORS * _SLOTS) * SECTOR
+class Spec(NamedTuple):
+    """How a new image is encrypted, by QEMU's names."""
+
+    cipher: str = "aes-256"
+    mode: str = "xts"
+    ivgen: str = "plain64"
+    ivgen_hash: str = "sha256"  # of essiv
+    hash: str = "sha256"
+
+    def check(self) -> None:
+        """UnsupportedFeatureError names the option that is not offered, and what is."""
+        for option, value, offered in (
+            ("cipher-alg", self.cipher, ("aes-128", "aes-192", "aes-256")),
+            ("cipher-mode", self.mode, ("xts", "cbc")),
+            ("ivgen-alg", self.ivgen, ("plain64", "plain", "essiv")),
+            ("ivgen-hash-alg", self.ivgen_hash, ("sha256",)),
+            ("hash-alg", self.hash, _HASHES),
+        ):
+            if value not in offered:
+                raise UnsupportedFeatureError(f"encrypt.{option}={value}: expected one of {', '.join(offered)}")
+        if self.mode == "xts" and self.cipher == "aes-192":
+            raise UnsupportedFeatureError("encrypt.cipher-alg=aes-192: xts has keys of twice 128 or 256 bits")
+
+    @property
+    def key_bytes(self) -> int:
+        """Of the master key; xts takes two."""
+        return int(self.cipher[4:]) // 8 * (2 if self.mode == "xts" else 1)
+
+    @property
+    def material_sectors(self) -> int:
+        """Of one key slot: whole pages, as they are aligned."""
+        return (self.key_bytes * _STRIPES + 8 * SECTOR - 1) // (8 * SECTOR) * 8
+
+    @property
+    def header_bytes(self) -> int:
+        return (8 + self.material_sectors * _SLOTS) * SECTOR
 
 
-def format_header(passphrase: bytes, *, rounds: int = 200_000) -> bytes:
-    """A new LUKS header with a new key: aes-256 xts-plain64, sha256, one key slot. A multiple of the sector size."""
+def format_header(passphrase: bytes, *, rounds: int = 200_000, spec: Spec | None = None) -> bytes:
+    """A new LUKS header with a new key and one key slot. A multiple of the sector size."""
     import uuid
 
-    kind, mode, key_bytes = "sha256", "xts-plain64", _KEY_BYTES
+    spec = spec or Spec()
+    spec.check()
+    iv = f"essiv:{spec.ivgen_hash}" if spec.ivgen == "essiv" else spec.ivgen
+    kind, mode, key_bytes = spec.hash, f"{spec.mode}-{iv}", spec.key_bytes
     key = os.urandom(key_bytes)
-    sectors = _MATERIAL_SECTORS
+    sectors = spec.material_sectors
     salt, slot_salt = os.urandom(32), os.urandom(32)
     digest = hashlib.pbkdf2_hmac(kind, key, salt, rounds, 20)
     material = _material(mode, kind, key, passphrase, slot_salt, rounds)
@@ -252,7 +288,7 @@ def format_header(passphrase: bytes, *, rounds: int = 200_000) -> bytes:
         where = 8 + i * sectors
         head += _SLOT.pack(_DISABLED if i else _ACTIVE, 0 if i else rounds, bytes(32) if i else slot_salt, where, _STRIPES)
     data = head.ljust(8 * SECTOR, b"\0") + material
-    return data.ljust(NEW_HEADER_BYTES, b"\0")
+    return data.ljust(spec.header_bytes, b"\0")
 
 
 class CryptFile:

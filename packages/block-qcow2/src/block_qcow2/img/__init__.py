@@ -1,117 +1,25 @@
 """The command stratovirt-img: StratoVirt's image tool with its defects mended, and what qemu-img has beyond it.
 
-Results go to standard output, errors and progress to standard error. Here is the dispatch; each command is a function that
-gets its words and returns the exit status.
+Results go to standard output, errors and progress to standard error. Here is only the way in, which loads nothing before it
+has said what signals do: the commands are in `command`.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable
-from importlib import import_module
-
-from .. import __version__
-from ..errors import BlockError
-from .args import UsageError
-
-# command: (module, one line of help)
-COMMANDS = {
-    "create": ("basic", "create [-f FMT] [-o NAME=VALUE,…] [-b BACKING [-F FMT]] [--key-file KEY] [-q] FILE [SIZE]"),
-    "check": ("basic", "check [-r leaks|all] [-no_print_error] [-f FMT] [--output human|json] [-q] [-U] FILE"),
-    "resize": ("basic", "resize [-f FMT] [--shrink] [-q] [--allow-chain] FILE [+|-]SIZE"),
-    "snapshot": ("basic", "snapshot [-f FMT] [-q] [-U] [-l | -a NAME | -c NAME | -d NAME] FILE"),
-    "info": ("look", "info [-f FMT] [--output human|json] [--backing-chain] [--allow-chain] [-U] FILE"),
-    "map": ("look", "map [-f FMT] [--output human|json] [--start-offset N] [--max-length N] [--allow-chain] [-U] FILE"),
-    "compare": ("look", "compare [-f FMT] [-F FMT] [-s] [-q] [-p] [--allow-chain] [-U] FILE1 FILE2"),
-    "measure": (
-        "measure",
-        "measure [-O FMT] [-o OPTIONS] [--output human|json] (--size N | [-f FMT] [-l SNAPSHOT] [--allow-chain] FILE)",
-    ),
-    "convert": (
-        "convert",
-        (
-            "convert [-f FMT] [-O FMT] [-o OPTS] [-B BACKING -F FMT] [-cnpqUWC] [-l NAME] [-S N] [-m N] [-r RATE] [-t CACHE]"
-            " [-T CACHE] [--bitmaps [--skip-broken-bitmaps]] [--salvage] [--target-is-zero] [--allow-chain] IN… OUT"
-        ),
-    ),
-    "amend": (
-        "amend",
-        (
-            "amend [-f FMT] [-q] [-p] [--force] [--allow-chain] -o OPTIONS FILE    (backing_file backing_fmt compat data_file"
-            " data_file_raw lazy_refcounts refcount_bits size encrypt.{state,keyslot,old-secret,new-secret,iter-time})"
-        ),
-    ),
-    "bench": (
-        "export",
-        "bench [-f FMT] [-c COUNT] [-d DEPTH] [-o OFFSET] [-s SIZE] [-S STEP] [-w] [--direct] [--aio ENGINE] FILE",
-    ),
-    "bitmap": (
-        "chain",
-        "bitmap (--add [-g N] | --remove | --clear | --enable | --disable | --merge SRC [-b FILE [-F FMT]])… [-f FMT] FILE NAME",
-    ),
-    "serve": (
-        "export",
-        "serve [-f FMT] [-r] [-k SOCKET | -b HOST -p PORT] [-x NAME] [-e N] [--discard] [--direct] [--allow-chain] FILE",
-    ),
-    "dd": ("copy", "dd [-f FMT] [-O FMT] [-U] [--allow-chain] [bs=N] [count=N] [skip=N] if=FILE of=FILE"),
-    "commit": ("chain", "commit [-f FMT] [-d] [-p] [-q] [-r RATE] --allow-chain FILE"),
-    "rebase": ("chain", "rebase [-f FMT] [-u] [-p] [-q] [--allow-chain] -b BACKING [-F FMT] FILE"),
-}
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return the exit status."""
-    words = sys.argv[1:] if argv is None else argv
-    try:
-        status = _run(words)
-        sys.stdout.flush()
-    except UsageError as e:
-        return _fail(str(e))
-    except BlockError as e:
-        return _fail(str(e))
-    except BrokenPipeError:
-        # Whoever read our output has gone: that is no news to anybody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except OSError as e:
-        return _fail(f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e))
-    except (ValueError, MemoryError) as e:
-        return _fail(str(e) or "out of memory")
-    except KeyboardInterrupt:
-        return 130
-    return status
+    """Run one command; return the exit status. Without `argv` this is the process: its words, its signals, its output."""
+    if argv is not None:
+        from .command import run
 
+        return run(argv)
+    from .interrupt import end_quietly
 
-def _run(words: list[str]) -> int:
-    if not words:
-        raise UsageError("Not enough arguments\nTry 'stratovirt-img --help' for more information")
-    name, rest = words[0], words[1:]
-    if name in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if name in ("-v", "-V", "--version"):
-        print(f"stratovirt-img version {__version__}")
-        return 0
-    if name not in COMMANDS:
-        raise UsageError(f"Command not found: {name}\nTry 'stratovirt-img --help' for more information.")
-    if any(word in ("-h", "-help", "--help") for word in rest):
-        print(f"stratovirt-img {COMMANDS[name][1]}")
-        return 0
-    command: Callable[[list[str]], int] = getattr(import_module(f".{COMMANDS[name][0]}", __name__), name)
-    return command(rest)
+    end_quietly()
+    import sys
 
+    from .command import run
 
-def usage() -> str:
-    lines = "\n".join(f"  {line}" for _, line in COMMANDS.values())
-    return (
-        f"stratovirt-img: look at, make and change disk images (raw, qcow2)\n\n{lines}\n\n"
-        "Files that an image names (backing file, data file) are opened only with --allow-chain.\n"
-        "SIZE and N take a suffix of K, M, G, T, P or E (1024-based). Encrypted images are opened with --key-file FILE, or\n"
-        "--object secret,id=ID,file=FILE (or data=, format=base64) and, where there are several, --key-secret ID."
-    )
-
-
-def _fail(text: str) -> int:
-    print(f"stratovirt-img: {text}", file=sys.stderr)
-    return 1
+    # File names are bytes: one that is not UTF-8 is printed as it is.
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    return run(sys.argv[1:])

@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import BlockError
 from ..images import open_image, unlock
 from .args import Given, UsageError, boolean, number, option_list, parse, size
-from .basic import _one_path, check_format
+from .basic import _one_path
+from .options import check_format
 from .progress import Progress
 from .secrets import SECRETS, passphrase, secret
 

@@ -6,14 +6,39 @@ follows `=`, or, after a single letter, stands right behind it.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 from ..errors import BlockError
 
 _SIZE = re.compile(r"\+?([0-9]+)(\.[0-9]+)?([bBkKmMgGtTpPeE]?)")
 _SCALE = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-_MAX = (1 << 64) - 1
+_MAX = (1 << 63) - 1  # what a file offset can be
+
+
+def one_line(text: str) -> str:
+    """The text with control characters as escapes: a file name may hold anything, a message is one line."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match[0])[1:-1], text)
+
+
+def text_of(error: Exception) -> str:
+    """What an error says, the file first."""
+    if not isinstance(error, OSError):
+        return str(error) or type(error).__name__
+    text = error.strerror or str(error)
+    return f"{os.fsdecode(error.filename)}: {text}" if isinstance(error.filename, str | bytes) else text
+
+
+def warn(text: str) -> None:
+    print(f"stratovirt-img: {one_line(text)}", file=sys.stderr)
+
+
+def fail(text: str) -> int:
+    """Say what went wrong; the exit status of it."""
+    warn(text)
+    return 1
 
 
 class UsageError(BlockError):

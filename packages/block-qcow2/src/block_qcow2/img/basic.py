@@ -2,57 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 from ..errors import BlockError
-from ..images import READ_FORMATS, create_image, open_image, resolve_name, unlock
+from ..images import create_image, open_image, resolve_name, unlock
 from ..qcow2.create import Options
 from . import args
 from .args import UsageError, parse
-from .secrets import SECRETS, passphrase, secret
+from .interrupt import Making
+from .options import asks_for_help, check_format, creation_options, round_up, take_size
+from .progress import Progress
+from .secrets import SECRETS, passphrase
 
 CREATE = {**SECRETS, "f": "value", "o": "value", "b": "value", "F": "value", "q": "", "u": ""}
-_COMPAT = {"0.10": 2, "1.1": 3, "v2": 2, "v3": 3}
-
-
-def read_format(name: str | None) -> str | None:
-    """A format that can at least be read."""
-    if name not in (None, *READ_FORMATS):
-        raise UsageError(f"Unknown format type '{name}'")
-    return name
-
-
-def check_format(name: str | None) -> str | None:
-    """A format that can be written."""
-    if name not in (None, "raw", "qcow2"):
-        raise UsageError(f"Unknown format type '{name}'")
-    return name
-
-
-def qcow2_options(pairs: dict[str, str]) -> Options:
-    """Creation options by qemu-img's names."""
-    found: dict[str, Any] = {}
-    for name, value in pairs.items():
-        key = name.replace("-", "_")
-        if key == "cluster_size":
-            found[key] = args.size(value, name)
-        elif key == "refcount_bits":
-            found[key] = args.number(value, name, 1, 64)
-        elif key in ("extended_l2", "lazy_refcounts", "data_file_raw"):
-            found[key] = args.boolean(value, name)
-        elif key in ("compression_type", "preallocation", "backing_file", "data_file"):
-            found[key] = value
-        elif key in ("backing_fmt", "backing_format"):
-            found["backing_format"] = value
-        elif key == "compat":
-            if value not in _COMPAT:
-                raise UsageError(f"Invalid value '{value}' for compat: expected 0.10 or 1.1")
-            found["version"] = _COMPAT[value]
-        else:
-            raise UsageError(f"Invalid parameter '{name}'")
-    return Options(**found)
 
 
 def opened(given: args.Given, path: str, fmt: str | None, *, read_only: bool = True, plain: bool = False, **options: Any) -> Any:
@@ -74,30 +37,12 @@ def opened(given: args.Given, path: str, fmt: str | None, *, read_only: bool = T
     return image
 
 
-def creation_options(given: args.Given, pairs: dict[str, str], key_file: bool = False) -> Options:
-    """What -o says of a new qcow2 image, encryption included. `key_file`: --key-file is of the new image."""
-    pairs = dict(pairs)
-    encrypt = pairs.pop("encrypt.format", None)
-    ident, time_ms = pairs.pop("encrypt.key-secret", None), pairs.pop("encrypt.iter-time", None)
-    if encrypt not in (None, "luks"):
-        raise UsageError(f"Invalid value '{encrypt}' for encrypt.format: expected luks")
-    words = secret(given, ident) if ident is not None else passphrase(given) if key_file and encrypt else None
-    if encrypt is None and (ident or time_ms or (key_file and given.last("key-file"))):
-        raise UsageError("a passphrase is of encrypted images: -o encrypt.format=luks")
-    if encrypt and words is None:
-        raise UsageError("encrypt.format=luks needs a passphrase: encrypt.key-secret=ID" + (" or --key-file" if key_file else ""))
-    options = qcow2_options(pairs)._replace(passphrase=words)
-    if time_ms is not None:
-        from .. import luks
-
-        options = options._replace(luks_rounds=luks.rounds_for(args.number(time_ms, "encrypt.iter-time", 1, 1 << 20)))
-    return options
-
-
 def create(words: list[str]) -> int:
     given = parse(words, CREATE)
     fmt = check_format(given.last("f")) or "raw"
     pairs = args.option_list(given.all("o"))
+    if asks_for_help(pairs, fmt):
+        return 0
     if given.last("b") is not None:
         pairs["backing_file"] = given.last("b") or ""
     if given.last("F") is not None:
@@ -107,23 +52,25 @@ def create(words: list[str]) -> int:
     if len(given.words) > 2:
         raise UsageError(f"Unexpected argument: {given.words[2]}")
     path = given.words[0]
-    if fmt == "raw":
-        for name in pairs:
-            raise UsageError(f"Format raw does not support parameter '{name}'")
-    options = creation_options(given, pairs, key_file=True)
+    size = take_size(pairs)
+    options = creation_options(given, fmt, pairs, key_file=True)
     if len(given.words) == 2:
+        if size is not None:
+            raise UsageError("The image size must be specified only once")
         size = args.size(given.words[1], "image size")
-    elif options.backing_file:
+    elif size is None:
+        if not options.backing_file:
+            raise UsageError("Image creation requires size parameters")
         size = _backing_size(path, options)
-    else:
-        raise UsageError("Image creation requires size parameters")
-    if not size or size % 512:
-        raise UsageError(f"Image size {size} is invalid, it can't be zero and it must be multiple of 512")
+    size = round_up(size)
+    if not size:
+        raise UsageError("Image size 0 is invalid, it can't be zero")
     if options.backing_file and not given.flag("u"):
         if not options.backing_format:
             raise UsageError("backing_file needs its format: -F FMT")
         _backing_size(path, options)  # it is there and opens
-    create_image(path, size, format=fmt, options=options if fmt == "qcow2" else None)
+    with Making() as making, Progress(1, shown=False, quiet=given.flag("q")) as progress:
+        create_image(path, size, format=fmt, options=options, made=making.made, report=progress.of)
     if not given.flag("q"):
         print(_created(fmt, size, options))
     return 0
@@ -138,7 +85,7 @@ def _backing_size(path: str, options: Options) -> int:
 
 def _created(fmt: str, size: int, o: Options) -> str:
     if fmt == "raw":
-        return f"Stratovirt-img: fmt=raw size={size}"
+        return f"Stratovirt-img: fmt=raw size={size}" + (f" preallocation={o.preallocation}" if o.preallocation != "off" else "")
     text = (
         f"Stratovirt-img: fmt=qcow2 cluster_size={o.cluster_size} extended_l2={_on(o.extended_l2)} "
         f"compression_type={o.compression_type} size={size}"
@@ -170,12 +117,14 @@ def check(words: list[str]) -> int:
     if given.last("r") not in (None, "leaks", "all"):
         raise UsageError(f"Unknown option value for -r \"{repair}\"(expects 'leaks' or 'all')")
     output = _output(given.last("output"))
+    if repair != "none" and given.flag("U"):
+        raise UsageError("-U is for reading: what -r repairs is locked")
     path = _one_path(given.words, "Image check requires path")
     fmt = check_format(given.last("f"))
     image = open_image(path, format=fmt, read_only=repair == "none", force_share=given.flag("U"), for_repair=True, named=False)
     with image:
         if image.format != "qcow2":
-            print("stratovirt-img: This image format does not support checks", file=sys.stderr)
+            args.warn("This image format does not support checks")
             return 63
         from ..qcow2.check import check as check_qcow2
 
@@ -278,6 +227,8 @@ def snapshot(words: list[str]) -> int:
     what = asked[0] if asked else "l"
     name = given.last(what) or ""
     changing = what != "l"
+    if changing and given.flag("U"):
+        raise UsageError(f"-U is for reading: what -{what} changes is locked")
     with open_image(
         path, format=check_format(given.last("f")), read_only=not changing, force_share=given.flag("U"), named=False
     ) as image:

@@ -7,8 +7,9 @@ from typing import Any
 from ..errors import BlockError
 from ..images import open_image, resolve_name
 from .args import UsageError, parse, size
-from .basic import _one_path, check_format, opened
+from .basic import _one_path, opened
 from .copy import copy, own_parts
+from .options import check_format
 from .progress import Progress
 from .secrets import SECRETS
 

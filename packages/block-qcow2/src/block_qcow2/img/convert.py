@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, Self
 
 from ..errors import BlockError
-from ..images import create_image, open_image, unlock
+from ..images import create_image, open_image, resolve_name, unlock
+from ..qcow2.create import Options
 from . import args
 from .args import UsageError, parse
-from .basic import check_format, creation_options, opened, read_format
+from .basic import opened
 from .copy import SPARSE, copy, own_parts
+from .interrupt import Making
+from .options import asks_for_help, check_format, creation_options, read_format, round_up, take_size
 from .progress import Progress
 from .secrets import SECRETS
 
@@ -43,21 +47,24 @@ CONVERT = {
     "T": "value",
 }
 # Cache modes by qemu-img's names: whether the page cache is left out.
+_MAX_SPARSE = 16 << 20  # bytes, qemu-img's
 _CACHE = {"writeback": False, "unsafe": False, "none": True, "directsync": True}
 
 
 def convert(words: list[str]) -> int:
     given = parse(words, CONVERT)
+    fmt = check_format(given.last("O")) or "raw"
+    if asks_for_help(args.option_list(given.all("o")), fmt):
+        return 0
     if len(given.words) < 2:
         raise UsageError("Must specify image file name and output file name")
     *sources, target = given.words
-    fmt = check_format(given.last("O")) or "raw"
     pairs = _target_options(given, fmt)
     _check(given, fmt, pairs, sources)
     packed = given.flag("c")
     sparse = args.size(given.last("S") or str(SPARSE), "sparse size")
-    if sparse % 512:
-        raise UsageError("Invalid sparse size: expected a multiple of 512, or 0")
+    if sparse % 512 or sparse > _MAX_SPARSE:
+        raise UsageError(f"Invalid sparse size {sparse}: expected a multiple of 512 up to {_MAX_SPARSE}, or 0")
     # One reader and one writer keep a disk busy; more of them only fight over the page cache. Compression scales.
     usual = min(os.cpu_count() or 1, 8) if packed or given.flag("W") else 1
     threads = args.number(given.last("m") or str(usual), "number of threads", 1, 16)
@@ -74,6 +81,7 @@ def convert(words: list[str]) -> int:
                 show_snapshot(images[-1], given.last("l") or "")
         bitmaps = _bitmaps(given, images[0]) if given.flag("bitmaps") else None
         size = sum(i.size for i in images)
+        size = _wanted_size(pairs, size)
         with Target(target, fmt, size, given, pairs, cache) as out:
             zero = out.zero or given.flag("target-is-zero")
             with Progress(size, shown=given.flag("p"), quiet=given.flag("q")) as progress:
@@ -108,9 +116,17 @@ def _target_options(given: args.Given, fmt: str) -> dict[str, str]:
     for option, name in (("B", "backing_file"), ("F", "backing_fmt")):
         if given.last(option) is not None:
             pairs[name] = given.last(option) or ""
-    if fmt == "raw" and pairs:
-        raise UsageError(f"Format raw does not support parameter '{next(iter(pairs))}'")
     return pairs
+
+
+def _wanted_size(pairs: dict[str, str], size: int) -> int:
+    """The target's size: that of what is copied, or more if -o says so."""
+    wanted = take_size(pairs)
+    if wanted is None:
+        return size
+    if round_up(wanted) < size:
+        raise UsageError(f"Invalid image size {wanted}: {size} bytes are to be copied")
+    return round_up(wanted)
 
 
 def _check(given: args.Given, fmt: str, pairs: dict[str, str], sources: list[str]) -> None:
@@ -169,7 +185,7 @@ def _bitmaps(given: args.Given, image: Any) -> list[tuple[Any, bytearray]]:
         if not bitmap.consistent:
             if not given.flag("skip-broken-bitmaps"):
                 raise BlockError(f"Cannot copy inconsistent bitmap '{bitmap.name}': --skip-broken-bitmaps leaves it out")
-            print(f"stratovirt-img: warning: Skipping inconsistent bitmap '{bitmap.name}'", file=sys.stderr)
+            args.warn(f"warning: Skipping inconsistent bitmap '{bitmap.name}'")
             continue
         found.append((bitmap, bitmaps.bits(bitmap)))
     return found
@@ -196,19 +212,19 @@ class Target:
     """
 
     def __init__(self, path: str, fmt: str, size: int, given: args.Given, pairs: dict[str, str], cache: str) -> None:
-        self._path = path
-        self._made = False
         existing = given.flag("n")
-        options = creation_options(given, pairs) if fmt == "qcow2" and not existing else None
-        if not existing:
-            create_image(path, size, format=fmt, options=options)
-            self._made = True
+        options = creation_options(given, fmt, pairs) if not existing else None
+        self._making = Making()
+        self._making.__enter__()
         try:
+            if not existing:
+                create_image(path, size, format=fmt, options=options, made=self._making.made)
             self.backed = options is not None and bool(options.backing_file)
-            # The user names the files that the new image names.
-            allow = options is not None and bool(options.backing_file or options.data_file)
+            allow = given.flag("allow-chain") or _typed(path, options)
             direct = _CACHE[cache]
-            self.image = open_image(path, format=fmt, read_only=False, allow=allow or given.flag("allow-chain"), direct=direct)
+            self.image = open_image(path, format=fmt, read_only=False, allow=allow, direct=direct)
+            if existing:
+                self._making.changed(path)
             try:
                 if options is not None and options.passphrase is not None:
                     unlock(self.image, options.passphrase)
@@ -220,13 +236,13 @@ class Target:
                 self.image.close()
                 raise
         except BaseException:
-            self._remove()
+            self._making.__exit__(*sys.exc_info())
             raise
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         try:
             try:
                 if kind is None:
@@ -234,11 +250,13 @@ class Target:
             finally:
                 self.image.close()
         except BaseException:
-            self._remove()
+            self._making.__exit__(*sys.exc_info())
             raise
-        if kind is not None:
-            self._remove()
+        self._making.__exit__(kind, *details)
 
-    def _remove(self) -> None:
-        if self._made and os.path.isfile(self._path):  # noqa: PTH113
-            os.unlink(self._path)  # noqa: PTH108
+
+def _typed(path: str, options: Options | None) -> Callable[[str], bool]:
+    """What may be opened of what a new image names: what the user named himself, and nothing that this names in turn."""
+    names = [n for n in (options.backing_file, options.data_file) if n] if options is not None else []
+    paths = {resolve_name(path, name, True) for name in names}
+    return lambda name: name in paths

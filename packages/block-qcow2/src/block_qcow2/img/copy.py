@@ -20,8 +20,10 @@ from ..images import create_image, open_image
 from ..zeroes import is_zero
 from . import args
 from .args import UsageError, parse
-from .basic import check_format, opened, read_format
+from .basic import opened
+from .interrupt import Making
 from .look import Mapped, joined, mapped
+from .options import check_format, read_format
 from .progress import Progress
 from .secrets import SECRETS
 
@@ -218,6 +220,7 @@ def _write(target: Any, at: int, buffer: bytearray, length: int, writes: list[tu
 def data_runs(data: bytes | bytearray, length: int, piece: int) -> list[tuple[int, int]]:
     """(start, end) of the parts of the first `length` bytes that do not read as zeroes, in whole pieces."""
     found: list[tuple[int, int]] = []
+    piece = min(piece, len(data) or 1)  # longer ones are not seen in one buffer
     zeroes = bytes(piece)
     whole = length // piece * piece
     start = -1
@@ -251,7 +254,7 @@ def _read(source: Any, at: int, view: memoryview, salvage: bool) -> None:
             try:
                 source.read_into(at + start, [part])
             except (OSError, BlockError) as e:
-                print(f"stratovirt-img: warning: error while reading offset {at + start}: {e}", file=sys.stderr)
+                args.warn(f"warning: error while reading offset {at + start}: {args.text_of(e)}")
                 part[:] = bytes(len(part))
 
 
@@ -265,7 +268,7 @@ def _salvaged(source: Any) -> Iterator[Mapped]:
                 at = part.start + part.length
         except (OSError, BlockError) as e:
             n = min(_CHUNK - at % _CHUNK, source.size - at)
-            print(f"stratovirt-img: warning: error while reading block status at offset {at}: {e}", file=sys.stderr)
+            args.warn(f"warning: error while reading block status at offset {at}: {args.text_of(e)}")
             yield Mapped(at, n, 0, True, False, True, False, None, source.path)
             at += n
 
@@ -327,8 +330,9 @@ def dd(words: list[str]) -> int:
         length = source.size - start
         if "count" in pairs:
             length = min(length, args.size(pairs["count"], "count") * block)
-        create_image(pairs["of"], -(-length // 512) * 512 if fmt == "qcow2" else length, format=fmt)
-        try:
+        with Making() as making:
+            size = -(-length // 512) * 512 if fmt == "qcow2" else length
+            create_image(pairs["of"], size, format=fmt, made=making.made)
             with open_image(pairs["of"], format=fmt, read_only=False) as out, Progress(length, shown=False) as progress:
                 at = 0
                 while at < length:
@@ -338,8 +342,4 @@ def dd(words: list[str]) -> int:
                             out.write(at + a, view[a:b])
                     at += len(data)
                     progress.at(at)
-        except BaseException:
-            if os.path.isfile(pairs["of"]):  # noqa: PTH113
-                os.unlink(pairs["of"])  # noqa: PTH108
-            raise
     return 0

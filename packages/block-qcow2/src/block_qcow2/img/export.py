@@ -17,8 +17,9 @@ from ..images import RawImage
 from ..nbd.protocol import BASE_ALLOCATION, DIRTY_BITMAP, STATE_HOLE, STATE_ZERO
 from . import args
 from .args import UsageError, parse
-from .basic import _one_path, check_format
+from .basic import _one_path
 from .look import joined, mapped
+from .options import check_format
 from .secrets import SECRETS, passphrase
 
 SERVE = {
@@ -125,7 +126,7 @@ def _serve_vhost_user(disk: Any, path: str, queues: int, serial: str) -> None:
     before = {s: signal.signal(s, lambda *_: os.eventfd_write(stop, 1)) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def report(text: str) -> None:
-        print(f"stratovirt-img: {path}: {text}", file=sys.stderr, flush=True)
+        args.warn(f"{path}: {text}")
 
     try:
         with server.listening(path) as listener:
@@ -213,6 +214,8 @@ def bench(words: list[str]) -> int:
     block = args.size(given.last("s") or "4096", "buffer size")
     offset = args.size(given.last("o") or "0", "offset")
     write = given.flag("w")
+    if write and given.flag("U"):
+        raise UsageError("-U is for reading: what -w writes to is locked")
     interval = args.number(given.last("flush-interval") or "0", "flush interval", 0, 1 << 31)
     if interval and not write:
         raise UsageError("--flush-interval needs -w")

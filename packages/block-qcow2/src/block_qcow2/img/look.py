@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -13,11 +12,12 @@ from ..images import open_image, resolve_name
 from ..qcow2.bitmaps import load as load_bitmaps
 from . import args
 from .args import UsageError, human_size, parse
-from .basic import _one_path, _output, listing, opened, read_format
+from .basic import _one_path, _output, listing, opened
+from .options import read_format
 from .progress import Progress
 from .secrets import SECRETS
 
-COMMON = {**SECRETS, "f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": "", "q": "", "p": ""}
+COMMON = {**SECRETS, "f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": ""}
 
 # --- info ---
 
@@ -248,7 +248,7 @@ def map(words: list[str]) -> int:
 
 # --- compare ---
 
-COMPARE = {**COMMON, "F": "value", "s": ""}
+COMPARE = {**COMMON, "F": "value", "s": "", "p": "", "q": ""}
 _CHUNK = 2 << 20
 
 
@@ -286,10 +286,10 @@ def compare(words: list[str]) -> int:
             say("Images are identical.")
             return 0
     except _ReadError as e:
-        print(f"stratovirt-img: {e}", file=sys.stderr)
+        args.warn(args.text_of(e))
         return 4
     except (BlockError, OSError) as e:
-        print(f"stratovirt-img: {e}", file=sys.stderr)
+        args.warn(args.text_of(e))
         return status
 
 
@@ -301,7 +301,7 @@ def _read_into(image: Any, at: int, view: memoryview) -> None:
     try:
         image.read_into(at, [view])
     except (BlockError, OSError) as e:
-        raise _ReadError(f"Error while reading offset {at} of {image.path}: {e}") from e
+        raise _ReadError(f"Error while reading offset {at} of {image.path}: {args.text_of(e)}") from e
 
 
 def difference(a: Any, b: Any, size: int, strict: bool, progress: Progress) -> int | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..qcow2.bitmaps import load as load_bitmaps
+from ..qcow2.create import check_options
 from . import args
 from .args import UsageError, parse
-from .basic import _one_path, _output, check_format, opened, qcow2_options, read_format
+from .basic import _one_path, _output, opened
 from .look import COMMON, mapped
+from .options import check_format, creation_options, read_format, round_up
 
 MEASURE = {**COMMON, "O": "value", "o": "value", "size": "value", "l": "value"}
 
@@ -19,17 +21,15 @@ def measure(words: list[str]) -> int:
     target = check_format(given.last("O")) or "raw"
     pairs = args.option_list(given.all("o"))
     encrypted = pairs.get("encrypt.format")
-    if encrypted not in (None, "luks"):
-        raise UsageError(f"Invalid value '{encrypted}' for encrypt.format: expected luks")
-    if target == "raw" and pairs:
-        raise UsageError(f"Format raw does not support parameter '{next(iter(pairs))}'")
-    options = qcow2_options({n: v for n, v in pairs.items() if not n.startswith("encrypt.")})
+    if "size" in pairs:
+        raise UsageError("-o size has no effect on what is measured: expected --size N or an image")
+    options = creation_options(given, target, pairs, dry=True)
     output = _output(given.last("output"))
     bitmaps: int | None = None
     if given.last("size") is not None:
         if given.words:
             raise UsageError("--size and an image do not go together")
-        size, clusters = args.size(given.last("size") or "", "size"), 0
+        size, clusters = round_up(args.size(given.last("size") or "", "size")), 0
     else:
         path = _one_path(given.words, "Either --size N or one filename must be specified")
         with opened(given, path, read_format(given.last("f"))) as image:
@@ -50,13 +50,14 @@ def measure(words: list[str]) -> int:
     if target == "raw":
         required = full = size
     else:
+        check_options(size, options)
         full = _qcow2_size(size, options)
         if encrypted:
-            from ..luks import NEW_HEADER_BYTES
+            from ..luks import Spec
 
-            full += -(-NEW_HEADER_BYTES // options.cluster_size) * options.cluster_size
+            full += -(-(options.luks_spec or Spec()).header_bytes // options.cluster_size) * options.cluster_size
         data = -(-size // options.cluster_size) * options.cluster_size
-        required = full - data + clusters * options.cluster_size
+        required = full if options.preallocation in ("falloc", "full") else full - data + clusters * options.cluster_size
     if output == "json":
         import json
 

@@ -8,15 +8,19 @@ from typing import Self
 
 
 class Progress:
-    """Shows `done` of `total` a few times a second. Use as a context manager: it ends the line."""
+    """Shows `done` of `total` a few times a second. Use as a context manager: it ends the line, at 100 % where all went well.
+
+    Unless asked for, nothing is shown before the first report: what has nothing long to do stays quiet.
+    """
 
     def __init__(self, total: int, *, shown: bool, quiet: bool = False) -> None:
         self._total = total
-        self._shown = (shown or sys.stderr.isatty()) and not quiet
+        self._asked = shown and not quiet
+        self._shown = self._asked or (sys.stderr.isatty() and not quiet)
         self._next = 0.0
+        self._share = -1.0  # the last that was shown
 
     def __enter__(self) -> Self:
-        self.at(0)
         return self
 
     def at(self, done: int) -> None:
@@ -26,9 +30,21 @@ class Progress:
         if now < self._next and done < self._total:
             return
         self._next = now + 0.2
-        share = 100.0 * done / self._total if self._total else 100.0
-        print(f"    ({share:.2f}/100%)", end="\r", file=sys.stderr, flush=True)
+        self._show(100.0 * done / self._total if self._total else 100.0)
 
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            print(file=sys.stderr)
+    def of(self, done: int, total: int) -> None:
+        """The same, of a total that is known now."""
+        self._total = total
+        self.at(done)
+
+    def _show(self, share: float) -> None:
+        if share != self._share:
+            self._share = share
+            print(f"    ({share:.2f}/100%)", end="\r", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._asked and self._share < 0:
+            return
+        if kind is None:
+            self._show(100.0)
+        print(file=sys.stderr)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from array import array
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from .. import locks
 from ..errors import ImageFormatError
 from ..hostfile import HostFile
+from ..prealloc import Report, fill
 from . import tables
 from .format import (
     AUTOCLEAR_DATA_FILE_RAW,
@@ -33,6 +35,10 @@ from .format import (
 )
 from .refcount import pack
 
+if TYPE_CHECKING:
+    from ..luks import Spec
+    from .image import Qcow2Image
+
 
 class Options(NamedTuple):
     """What a new image is like; qemu-img's names and defaults."""
@@ -50,12 +56,15 @@ class Options(NamedTuple):
     preallocation: str = "off"  # off, metadata, falloc, full
     passphrase: bytes | None = None  # encrypt with LUKS
     luks_rounds: int = 200_000  # PBKDF2 iterations
+    luks_spec: Spec | None = None  # ciphers, if not aes-256 in xts-plain64
+    nocow: bool = False  # no copy-on-write of the file, where its file system has that
+    extent_size_hint: int = 0  # bytes, 0 for none; where the file system has that
 
 
 def check_options(size: int, o: Options) -> None:
     """Refuse what no image can be. ImageFormatError names the option and what it may be."""
     bits = o.cluster_size.bit_length() - 1
-    if o.cluster_size != 1 << bits or not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
+    if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS or o.cluster_size != 1 << bits:
         raise ImageFormatError(f"cluster_size={o.cluster_size}: expected a power of two from 512 to 2097152")
     if o.refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
         raise ImageFormatError(f"refcount_bits={o.refcount_bits}: expected a power of two up to 64")
@@ -128,7 +137,7 @@ def write_empty(file: HostFile, size: int, o: Options) -> None:
     if o.passphrase is not None:
         from ..luks import format_header
 
-        luks_header = format_header(o.passphrase, rounds=o.luks_rounds)
+        luks_header = format_header(o.passphrase, rounds=o.luks_rounds, spec=o.luks_spec)
         h.crypt_method = CRYPT_LUKS
         h.set_extension(EXT_LUKS, bytes(16))
     luks_clusters = -(-len(luks_header) >> bits)
@@ -164,12 +173,13 @@ def write_empty(file: HostFile, size: int, o: Options) -> None:
     file.refresh_size()
 
 
-def make_data_file(path: str, size: int) -> None:
+def make_data_file(path: str, size: int, made: Callable[[str], None]) -> None:
     """The external data file of a new image: `size` bytes of nothing. A file that is there is emptied, unless it is in use."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
     file = HostFile(path)
     try:
         locks.lock(file.fd, path, write=True)
+        made(path)
         if not file.is_block:
             file.truncate(0)
             file.truncate(size)
@@ -177,43 +187,51 @@ def make_data_file(path: str, size: int) -> None:
         file.close()
 
 
-def preallocate(path: str, o: Options) -> None:
-    """Give every cluster of the new image at `path` its place ("metadata"), its space ("falloc"), or zeroes ("full")."""
-    from ..images import open_image
+def preallocate(image: Qcow2Image, start: int, mode: str, report: Report | None = None) -> None:
+    """Give the unmapped clusters from byte `start` on their place ("metadata"), its space ("falloc"), or zeroes ("full")."""
     from .format import COPIED
 
-    # The creator holds the lock.
-    with open_image(path, format="qcow2", read_only=False, lock=False, allow=True) as image:
-        bits = image.cluster_bits
-        at = 0
+    bits, shift = image.cluster_bits, image._l2_shift
+    words = 2 if image.header.extended_l2 else 1
+    start = at = -(-start >> bits) << bits
+    old_end = image.size if image.external else image.refcounts.end << bits
+    while at < image.size:
+        stop = min((at >> shift) + 1 << shift, image.size)
+        with image.operation(), image._lock:
+            table, stale = image._writable_table(at >> shift), False
+            index = begin = (at - (at >> shift << shift)) >> bits
+            total = begin + (-(-(stop - at) >> bits))
+            while index < total:
+                if image.external:
+                    first, count = (at >> bits) + index - begin, total - index
+                else:
+                    first, count, _ = image._allocate(total - index)
+                    if first << bits < image.file.size:  # free again, and with what was in it
+                        image.file.write_zeroes(first << bits, count << bits)
+                        stale = True
+                for i in range(count):
+                    table.entries[words * (index + i)] = (first + i) << bits | COPIED
+                    if words == 2 and image.backing is None:
+                        table.entries[2 * (index + i) + 1] = 0xFFFFFFFF
+                index += count
+            if stale:
+                image.file.flush()
+            image.l2.touch(table, words * begin, words * total)
+        image.commit_if_crowded()
+        at = stop
+        if report is not None and mode == "metadata":
+            report(at - start, image.size - start)
+    image.flush()
+    end = image.size if image.external else image.refcounts.end << bits
+    file = image.data_file
+    if file.size < end:
+        file.truncate(end)
+    if mode == "full" and image.backing is None:
+        at, zeroes = start, bytes(1 << 20)
         while at < image.size:
-            stop = min((at >> image._l2_shift) + 1 << image._l2_shift, image.size)
-            with image.operation(), image._lock:
-                table = image._writable_table(at >> image._l2_shift)
-                words = 2 if image.header.extended_l2 else 1
-                index, total = 0, -(-(stop - at) >> bits)
-                while index < total:
-                    if image.external:
-                        first, count = (at >> bits) + index, total - index
-                    else:
-                        first, count, _ = image._allocate(total - index)
-                    for i in range(count):
-                        table.entries[words * (index + i)] = (first + i) << bits | COPIED
-                        if words == 2 and not o.backing_file:
-                            table.entries[2 * (index + i) + 1] = 0xFFFFFFFF
-                    index += count
-                image.l2.touch(table, 0, words * total)
-            image.commit_if_crowded()
-            at = stop
-        image.flush()
-        end = image.size if image.external else image.refcounts.end << bits
-        if image.data_file.size < end:
-            image.data_file.truncate(end)
-        if o.preallocation == "falloc":
-            os.posix_fallocate(image.data_file.fd, 0, end)
-        elif o.preallocation == "full" and o.backing_file is None:
-            at = 0
-            zeroes = bytes(1 << 20)
-            while at < image.size:
-                image.write(at, zeroes[: image.size - at])
-                at += len(zeroes)
+            image.write(at, zeroes[: image.size - at])
+            at = min(at + len(zeroes), image.size)
+            if report is not None:
+                report(at - start, image.size - start)
+    elif mode != "metadata":
+        fill(file, 0 if start == 0 else min(start, old_end), end, "falloc", report)
