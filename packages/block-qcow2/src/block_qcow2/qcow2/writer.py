@@ -82,7 +82,7 @@ class Writer(Reader):
         None where that is not so or not known. The operation is running then: end() it when the I/O is done.
         """
         mask = self.cluster_size - 1
-        if self.encrypted or (write and self._broken):
+        if self.encrypted or (write and (self._broken or self._unclaimed)):
             return None
         with self._lock:
             if self._exclusive:
@@ -184,14 +184,14 @@ class Writer(Reader):
             return sum(n for _, n in runs)
         try:
             self._write_padded(piece, source)
+            with self._lock:
+                self._link(piece)
         except BaseException:
             if piece.new and not self.external:
                 with self._lock:
                     clusters = (piece.offset % self.cluster_size + piece.length + self.cluster_size - 1) >> self.cluster_bits
                     self.refcounts.add(piece.host >> self.cluster_bits, clusters, -1)
             raise
-        with self._lock:
-            self._link(piece)
         return piece.length
 
     def _plan(self, offset: int, length: int) -> Piece | None:
@@ -307,7 +307,7 @@ class Writer(Reader):
     def _link(self, piece: Piece) -> None:
         """The data are written: let the L2 entries say so. The lock is held."""
         bits, mask = self.cluster_bits, self.cluster_size - 1
-        table = self._writable_table(piece.offset >> self._l2_shift)
+        table = self._writable_table(piece.offset >> self._l2_shift)  # fails, if anything does, before anything has changed
         index = piece.offset >> bits & (1 << self.header.l2_bits) - 1
         clusters = ((piece.offset & mask) + piece.length + mask) >> bits
         entries = table.entries
@@ -366,21 +366,31 @@ class Writer(Reader):
             with self._lock:
                 self.mark_dirty(offset, length)
                 at = self._allocate_bytes(len(packed))
-            # Up to the sector's end: readers take whole sectors, and the file must not end inside one.
-            self.file.pwrite(at, packed)
-            with self._lock:
-                table = self._writable_table(offset >> self._l2_shift)
-                index = offset >> self.cluster_bits & (1 << self.header.l2_bits) - 1
-                words = 2 if self.header.extended_l2 else 1
-                old = table.entries[words * index]
-                next_at = self._compressed_at
-                self._dereference(old)
-                self._compressed_at = next_at if not old & COMPRESSED else 0
-                table.entries[words * index] = compressed_entry(at, len(packed), self.cluster_bits)
-                if words == 2:
-                    table.entries[2 * index + 1] = 0
-                self.l2.touch(table, words * index, words * (index + 1))
+            try:
+                # Up to the sector's end: readers take whole sectors, and the file must not end inside one.
+                self.file.pwrite(at, packed)
+                with self._lock:
+                    self._link_compressed(offset, at, len(packed))
+            except BaseException:
+                with self._lock:
+                    self.refcounts.add(at >> self.cluster_bits, 1, -1)
+                    self._compressed_at = 0
+                raise
         self.commit_if_crowded()
+
+    def _link_compressed(self, offset: int, at: int, length: int) -> None:
+        """Let the L2 entry name `length` compressed bytes at `at`. The lock and the gate are held."""
+        table = self._writable_table(offset >> self._l2_shift)  # fails, if anything does, before anything has changed
+        index = offset >> self.cluster_bits & (1 << self.header.l2_bits) - 1
+        words = 2 if self.header.extended_l2 else 1
+        old = table.entries[words * index]
+        next_at = self._compressed_at
+        self._dereference(old)
+        self._compressed_at = next_at if not old & COMPRESSED else 0
+        table.entries[words * index] = compressed_entry(at, length, self.cluster_bits)
+        if words == 2:
+            table.entries[2 * index + 1] = 0
+        self.l2.touch(table, words * index, words * (index + 1))
 
     def compressor(self) -> Callable[[bytes | bytearray | memoryview], bytes]:
         """The function that compresses a cluster of this image; for threads that compress ahead of write_compressed."""
