@@ -138,6 +138,8 @@ class _Checker:
             self.outdated = 0
         if self.lost:
             self.leaks = False
+        if self.all or self.leaks:
+            image.claim()
         self._repair_entries()
         if self.rebuild and self.all:
             rebuild(image, self.counts, self.bad_blocks, keep=self.lost)

@@ -296,17 +296,26 @@ class Header:
         return data[: self.header_length]
 
     def pack(self) -> bytes:
-        """The whole first cluster: fields, extensions, backing file name. ImageFormatError if they do not fit."""
-        extensions = b"".join(
-            _EXTENSION.pack(e.kind, len(e.data)) + e.data + bytes(-len(e.data) % 8) for e in self.extensions
-        ) + _EXTENSION.pack(EXT_END, 0)
-        self.backing_file_offset = self.header_length + len(extensions) if self.backing_file else 0
-        data = self.pack_fields() + extensions + (self.backing_file or b"")
+        """The whole first cluster: fields, extensions, backing file name. ImageFormatError if they do not fit.
+
+        The table of feature names, which is for people to read, gives way to what the image needs.
+        """
+        data = self._pack()
+        if len(data) > self.cluster_size and self.extension(EXT_FEATURE_NAMES) is not None:
+            self.set_extension(EXT_FEATURE_NAMES, None)
+            data = self._pack()
         if len(data) > self.cluster_size:
             raise ImageFormatError(
                 f"header, extensions and backing file name take {len(data)} bytes, expected {self.cluster_size}"
             )
         return data + bytes(self.cluster_size - len(data))
+
+    def _pack(self) -> bytes:
+        extensions = b"".join(
+            _EXTENSION.pack(e.kind, len(e.data)) + e.data + bytes(-len(e.data) % 8) for e in self.extensions
+        ) + _EXTENSION.pack(EXT_END, 0)
+        self.backing_file_offset = self.header_length + len(extensions) if self.backing_file else 0
+        return self.pack_fields() + extensions + (self.backing_file or b"")
 
     def set_extension(self, kind: int, data: bytes | None) -> None:
         """Add, replace or (None) remove an extension."""

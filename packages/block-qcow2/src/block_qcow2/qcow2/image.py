@@ -35,6 +35,7 @@ from .format import (
 from .reader import COMPRESSED_DATA, NORMAL, UNALLOCATED, ZERO_PLAIN, Source
 from .writer import Writer
 
+_KNOWN_AUTOCLEAR = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW
 _LAYOUT = INCOMPAT_DATA_FILE | INCOMPAT_EXTENDED_L2
 
 
@@ -74,11 +75,6 @@ class Qcow2Image(Writer):
         if self.encrypted:
             self.data_file = _Locked(file.path)  # type: ignore[assignment]
         self._mind_marks()
-        if not read_only:
-            known = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW
-            if header.autoclear & ~known:
-                header.autoclear &= known
-                self.write_header()
 
     def unlock(self, passphrase: bytes) -> None:
         """Make the guest data of a LUKS image readable. Raises WrongPassphraseError, ImageFormatError."""
@@ -192,14 +188,28 @@ class Qcow2Image(Writer):
             self._mind_marks()
 
     def _mind_marks(self) -> None:
+        self._unclaimed = bool(self.header.autoclear & ~_KNOWN_AUTOCLEAR)
         if not self.read_only:
             if self.header.incompatible & INCOMPAT_CORRUPT:
                 self._broken = "the image is marked corrupt"
             elif self.header.incompatible & INCOMPAT_DIRTY:
                 self._broken = "the image was not closed properly and is not repaired yet"
 
+    def claim(self) -> None:
+        """Clear the autoclear bits that are not known, before the first change: what they say is not kept true here.
+
+        Not when the image is opened: then nobody has locked it yet.
+        """
+        with self._commit_lock:
+            if self._unclaimed:
+                self.header.autoclear &= _KNOWN_AUTOCLEAR
+                self.write_header()
+                self._unclaimed = False
+
     def must_be_writable(self) -> None:
         super().must_be_writable()
+        if self._unclaimed:
+            self.claim()
         if self.bitmaps is None and bitmaps.present(self.header):
             raise UnsupportedFeatureError(f"{self.path}: the image has dirty bitmaps, which are not followed")
 

@@ -63,6 +63,7 @@ class Metadata:
         self._exclusive = False
         self._loading: dict[int, threading.Event] = {}
         self._broken: str | None = None
+        self._unclaimed = False  # the header has yet to be made ours before the first change
         self.refcount_cache_bytes = 0  # 0: the usual limit
         self._load_tables(l2_cache_bytes or _L2_CACHE_BYTES)
 
