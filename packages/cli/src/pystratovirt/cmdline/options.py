@@ -72,7 +72,14 @@ _TABLE = (
         "m", ONE, "SIZE", MACHINE, "memory, 128M to 512G (default 256M); a plain number counts MiB", schema=machine.MemorySize
     ),
     Option("mem-path", ONE, "PATH", MACHINE, "file, or folder for an unnamed file, that backs the memory"),
-    Option("mem-prealloc", FLAG, "", MACHINE, "touch all memory at start"),
+    Option(
+        "mem-prealloc",
+        FLAG,
+        "",
+        MACHINE,
+        "touch all memory at start",
+        note="more than the host or a cgroup around this process has available is refused (StratoVirt: the OOM killer)",
+    ),
     Option("cpu", ONE, "host", MACHINE, "CPU that the guest sees", schema=machine.Cpu),
     Option("accel", ONE, "kvm", MACHINE, "what runs the guest", schema=machine.Accel),
     Option(
