@@ -7,19 +7,27 @@ import select
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 from kvm_guest import LOOP, MMIO, PATIENCE, PORT, Guest, flat_mode, kvm_trouble, real_mode
+from vmm_core.clock import MonotonicClock
+from vmm_core.directloop import DirectLoop
 from vmm_core.errors import HypervisorError, LifecycleError, StateError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.hypervisor.kvm import KvmHypervisor
+from vmm_core.machine.core import MachineEvent
+from vmm_core.machine.microvm import Kernel, Microvm
 from vmm_core.state import decode, encode
 from vmm_core.topology import CpuTopology
+from vmm_core.x86_64.layout import Microvm as Layout
 
 pytestmark = pytest.mark.skipif(bool(kvm_trouble()), reason=kvm_trouble())
 
+MiB = 1 << 20
 OUT_AL = bytes((0xE6, PORT))
 WAIT = b"\xf4\xeb\xfd"  # hlt; jmp
 # Both PICs' initialization words: vectors from 0x20 on, IRQ 4 open
@@ -319,6 +327,38 @@ def pages(g: Guest) -> set[int]:
     assert base == 0
     bits = int.from_bytes(bitmap, "little")
     return {page for page in range(8 * len(bitmap)) if bits >> page & 1}
+
+
+def test_a_guest_that_tries_every_way_to_reset_is_stopped_by_the_first_and_boots_again(tmp_path: Path) -> None:
+    # 64-bit code: mov eax, 0xF0000012; mov byte [rax], 0x42; mov al, 0xFE; out 0x64, al; ud2 (a triple fault: there is no IDT)
+    code = b"\xb8" + Layout.RESET.base.to_bytes(4, "little") + b"\xc6\x00\x42\xb0\xfe\xe6\x64\x0f\x0b"
+    (tmp_path / "kernel").write_bytes((code + b"Linux version 1").ljust(MiB, b"\0"))
+    asked: SimpleQueue[MachineEvent] = SimpleQueue()
+    topology, time = CpuTopology.flat(2), MonotonicClock()
+    loop = DirectLoop("main", time)
+    machine = Microvm(
+        KvmHypervisor(topology),
+        GuestMemory(Layout.ram(32 * MiB)),
+        asked.put,
+        topology=topology,
+        clock=time,
+        loop=loop,
+        kernel=Kernel(str(tmp_path / "kernel")),
+    )
+    try:
+        machine.finish()
+        (tmp_path / "kernel").unlink()
+        machine.start()
+        for _ in range(3):
+            event = asked.get(timeout=PATIENCE)
+            assert event.report == "guest reset through ACPI"
+            assert all(vcpu.wait_paused(PATIENCE) for vcpu in machine.vcpus)
+            assert asked.empty()
+            machine.reset()
+            assert not machine.is_current(event)
+    finally:
+        machine.close()
+        loop.close()
 
 
 def clock(g: Guest) -> int:
