@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab import guests
-from lab.vmm import Qmp, Vmm
+from lab.vmm import Qmp, QmpError, Vmm
 
 PROMPT = r"guest:\S*# "
 MiB = 1 << 20
@@ -147,6 +147,8 @@ def test_a_running_guest_uses_what_is_plugged_in_and_misses_what_is_pulled_out(
     assert complaints.strip() == "none"
     assert int(client.execute("query-vcpu-reg", {"addr": "cr0", "vcpu": 1}), 16) & 0x8000_0001 == 0x8000_0001
     assert int(client.execute("query-vcpu-reg", {"addr": "efer", "vcpu": 0}), 16) & 0x500 == 0x500
+    with pytest.raises(QmpError, match=r"no register r99; there are: rax, .*, msr:NUMBER"):
+        client.execute("query-vcpu-reg", {"addr": "r99", "vcpu": 0})
 
     # What is plugged in stays over a reboot, and is found at once then.
     vmm.send("reboot")

@@ -6,6 +6,7 @@ import os
 import select
 from typing import TYPE_CHECKING, cast
 
+from pystratovirt.cmdline.errors import show
 from pystratovirt.trace import TraceError, registry
 from qmp_protocol.commands.debug import TraceGetState, TraceSetState, TraceState
 from qmp_protocol.commands.machine import QueryMem, QueryMemGpa, QueryVcpuReg
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from qmp_server.dispatch import Call
     from qmp_server.server import QmpServer
     from vmm_core.hypervisor.kvm.x86_64.state import KvmVcpuState
+
+REGISTER_REFUSAL = "not supported or arguments error"  # StratoVirt's words
 
 
 def register(server: QmpServer, runtime: Runtime) -> None:
@@ -47,16 +50,24 @@ def register(server: QmpServer, runtime: Runtime) -> None:
 
     @server.handler(QueryVcpuReg)
     def query_vcpu_reg(arguments: QueryVcpuReg, call: Call) -> str:
-        if vm.config.test_socket is None and arguments.vcpu < len(vm.machine.vcpus):
-            from vmm_core.hypervisor.kvm.x86_64.registers import register  # and what states are made of
+        if vm.config.test_socket is not None:
+            raise QmpError(GENERIC_ERROR, REGISTER_REFUSAL)  # vCPUs of test mode have none
+        last = len(vm.machine.vcpus) - 1
+        if arguments.vcpu > last:
+            raise QmpError(GENERIC_ERROR, f"{REGISTER_REFUSAL}: vcpu: 0 to {last}")
+        from vmm_core.hypervisor.kvm.x86_64.registers import names, register  # and what states are made of
 
-            try:
-                value = register(cast("KvmVcpuState", vm.machine.vcpu_state(arguments.vcpu)), arguments.addr)
-            except VmmError as error:
-                raise QmpError(GENERIC_ERROR, str(error)) from None
-            if value is not None:
-                return f"{value:X}"
-        raise QmpError(GENERIC_ERROR, "not supported or arguments error")
+        try:
+            state = cast("KvmVcpuState", vm.machine.vcpu_state(arguments.vcpu))
+        except VmmError as error:
+            raise QmpError(GENERIC_ERROR, str(error)) from None
+        value = register(state, arguments.addr)
+        if value is not None:
+            return f"{value:X}"
+        if arguments.addr.isalnum() and arguments.addr[:1].isdigit():  # the number of one of aarch64's, as in the manual
+            raise QmpError(GENERIC_ERROR, REGISTER_REFUSAL)
+        known = ", ".join((*names(state), "msr:NUMBER"))
+        raise QmpError(GENERIC_ERROR, f"{REGISTER_REFUSAL}: addr: no register {show(arguments.addr)}; there are: {known}")
 
     @server.handler(TraceGetState, concurrent=True)
     def trace_get_state(arguments: TraceGetState, call: Call) -> list[TraceState]:

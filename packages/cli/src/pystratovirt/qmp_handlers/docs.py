@@ -46,7 +46,8 @@ NOTES: Final = {
     "query-named-block-nodes": "the drives' images, as QEMU lists them (StratoVirt: always empty)",
     "query-blockstats": "what devices asked of their drives, with QEMU's members (StratoVirt: always empty)",
     "query-chardev": "all of them (StratoVirt: pseudo-terminals)",
-    "query-vcpu-reg": "works on x86_64, by the register's name (StratoVirt: on the virt machine only); no events",
+    "query-vcpu-reg": "works on x86_64, by the register's name (StratoVirt: on the virt machine only), and says which there are; "
+    "no events",
     "block-commit": "succeeds without effect, as there",
     "system_reset": "RESET, and the guest boots again (StratoVirt: the machine ends, as here with `acpi=off`, but with SHUTDOWN)",
     "query-commands": "names as they are on the wire (StratoVirt: internal ones, which cannot all be run)",

@@ -49,6 +49,12 @@ def register(state: KvmVcpuState, name: str) -> int | None:
     return _named(state).get(name)
 
 
+def names(state: KvmVcpuState) -> list[str]:
+    """Return the names of all registers that there are; of model-specific ones those that have a name."""
+    there = dict(state.msrs)
+    return [*_named(state), *(name for name, index in _MSRS.items() if index in there)]
+
+
 def _named(state: KvmVcpuState) -> dict[str, int]:
     found = dict(zip(structs.REG_NAMES, structs.REGS.unpack(state.regs), strict=True))
     for segment, at in _SEGMENTS.items():
