@@ -40,15 +40,20 @@ NOT_ON_MICROVM = {
 }
 
 
-OPTIONS = ("-smp", "2,maxcpus=2", "-object", "iothread,id=io1")
+OPTIONS = ("-object", "iothread,id=io1")
 
 
 @pytest.fixture
 def vm(request: pytest.FixtureRequest) -> Iterator[Vm]:
-    with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp") as folder:
-        made = Vm(Path(folder), *OPTIONS, *getattr(request, "param", ()))
+    options = (*OPTIONS, *getattr(request, "param", ()))
+    with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp") as folder, Vm(Path(folder), *options) as made:
         yield made
-        made.close()
+
+
+@pytest.fixture
+def vm_without_acpi() -> Iterator[Vm]:
+    with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp") as folder, Vm(Path(folder), machine="microvm,acpi=off") as made:
+        yield made
 
 
 def test_every_command_is_answered_and_the_sets_above_are_true(vm: Vm) -> None:
@@ -88,7 +93,8 @@ def _arguments(command: Any) -> dict[str, Any]:
 
 
 class TestQueries:
-    def test_cpus_name_their_threads(self, vm: Vm) -> None:
+    @pytest.mark.parametrize("vm", [("-smp", "2,maxcpus=4,sockets=2,cores=1,threads=2")], indirect=True)
+    def test_cpus_and_places_for_more_say_where_they_are(self, vm: Vm) -> None:
         client = Client(vm.unix)
         cpus = client.run("query-cpus")["return"]
         assert [cpu["CPU"] for cpu in cpus] == [0, 1]
@@ -97,10 +103,12 @@ class TestQueries:
             "arch": "x86",
             "current": True,
             "halted": False,
-            "props": {"core-id": 1, "die_id": 0, "socket-id": 0, "thread-id": 0},
+            "props": {"core-id": 0, "die_id": 0, "socket-id": 0, "thread-id": 1},
             "qom_path": "/machine/unattached/device[1]",
             "thread_id": cpus[1]["thread_id"],
         }
+        # Test mode has no thread for each vCPU; those of KVM are looked at in tests/lab/test_boot.py.
+        assert Path(f"/proc/{vm.process.pid}/task/{cpus[1]['thread_id']}").is_dir()
         places = client.run("query-hotpluggable-cpus")["return"]
         assert places[1] == {
             "props": cpus[1]["props"],
@@ -108,6 +116,15 @@ class TestQueries:
             "type": "host-x86-cpu",
             "vcpus-count": 1,
         }
+        # Nothing is in the places of maxcpus.
+        assert places[2:] == [
+            {
+                "props": {"core-id": 0, "die_id": 0, "socket-id": 1, "thread-id": thread},
+                "type": "host-x86-cpu",
+                "vcpus-count": 1,
+            }
+            for thread in (0, 1)
+        ]
 
     def test_io_threads_are_threads_of_the_process(self, vm: Vm) -> None:
         (thread,) = Client(vm.unix).run("query-iothreads")["return"]
@@ -278,6 +295,30 @@ class TestTranscripts:
         assert other.read()["event"] == "SHUTDOWN"
         assert vm.process.wait(LIMIT) == 0
         assert not Path(vm.unix).exists()
+
+    @pytest.mark.parametrize("command", ["system_powerdown", "system_reset"])
+    def test_power_and_reset_without_acpi_are_the_end(self, vm_without_acpi: Vm, command: str) -> None:
+        vm = vm_without_acpi
+        client, other = Client(vm.unix), Client(vm.tcp)
+        client.send(f'{{"execute":"{command}","id":"p"}}')
+        assert client.read() == {"return": {}, "id": "p"}
+        event = client.read()
+        assert (event["event"], event["data"]) == (
+            "SHUTDOWN",
+            {"guest": False, "reason": f"host-qmp-{command}".replace("_", "-")},
+        )
+        assert client.read() is None
+        assert other.read()["event"] == "SHUTDOWN"
+        assert vm.process.wait(LIMIT) == 0
+        assert not Path(vm.unix).exists()
+
+    def test_power_and_reset_with_acpi_are_the_guest_s_affair(self, vm: Vm) -> None:
+        client, other = Client(vm.unix), Client(vm.tcp)
+        for command, name in (("system_powerdown", "POWERDOWN"), ("system_reset", "RESET")):
+            client.send(f'{{"execute":"{command}"}}')
+            assert client.read() == {"return": {}}
+            assert client.read()["event"] == other.read()["event"] == name
+        assert client.run("query-status")["return"]["running"] is True
 
     def test_a_signal_ends_with_the_event(self, vm: Vm) -> None:
         client = Client(vm.unix)

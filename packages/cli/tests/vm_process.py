@@ -80,6 +80,7 @@ class Vm:
         self,
         folder: Path,
         *options: str,
+        machine: str = "microvm",
         memory: str = "128",
         swapped: bool = False,
         program: Sequence[str] = ("-m", "pystratovirt"),
@@ -94,7 +95,7 @@ class Vm:
             self.tcp = probe.getsockname()
         self.unix = str(folder / "qmp")
         host, port = self.tcp
-        command = [sys.executable, *program, "-machine", "microvm", "-m", memory, "-mod-test", str(folder / "test")]
+        command = [sys.executable, *program, "-machine", machine, "-m", memory, "-mod-test", str(folder / "test")]
         command += ["-qmp", f"tcp:{host}:{port},server,nowait" if swapped else f"unix:{self.unix},server,nowait"]
         where = f"path={self.unix}" if swapped else f"host={host},port={port}"
         command += ["-chardev", f"socket,{where},id=m,server,nowait", "-mon", "chardev=m,id=mon,mode=control", *options]
