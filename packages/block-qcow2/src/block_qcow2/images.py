@@ -167,19 +167,23 @@ def open_image(
     named: bool = True,
     l2_cache_bytes: int = 0,
     passphrase: bytes | None = None,
+    share_named: bool = False,
 ) -> Any:
     """Open an image; use it as a context manager, or close() it.
 
     `format`: "raw", "qcow2", or "vdi", "vhdx", "vpc", "vmdk" (only read), or None to look at the first bytes. `allow`:
     whether what the image names may be opened: False, True, or a function of the absolute path. `lock`: take QEMU-compatible
-    locks; `force_share` reads what somebody else may be writing. `passphrase`: of the LUKS images of the chain; without it
-    their metadata can be looked at. `named=False`: open a qcow2 image without what it names (for looking at its metadata only).
+    locks; `force_share` reads what somebody else may be writing, `share_named` does so with the backing files. `passphrase`: of
+    the LUKS images of the chain; without it their metadata can be looked at. `named=False`: open a qcow2 image without what it
+    names (for looking at its metadata only).
 
     Raises OpenError, ImageInUseError, ImageFormatError, UnsupportedFeatureError; ImageFormatError also for a loop in the chain.
     """
-    image = _open(
-        os.fspath(path), format, read_only, allow, direct, lock, force_share, discard, for_repair, named, l2_cache_bytes, ()
-    )
+    path = os.fspath(path)
+    if force_share and not read_only:
+        raise OpenError(f"{path}: sharing is for reading: what is written to is locked")
+    share = force_share or share_named
+    image = _open(path, format, read_only, allow, direct, lock, share, discard, for_repair, named, l2_cache_bytes, ())
     if passphrase is not None:
         try:
             if not unlock(image, passphrase):
@@ -217,8 +221,6 @@ def _open(
 ) -> Any:
     if fmt is not None and fmt not in READ_FORMATS:
         raise OpenError(f"{path}: format {fmt!r} is not supported; there are: {', '.join(READ_FORMATS)}")
-    if force_share and not read_only:
-        raise OpenError(f"{path}: sharing is for reading: what is written to is locked")
     file = HostFile(path, read_only=read_only, direct=direct)
     try:
         status = os.fstat(file.fd)

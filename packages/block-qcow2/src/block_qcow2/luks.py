@@ -243,7 +243,7 @@ class Spec(NamedTuple):
     def check(self) -> None:
         """UnsupportedFeatureError names the option that is not offered, and what is."""
         for option, value, offered in (
-            ("cipher-alg", self.cipher, ("aes-128", "aes-192", "aes-256")),
+            ("cipher-alg", self.cipher, ("aes-128", "aes-256")),  # QEMU stops at the odd length of aes-192's slots
             ("cipher-mode", self.mode, ("xts", "cbc")),
             ("ivgen-alg", self.ivgen, ("plain64", "plain", "essiv")),
             ("ivgen-hash-alg", self.ivgen_hash, ("sha256",)),
@@ -251,8 +251,6 @@ class Spec(NamedTuple):
         ):
             if value not in offered:
                 raise UnsupportedFeatureError(f"encrypt.{option}={value}: expected one of {', '.join(offered)}")
-        if self.mode == "xts" and self.cipher == "aes-192":
-            raise UnsupportedFeatureError("encrypt.cipher-alg=aes-192: xts has keys of twice 128 or 256 bits")
 
     @property
     def key_bytes(self) -> int:

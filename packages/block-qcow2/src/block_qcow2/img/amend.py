@@ -9,11 +9,11 @@ from ..errors import BlockError
 from ..images import open_image, unlock
 from .args import Given, UsageError, boolean, number, option_list, parse, size
 from .basic import _one_path
-from .options import check_format
+from .options import apply_cache, cache_mode, check_format, is_direct
 from .progress import Progress
 from .secrets import SECRETS, passphrase, secret
 
-AMEND = {**SECRETS, "f": "value", "o": "value", "q": "", "p": "", "force": "", "allow-chain": ""}
+AMEND = {**SECRETS, "f": "value", "o": "value", "t": "value", "q": "", "p": "", "force": "", "allow-chain": ""}
 _OPTIONS = ("backing_file", "backing_fmt", "compat", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits", "size")
 _ENCRYPT = ("state", "keyslot", "old-secret", "new-secret", "iter-time")
 _COMPAT = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
@@ -22,10 +22,14 @@ _COMPAT = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 def amend(words: list[str]) -> int:
     """Change options of an image in place; what cannot be changed is refused by name, before anything is."""
     given = parse(words, AMEND)
-    path = _one_path(given.words, "Image amend requires path")
     pairs = option_list(given.all("o"))
+    if "help" in pairs or "?" in pairs:
+        names = sorted([*_OPTIONS, *(f"encrypt.{name}" for name in _ENCRYPT)])
+        print("Amend options for 'qcow2':\n" + "\n".join(f"  {name}" for name in names))
+        return 0
     if not pairs:
         raise UsageError("Must specify options (-o)")
+    path = _one_path(given.words, "Image amend requires path")
     encrypt = {name.removeprefix("encrypt."): pairs.pop(name) for name in list(pairs) if name.startswith("encrypt.")}
     for name in pairs:
         if name not in _OPTIONS:
@@ -49,7 +53,11 @@ def amend(words: list[str]) -> int:
     # Only resizing and going back to version 2 look at guest data.
     named = new_size is not None or compat == 2
     fmt = check_format(given.last("f"))
-    with open_image(path, format=fmt, read_only=False, named=named, allow=given.flag("allow-chain")) as image:
+    cache = cache_mode(given, "t")
+    with open_image(
+        path, format=fmt, read_only=False, named=named, allow=given.flag("allow-chain"), direct=is_direct(cache)
+    ) as image:
+        apply_cache(image, cache)
         if image.format != "qcow2":
             raise BlockError(f"{path}: a {image.format} image has no options to change")
         if new_size is not None and image.encrypted:

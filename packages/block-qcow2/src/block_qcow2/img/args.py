@@ -86,6 +86,8 @@ def parse(words: Sequence[str], spec: Mapping[str, str]) -> Given:
                 for letter in name:
                     given.options.setdefault(_target(spec, letter), [])
                 continue
+        if name in ("image-opts", "target-image-opts") and name not in spec:
+            raise UsageError(f"option '{word}': images are given as a file name, their format with -f")
         if name not in spec or dashes > 2:
             raise UsageError(f"unrecognized option '{word}'")
         target = _target(spec, name)

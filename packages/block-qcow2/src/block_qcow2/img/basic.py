@@ -5,28 +5,57 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from .. import prealloc
 from ..errors import BlockError
 from ..images import create_image, open_image, resolve_name, unlock
 from ..qcow2.create import Options
 from . import args
 from .args import UsageError, parse
 from .interrupt import Making
-from .options import asks_for_help, check_format, creation_options, round_up, take_size
+from .options import (
+    apply_cache,
+    asks_for_help,
+    cache_mode,
+    check_format,
+    creation_options,
+    is_direct,
+    preallocation,
+    round_up,
+    take_size,
+)
 from .progress import Progress
-from .secrets import SECRETS, passphrase
+from .secrets import SECRETS, passphrase, secrets
 
 CREATE = {**SECRETS, "f": "value", "o": "value", "b": "value", "F": "value", "q": "", "u": ""}
 
 
-def opened(given: args.Given, path: str, fmt: str | None, *, read_only: bool = True, plain: bool = False, **options: Any) -> Any:
+def opened(
+    given: args.Given,
+    path: str,
+    fmt: str | None,
+    *,
+    read_only: bool = True,
+    plain: bool = False,
+    cache: str = "writeback",
+    **options: Any,
+) -> Any:
     """Open an image as a command line says: -U, --allow-chain, and the passphrase of what is encrypted.
 
-    `plain`: a passphrase may be of another image of the command.
+    `plain`: a passphrase may be of another image of the command. -U of a command that writes is for what the image names.
     """
+    share = given.flag("U")
     image = open_image(
-        path, format=fmt, read_only=read_only, allow=given.flag("allow-chain"), force_share=given.flag("U"), **options
+        path,
+        format=fmt,
+        read_only=read_only,
+        allow=given.flag("allow-chain"),
+        force_share=share and read_only,
+        share_named=share,
+        direct=is_direct(cache),
+        **options,
     )
     try:
+        apply_cache(image, cache)
         words = passphrase(given)
         named = given.last("key-file") is not None or given.last("key-secret") is not None
         if words is not None and not unlock(image, words) and named and not plain:
@@ -107,12 +136,25 @@ def _on(value: bool) -> str:
 
 # --- check ---
 
-CHECK = {"r": "value", "no_print_error": "", "f": "value", "output": "value", "q": "", "U": "", "force-share": "=U"}
+CHECK = {
+    **SECRETS,
+    "T": "value",
+    "p": "",
+    "r": "value",
+    "no_print_error": "",
+    "f": "value",
+    "output": "value",
+    "q": "",
+    "U": "",
+    "force-share": "=U",
+}
 
 
 def check(words: list[str]) -> int:
     """Exit status as qemu-img's: 0 clean, 1 not checked, 2 corrupt, 3 leaks, 63 a format that cannot be checked."""
     given = parse(words, CHECK)
+    secrets(given)  # metadata are not encrypted: they only have to be right
+    direct = is_direct(cache_mode(given, "T"))
     repair = given.last("r") or "none"
     if given.last("r") not in (None, "leaks", "all"):
         raise UsageError(f"Unknown option value for -r \"{repair}\"(expects 'leaks' or 'all')")
@@ -121,7 +163,15 @@ def check(words: list[str]) -> int:
         raise UsageError("-U is for reading: what -r repairs is locked")
     path = _one_path(given.words, "Image check requires path")
     fmt = check_format(given.last("f"))
-    image = open_image(path, format=fmt, read_only=repair == "none", force_share=given.flag("U"), for_repair=True, named=False)
+    image = open_image(
+        path,
+        format=fmt,
+        read_only=repair == "none",
+        force_share=given.flag("U"),
+        for_repair=True,
+        named=False,
+        direct=direct,
+    )
     with image:
         if image.format != "qcow2":
             args.warn("This image format does not support checks")
@@ -192,13 +242,17 @@ def _check_json(path: str, fmt: str, r: Any) -> dict[str, Any]:
 # --- resize ---
 
 
+RESIZE = {**SECRETS, "f": "value", "shrink": "", "preallocation": "value", "q": "", "p": "", "allow-chain": ""}
+
+
 def resize(words: list[str]) -> int:
     if len(words) < 2:
         raise UsageError("Not enough arguments")
-    given = parse(words[:-1], {**SECRETS, "f": "value", "shrink": "", "q": "", "allow-chain": ""})
+    given = parse(words[:-1], RESIZE)
     if len(given.words) != 1:
         raise UsageError(f"Unexpected argument: {given.words[1]}" if given.words else "Expecting image file name and size")
     word = words[-1]
+    mode = preallocation(given.last("preallocation"))
     with opened(given, given.words[0], check_format(given.last("f")), read_only=False) as image:
         step = args.size(word.lstrip("+-"), "size") if word[:1] in "+-" else 0
         new = image.size + step if word[0] == "+" else image.size - step if word[0] == "-" else args.size(word, "size")
@@ -206,20 +260,48 @@ def resize(words: list[str]) -> int:
             raise UsageError("The shrink operation is not supported without --shrink: it loses data")
         if new % 512:
             raise UsageError(f"The new size {new} is not aligned to 512")
+        if mode != "off":
+            _check_preallocation(image, new, mode)
+        old = image.size
         image.resize(new, shrink=True)
+        if mode != "off":
+            with Progress(new - old, shown=given.flag("p"), quiet=given.flag("q")) as progress:
+                _preallocate(image, old, mode, progress)
         image.flush()
     if not given.flag("q"):
         print("Image resized.")
     return 0
 
 
+def _check_preallocation(image: Any, new: int, mode: str) -> None:
+    if new < image.size:
+        raise UsageError("Preallocation can only be used for growing images")
+    if image.format == "raw":
+        if mode == "metadata":
+            raise UsageError("Unsupported preallocation mode: metadata is of qcow2 images")
+    elif image.encrypted:
+        raise UsageError("--preallocation does not go with encrypted images: what was never written would be noise")
+    elif image.backing is not None and image.backing.size > image.size:
+        raise UsageError("--preallocation: the backing file is longer than the image, and would show through")
+
+
+def _preallocate(image: Any, old: int, mode: str, progress: Progress) -> None:
+    if image.format == "raw":
+        prealloc.fill(image.file, old, image.size, mode, progress.of)
+        return
+    from ..qcow2.create import preallocate
+
+    preallocate(image, old, mode, progress.of)
+
+
 # --- snapshot ---
 
-SNAPSHOT = {"f": "value", "l": "", "a": "value", "c": "value", "d": "value", "q": "", "U": "", "force-share": "=U"}
+SNAPSHOT = {**SECRETS, "f": "value", "l": "", "a": "value", "c": "value", "d": "value", "q": "", "U": "", "force-share": "=U"}
 
 
 def snapshot(words: list[str]) -> int:
     given = parse(words, SNAPSHOT)
+    secrets(given)
     asked = [o for o in ("l", "a", "c", "d") if given.flag(o)]
     if len(asked) > 1:
         raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")

@@ -2,54 +2,98 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 from ..errors import BlockError
-from ..images import open_image, resolve_name
-from .args import UsageError, parse, size
+from ..images import MAX_CHAIN, open_image, resolve_name
+from .args import Given, UsageError, parse, size
 from .basic import _one_path, opened
 from .copy import copy, own_parts
-from .options import check_format
+from .look import Mapped, mapped
+from .options import cache_mode, check_format
 from .progress import Progress
-from .secrets import SECRETS
+from .secrets import SECRETS, secrets
 
 _CHUNK = 2 << 20
 
 
+COMMIT = {**SECRETS, "f": "value", "b": "value", "d": "", "p": "", "q": "", "r": "value", "t": "value", "allow-chain": ""}
+
+
 def commit(words: list[str]) -> int:
-    """Write what an image has into its backing image; then empty it, unless -d."""
-    given = parse(words, {**SECRETS, "f": "value", "d": "", "p": "", "q": "", "r": "value", "allow-chain": ""})
+    """Write what an image has into its backing image; then empty it, unless -d.
+
+    With -b, what the images above that one have, as it reads through them; they stay as they are then.
+    """
+    given = parse(words, COMMIT)
     path = _one_path(given.words, "Image commit requires path")
-    fmt = check_format(given.last("f"))
-    with open_image(path, format=fmt, read_only=True, named=False, lock=False) as image:
-        name, backing_format = getattr(image, "backing_file", None), getattr(image, "backing_format", None)
-    if not name:
-        raise BlockError(f"{path}: the image has no backing file")
-    below = resolve_name(path, name, given.flag("allow-chain"))
-    # The overlay reads only what it has itself, so its backing image can be open for writing beside it.
-    with (
-        opened(given, path, fmt, read_only=False, named=False, plain=True) as overlay,
-        opened(given, below, backing_format, read_only=False, plain=True) as base,
-    ):
-        if overlay.size > base.size:
-            base.resize(overlay.size)
-        own = own_parts(overlay)
-        with Progress(overlay.size, shown=given.flag("p"), quiet=given.flag("q")) as progress:
-            rate = size(given.last("r") or "0", "rate limit")
-            copy(overlay, base, 0, progress, zero=False, parts=own, rate=rate)
+    rate, cache = size(given.last("r") or "0", "rate limit"), cache_mode(given, "t")
+    chain = _down_to(given, path, check_format(given.last("f")), given.last("b"))
+    keep = given.flag("d") or given.last("b") is not None
+    images: list[Any] = []
+    with ExitStack() as stack:
+        # Each reads only what it has itself, so that the last one can be open for writing beside them.
+        for i, (name, fmt) in enumerate(chain[:-1]):
+            image = opened(given, name, fmt, read_only=keep or i > 0, named=False, plain=True, cache=cache)
+            stack.enter_context(image)
+            images.append(image)
+        for upper, lower in pairwise(images):
+            upper.backing = lower
+        top = images[0]
+        base = stack.enter_context(opened(given, *chain[-1], read_only=False, plain=True, cache=cache))
+        if top.size > base.size:
+            base.resize(top.size)
+        with Progress(top.size, shown=given.flag("p"), quiet=given.flag("q")) as progress:
+            copy(top, base, 0, progress, zero=False, parts=_above(top, len(images)), rate=rate)
         base.flush()
-        if not given.flag("d"):
-            overlay.empty()
-            overlay.flush()
+        if not keep:
+            top.empty()
+            top.flush()
     if not given.flag("q"):
         print("Image committed.")
     return 0
 
 
+def _down_to(given: Given, path: str, fmt: str | None, base: str | None) -> list[tuple[str, str | None]]:
+    """Paths and formats of a chain from an image down to `base`, or to the one below it."""
+    chain = [(path, fmt)]
+    while len(chain) <= MAX_CHAIN:
+        path, fmt = chain[-1]
+        with open_image(path, format=fmt, named=False, lock=False) as image:
+            name, backing_format = getattr(image, "backing_file", None), getattr(image, "backing_format", None)
+        if not name:
+            if base is not None and len(chain) > 1:
+                raise UsageError(f"-b {base}: no backing file of {chain[0][0]}; there are: {', '.join(p for p, _ in chain[1:])}")
+            raise BlockError(f"{path}: the image has no backing file")
+        below = resolve_name(path, name, given.flag("allow-chain"))
+        chain.append((below, backing_format))
+        if base is None or base == name or os.path.realpath(base) == os.path.realpath(below):
+            return chain
+    raise BlockError(f"{chain[0][0]}: a chain of more than {MAX_CHAIN} backing files")
+
+
+def _above(top: Any, count: int) -> Iterator[Mapped]:
+    """What the upper `count` images of a chain have, zeroes included; what none of them has is left out."""
+    if count == 1:
+        yield from own_parts(top)
+        return
+    for part in mapped(top, 0, top.size):
+        # Behind the end of a shorter image between them there are zeroes; under the last there is the base.
+        if part.present or part.depth < count - 1:
+            yield part
+
+
+REBASE = {**SECRETS, "f": "value", "b": "value", "F": "value", "t": "value", "T": "value"}
+REBASE |= {"u": "", "p": "", "q": "", "U": "", "force-share": "=U", "allow-chain": ""}
+
+
 def rebase(words: list[str]) -> int:
     """Give an image another backing file: with its content unchanged, or (-u) only its name."""
-    spec = {"f": "value", "b": "value", "F": "value", "u": "", "p": "", "q": "", "allow-chain": ""}
-    given = parse(words, {**SECRETS, **spec})
+    given = parse(words, REBASE)
     path = _one_path(given.words, "Image rebase requires path")
     new, new_format = given.last("b"), check_format(given.last("F"))
     if new is None:
@@ -57,11 +101,14 @@ def rebase(words: list[str]) -> int:
     if new and not new_format:
         raise UsageError("backing_file needs its format: -F FMT")
     unsafe = given.flag("u")
-    with opened(given, path, check_format(given.last("f")), read_only=False, named=not unsafe) as image:
+    cache, source_cache = cache_mode(given, "t"), cache_mode(given, "T")
+    fmt = check_format(given.last("f"))
+    with opened(given, path, fmt, read_only=False, named=not unsafe, cache=cache) as image:
         if image.format != "qcow2":
             raise BlockError(f"{path}: a {image.format} image has no backing file")
         if not unsafe:
-            base = opened(given, resolve_name(path, new, True), new_format, plain=True) if new else None
+            below = resolve_name(path, new, True) if new else None
+            base = opened(given, below, new_format, plain=True, cache=source_cache) if below else None
             _keep_content(image, base, given.flag("p"), given.flag("q"))
         image.set_backing(new or None, new_format)
     return 0
@@ -103,13 +150,14 @@ def _keep_part(image: Any, base: Any, at: int, length: int) -> None:
                 image.write(at + start, part)
 
 
-BITMAP = {"f": "value", "F": "value", "b": "value", "g": "value", "granularity": "=g", "q": "", "merge": "value"}
+BITMAP = {**SECRETS, "f": "value", "F": "value", "b": "value", "g": "value", "granularity": "=g", "q": "", "merge": "value"}
 BITMAP |= {"add": "", "remove": "", "clear": "", "enable": "", "disable": ""}
 
 
 def bitmap(words: list[str]) -> int:
     """Change a persistent dirty bitmap: the operations named, in the order in which they are first named."""
     given = parse(words, BITMAP)
+    secrets(given)  # bitmaps are not encrypted: they only have to be right
     asked = [o for o in given.options if o in ("add", "remove", "clear", "enable", "disable", "merge")]
     if len(given.words) != 2:
         raise UsageError("Expecting image file name and bitmap name")

@@ -15,7 +15,17 @@ from .args import UsageError, parse
 from .basic import opened
 from .copy import SPARSE, copy, own_parts
 from .interrupt import Making
-from .options import asks_for_help, check_format, creation_options, read_format, round_up, take_size
+from .options import (
+    apply_cache,
+    asks_for_help,
+    cache_mode,
+    check_format,
+    creation_options,
+    is_direct,
+    read_format,
+    round_up,
+    take_size,
+)
 from .progress import Progress
 from .secrets import SECRETS
 
@@ -46,9 +56,7 @@ CONVERT = {
     "t": "value",
     "T": "value",
 }
-# Cache modes by qemu-img's names: whether the page cache is left out.
 _MAX_SPARSE = 16 << 20  # bytes, qemu-img's
-_CACHE = {"writeback": False, "unsafe": False, "none": True, "directsync": True}
 
 
 def convert(words: list[str]) -> int:
@@ -69,14 +77,13 @@ def convert(words: list[str]) -> int:
     usual = min(os.cpu_count() or 1, 8) if packed or given.flag("W") else 1
     threads = args.number(given.last("m") or str(usual), "number of threads", 1, 16)
     rate = args.size(given.last("r") or "0", "rate limit")
-    cache = _mode(given, "t", "writeback" if given.flag("n") else "unsafe")
+    cache = cache_mode(given, "t", "writeback" if given.flag("n") else "unsafe")
     images: list[Any] = []
     try:
         for name in sources:
             if os.path.realpath(name) == os.path.realpath(target):
                 raise UsageError(f"{target} is a source and the target")
-            direct = _CACHE[_mode(given, "T", "writeback")]
-            images.append(opened(given, name, read_format(given.last("f")), direct=direct))
+            images.append(opened(given, name, read_format(given.last("f")), cache=cache_mode(given, "T")))
             if given.last("l") is not None:
                 show_snapshot(images[-1], given.last("l") or "")
         bitmaps = _bitmaps(given, images[0]) if given.flag("bitmaps") else None
@@ -155,22 +162,29 @@ def _check(given: args.Given, fmt: str, pairs: dict[str, str], sources: list[str
             raise UsageError("backing_file needs its format: -F FMT")
 
 
-def _mode(given: args.Given, option: str, usual: str) -> str:
-    mode = given.last(option) or usual
-    if mode not in _CACHE:
-        raise UsageError(f"-{option} {mode}: expected one of {', '.join(_CACHE)}")
-    return mode
-
-
 def show_snapshot(image: Any, name: str) -> None:
     """Let an image that is open for reading show a snapshot, by id or name."""
     from ..qcow2.snapshots import Snapshots
 
     if image.format != "qcow2":
         raise BlockError(f"{image.path}: a {image.format} image has no snapshots")
-    name = name.removeprefix("snapshot.name=").removeprefix("snapshot.id=")
-    found = Snapshots(image).find(name, by_id=True)
+    found = find_snapshot(Snapshots(image), name)
     image.show_snapshot(found.l1_table_offset, found.l1_size, found.disk_size)
+
+
+def find_snapshot(snapshots: Any, text: str) -> Any:
+    """By id or name, or by "snapshot.id=ID,snapshot.name=NAME", which both have to be right if both are given."""
+    if not text.startswith("snapshot."):
+        return snapshots.find(text, by_id=True)
+    pairs = args.option_list([text])
+    for name in pairs:
+        if name not in ("snapshot.id", "snapshot.name"):
+            raise UsageError(f"Invalid parameter '{name}': expected snapshot.id or snapshot.name")
+    ident, title = pairs.get("snapshot.id"), pairs.get("snapshot.name")
+    for snapshot in snapshots.list:
+        if ident in (None, snapshot.id) and title in (None, snapshot.name):
+            return snapshot
+    raise BlockError(f"No snapshot with {text.replace(',', ' and ')}")
 
 
 def _bitmaps(given: args.Given, image: Any) -> list[tuple[Any, bytearray]]:
@@ -221,14 +235,13 @@ class Target:
                 create_image(path, size, format=fmt, options=options, made=self._making.made)
             self.backed = options is not None and bool(options.backing_file)
             allow = given.flag("allow-chain") or _typed(path, options)
-            direct = _CACHE[cache]
-            self.image = open_image(path, format=fmt, read_only=False, allow=allow, direct=direct)
+            self.image = open_image(path, format=fmt, read_only=False, allow=allow, direct=is_direct(cache))
             if existing:
                 self._making.changed(path)
             try:
                 if options is not None and options.passphrase is not None:
                     unlock(self.image, options.passphrase)
-                self.image.file.volatile = cache == "unsafe"
+                apply_cache(self.image, cache)
                 self.zero = not existing and not self.backed and not (fmt == "raw" and self.image.file.is_block)
                 if self.image.size < size:
                     raise BlockError(f"{path}: {self.image.size} bytes are too few for {size}")

@@ -19,7 +19,7 @@ from . import args
 from .args import UsageError, parse
 from .basic import _one_path
 from .look import joined, mapped
-from .options import check_format
+from .options import apply_cache, cache_mode, check_format, is_direct
 from .secrets import SECRETS, passphrase
 
 SERVE = {
@@ -199,6 +199,10 @@ BENCH = {
     "S": "value",
     "w": "",
     "aio": "value",
+    "i": "=aio",
+    "n": "",
+    "t": "value",
+    "no-drain": "",
     "direct": "",
     "q": "",
 }
@@ -219,13 +223,21 @@ def bench(words: list[str]) -> int:
     interval = args.number(given.last("flush-interval") or "0", "flush interval", 0, 1 << 31)
     if interval and not write:
         raise UsageError("--flush-interval needs -w")
+    drain = not given.flag("no-drain")
+    if not drain and not interval:
+        raise UsageError("--no-drain needs --flush-interval")
+    cache = cache_mode(given, "t", "none" if given.flag("direct") else "writeback")
+    if given.flag("n") and given.last("aio") not in (None, "native"):
+        raise UsageError(f"-n is -i native, and does not go with -i {given.last('aio')}")
+    if given.flag("n") and not is_direct(cache):
+        raise UsageError("-n needs -t none or directsync: native AIO blocks where the page cache is used")
     pattern = args.number(given.last("pattern") or "0", "pattern", 0, 255)
     disk: Any = open_disk(
         path,
         format=check_format(given.last("f")),
         read_only=not write,
-        direct=given.flag("direct"),
-        aio=given.last("aio") or ("native" if given.flag("direct") else "off"),
+        direct=is_direct(cache),
+        aio=given.last("aio") or ("native" if is_direct(cache) else "off"),
         allow=given.flag("allow-chain"),
         passphrase=passphrase(given),
     )
@@ -241,7 +253,10 @@ def bench(words: list[str]) -> int:
                 f"(starting at offset {offset}, step size {step})",
                 flush=True,
             )
-        seconds = _run_bench(disk, count, depth, block, offset, step, write, pattern, interval)
+        if interval and not given.flag("q"):
+            print(f"Sending flush every {interval} {'' if drain else 'non-'}draining requests", flush=True)
+        apply_cache(getattr(disk, "image", disk), cache)
+        seconds = _run_bench(disk, count, depth, block, offset, step, write, pattern, interval, drain)
         if not given.flag("q"):
             print(f"Run completed in {seconds:.3f} seconds.")
     finally:
@@ -250,7 +265,16 @@ def bench(words: list[str]) -> int:
 
 
 def _run_bench(
-    disk: Any, count: int, depth: int, block: int, offset: int, step: int, write: bool, pattern: int, interval: int
+    disk: Any,
+    count: int,
+    depth: int,
+    block: int,
+    offset: int,
+    step: int,
+    write: bool,
+    pattern: int,
+    interval: int,
+    drain: bool,
 ) -> float:
     channel = disk.channel()
     poll = select.poll()
@@ -278,6 +302,12 @@ def _run_bench(
             if result is not None:
                 done(buffer, result)
             if interval and sent % interval == 0:
+                if drain:
+                    channel.submit()
+                    while channel.in_flight:
+                        poll.poll()
+                        for buffer, result in channel.completions():
+                            done(buffer, result)
                 result = channel.flush(None)
                 if result is not None:
                     done(None, result)

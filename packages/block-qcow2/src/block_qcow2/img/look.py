@@ -13,7 +13,7 @@ from ..qcow2.bitmaps import load as load_bitmaps
 from . import args
 from .args import UsageError, human_size, parse
 from .basic import _one_path, _output, listing, opened
-from .options import read_format
+from .options import cache_mode, read_format
 from .progress import Progress
 from .secrets import SECRETS
 
@@ -248,7 +248,7 @@ def map(words: list[str]) -> int:
 
 # --- compare ---
 
-COMPARE = {**COMMON, "F": "value", "s": "", "p": "", "q": ""}
+COMPARE = {**COMMON, "F": "value", "T": "value", "s": "", "p": "", "q": ""}
 _CHUNK = 2 << 20
 
 
@@ -257,7 +257,7 @@ def compare(words: list[str]) -> int:
     given = parse(words, COMPARE)
     if len(given.words) != 2:
         raise UsageError("Expecting two image file names")
-    strict, quiet = given.flag("s"), given.flag("q")
+    strict, quiet, cache = given.flag("s"), given.flag("q"), cache_mode(given, "T")
     status = 2
 
     def say(text: str) -> None:
@@ -266,8 +266,8 @@ def compare(words: list[str]) -> int:
 
     try:
         with (
-            opened(given, given.words[0], read_format(given.last("f")), plain=True) as a,
-            opened(given, given.words[1], read_format(given.last("F")), plain=True) as b,
+            opened(given, given.words[0], read_format(given.last("f")), plain=True, cache=cache) as a,
+            opened(given, given.words[1], read_format(given.last("F")), plain=True, cache=cache) as b,
             Progress(max(a.size, b.size), shown=given.flag("p"), quiet=quiet) as progress,
         ):
             status = 3

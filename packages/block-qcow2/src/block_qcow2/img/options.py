@@ -25,7 +25,7 @@ _HELP = {
     "compression_type": ("str", "Compression method of clusters: zlib or zstd"),
     "data_file": ("str", "File name of an external data file"),
     "data_file_raw": ("bool (on/off)", "The external data file must stay valid as a raw image"),
-    "encrypt.cipher-alg": ("str", "Encryption cipher: aes-128 or aes-256 (aes-192 with cbc)"),
+    "encrypt.cipher-alg": ("str", "Encryption cipher: aes-128 or aes-256"),
     "encrypt.cipher-mode": ("str", "Cipher mode: xts or cbc"),
     "encrypt.format": ("str", "Encrypt the image: luks"),
     "encrypt.hash-alg": ("str", "Hash of the key derivation: sha1, sha224, sha256, sha384, sha512 or ripemd160"),
@@ -58,6 +58,31 @@ def check_format(name: str | None) -> str | None:
     if name not in (None, "raw", "qcow2"):
         raise UsageError(f"Unknown format type '{name}'")
     return name
+
+
+# Cache modes by qemu-img's names: whether the page cache is left out. A command flushes at its end whatever the mode is, so
+# that "writethrough" is "writeback"; "unsafe" does not.
+_CACHE = {"writeback": False, "writethrough": False, "unsafe": False, "none": True, "directsync": True}
+
+
+def cache_mode(given: args.Given, option: str, usual: str = "writeback") -> str:
+    """The cache mode that -t or -T says."""
+    mode = given.last(option) or usual
+    if mode not in _CACHE:
+        raise UsageError(f"-{option} {mode}: expected one of {', '.join(_CACHE)}")
+    return mode
+
+
+def is_direct(mode: str) -> bool:
+    """Whether a cache mode leaves the page cache out."""
+    return _CACHE[mode]
+
+
+def apply_cache(image: Any, mode: str) -> None:
+    """Let an open image not wait for the disk, if that is its cache mode."""
+    image.file.volatile = mode == "unsafe"
+    if getattr(image, "external", False):
+        image.data_file.volatile = mode == "unsafe"
 
 
 def listing(fmt: str) -> str:
