@@ -834,3 +834,43 @@ async def _left_alone(server: QmpServer, but: int = 0) -> None:
     with anyio.fail_after(30):
         while len(server._clients) > but:
             await anyio.sleep(0.01)
+
+
+async def test_traffic_is_each_command_and_each_message_in_the_order_of_the_wire(serve: Any) -> None:
+    heard: list[tuple[str, bytes]] = []
+    server = QmpServer(rate=0, traffic=lambda *message: heard.append(message))
+
+    @server.handler(Stop)
+    def stop(_: Stop, call: Call) -> None:
+        call.emit(Stopped())
+
+    async with serve(server) as running:
+        with await running.connect() as peer:
+            await peer.run("qmp_capabilities", id=1)
+            await peer.send(b'{"execute":"stop"}\n')
+            assert ["event" in await peer.read() for _ in range(2)] == [True, False]
+            await peer.send(b"nonsense\n")
+            await peer.read()
+    (greeting, asked, agreed, command, event, reply, refusal) = heard
+    assert greeting[0] == "<--"
+    assert greeting[1].startswith(b'{"QMP":')
+    assert asked == ("-->", b'{"execute":"qmp_capabilities","id":1}\r\n')
+    assert agreed == ("<--", b'{"return":{},"id":1}\r\n')
+    assert command == ("-->", b'{"execute":"stop"}\r\n')
+    assert event[0] == "<--"
+    assert b'"event":"STOP"' in event[1]
+    assert reply == ("<--", b'{"return":{}}\r\n')
+    assert refusal[0] == "<--"
+    assert b'"error"' in refusal[1]
+
+
+async def test_traffic_leaves_out_who_asks_too_often(serve: Any) -> None:
+    heard: list[str] = []
+    server = QmpServer(rate=1, traffic=lambda direction, _: heard.append(direction))
+    async with serve(server) as running:
+        with await running.connect() as peer:
+            await peer.send(b'{"execute":"query-version"}\n' * 20)
+            replies = [await peer.read() for _ in range(20)]
+    answered = sum("return" in reply for reply in replies)
+    assert 1 <= answered < 20
+    assert heard == ["<--", *["-->", "<--"] * answered]

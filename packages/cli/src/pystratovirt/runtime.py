@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TEST_CHUNK = 65536
 RATE = 100  # StratoVirt's
+LOGGED = 4096  # characters of a QMP message
 
 
 class Runtime:
@@ -46,7 +47,7 @@ class Runtime:
         self._events = events
         self._test_socket = test_socket
         self._ended = False
-        self._qmp = QmpServer(rate=rate)
+        self._qmp = QmpServer(rate=rate, traffic=_log_traffic if log.enabled(log.INFO) else None)
         register_all(self._qmp, self)
 
     async def run(self, listeners: Sequence[Listener]) -> int:
@@ -147,6 +148,13 @@ class Runtime:
                 self.end(guest=False, reason="test socket closed", status=1)
                 return
             await _send_all(sock, protocol.receive(data))
+
+
+def _log_traffic(direction: str, line: bytes) -> None:
+    """Write a message of QMP to the log, as StratoVirt does (reference command-line, section 10), or its beginning."""
+    text = line.decode("utf-8", "replace").rstrip("\r\n")
+    more = len(text) - LOGGED
+    log.info(f"QMP: {direction} {text}" if more <= 0 else f"QMP: {direction} {text[:LOGGED]}... ({more} more)")
 
 
 async def _send_all(sock: socket.socket, data: bytes) -> None:

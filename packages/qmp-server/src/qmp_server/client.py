@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from qmp_protocol.connection import (
+    CAPABILITIES,
     CommandReceived,
     DescriptorsUnused,
     Negotiated,
@@ -25,16 +26,20 @@ from qmp_protocol.connection import (
     ServerEvent,
 )
 from qmp_protocol.errors import GENERIC_ERROR, OPERATION_THROTTLED
-from qmp_protocol.messages import Error, Return, encode
+from qmp_protocol.messages import ABSENT, Error, Execute, Return, encode
 from qmp_server.bucket import LeakyBucket
 from qmp_server.descriptors import close_all
 from qmp_server.outbox import Outbox, Overflow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qmp_server.server import QmpServer
 
 _log = logging.getLogger("qmp_server")
 
+_FROM_CLIENT: Final = "-->"  # as manuals of QMP show it
+_TO_CLIENT: Final = "<--"
 _READ_SIZE: Final = 4096  # what one client can make the server work on before others have their turn
 _TURN: Final = 16  # messages of one read that are answered before others have their turn
 _REFUSAL_PAUSE: Final = 0.0001  # seconds; whoever sends too much is heard as slowly as this for each message too many
@@ -75,7 +80,7 @@ class Client:
         """Serve the client until it leaves, does not read, or the scope around is cancelled. Never raises for its sake."""
         try:
             with self._scope:
-                self._put(self._connection.greet())
+                self._say(self._connection.greet())
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._write)
                     with self._reading:
@@ -98,12 +103,12 @@ class Client:
     def deliver(self, line: bytes) -> None:
         """Send the bytes of an event."""
         if self._held is None:
-            self._put(line)
+            self._say(line)
         elif len(self._held) < _HELD_EVENTS:
             self._held.append(line)
         else:
             self._release()
-            self._put(line)
+            self._say(line)
 
     async def _read(self) -> None:
         while not self._finishing:
@@ -159,7 +164,10 @@ class Client:
             self._release()
         if self._bucket is not None and not self._bucket.take(time.monotonic_ns()):
             self._refuse(event)
-        elif isinstance(event, CommandReceived):
+            return
+        if self._server.traffic is not None:
+            self._tell(self._server.traffic, event)
+        if isinstance(event, CommandReceived):
             reply, later = await self._server.dispatcher.answer(event)
             self._server.publish()  # events from threads that happened before the reply
             self._reply(reply)
@@ -176,9 +184,9 @@ class Client:
         self._refused += 1
         desc = f"More than {self._server.rate} requests received during 1 second"
         if isinstance(event, Rejected):
-            self._reply(Error(OPERATION_THROTTLED, desc, event.error.id))
+            self._put(encode(Error(OPERATION_THROTTLED, desc, event.error.id)))
         elif isinstance(event, CommandReceived | Negotiated):
-            self._reply(Error(OPERATION_THROTTLED, desc, event.id))
+            self._put(encode(Error(OPERATION_THROTTLED, desc, event.id)))
             if isinstance(event, CommandReceived):
                 close_all(event.fds)
 
@@ -188,14 +196,33 @@ class Client:
         except TypeError as error:
             _log.exception("a handler returned what JSON cannot carry")
             line = encode(Error(GENERIC_ERROR, f"the result cannot be sent: {error}", reply.id))
-        self._put(line)
+        self._say(line)
+
+    def _tell(self, traffic: Callable[[str, bytes], None], event: ServerEvent) -> None:
+        """Let `traffic` hear of a command. What is none is known by its answer."""
+        if isinstance(event, Negotiated):
+            message = Execute(CAPABILITIES, {"enable": list(event.enabled)} if event.enabled else ABSENT, event.id)
+        elif isinstance(event, CommandReceived):
+            message = Execute(event.command, event.arguments, event.id)
+        else:
+            return
+        try:
+            line = encode(message)
+        except TypeError:  # nested more deeply than can be written
+            line = encode(Execute(message.command))
+        traffic(_FROM_CLIENT, line)
 
     def _release(self) -> None:
         """Send the events that waited for the client's first command."""
         held, self._held = self._held, None
         for line in held or ():
-            self._put(line)
+            self._say(line)
         self._first_answer.set()
+
+    def _say(self, line: bytes) -> None:
+        if self._server.traffic is not None and not self._deaf:
+            self._server.traffic(_TO_CLIENT, line)
+        self._put(line)
 
     def _put(self, line: bytes) -> None:
         if self._deaf:

@@ -50,18 +50,23 @@ class QmpServer:
         outbox_limit: int = 4 * 1024 * 1024,
         drain_time: float = 1.0,
         strict: bool = False,
+        traffic: Callable[[str, bytes], None] | None = None,
     ) -> None:
         """Make a server that does not listen yet.
 
         `rate` is commands a second for each client (0: no limit). `max_clients` is for each listener; more wait ungreeted, and
         1 is StratoVirt's own behaviour. A client that lets more than `outbox_limit` bytes wait is dropped. At the end clients
         have `drain_time` seconds to take what is on its way. `strict` demands `qmp_capabilities` first, as QEMU does.
+
+        `traffic` hears of each command, with `-->`, and of each message to a client, with `<--`, as a line of JSON. Of what is no
+        command it hears the answer alone, of commands that come too soon nothing. It is called on the event loop, and must neither block nor raise.
         """
         self.schema = schema
         self.greeting = greeting
         self.rate = rate
         self.outbox_limit = outbox_limit
         self.drain_time = drain_time
+        self.traffic = traffic
         self.fds = DescriptorTable()
         self.dispatcher = Dispatcher(self, schema)
         self._max_clients = max_clients
