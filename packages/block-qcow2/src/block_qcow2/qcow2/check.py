@@ -179,6 +179,20 @@ class _Checker:
                 if where < clusters and counts.found[where] != 1:
                     self._corruption(f"ERROR refcount block {index} refcount={counts.found[where]}")
                     self.rebuild = True
+        self._find_shared()
+
+    def _find_shared(self) -> None:
+        """Tables that are something else too: repairing their flags would write into somebody's data."""
+        image, bits = self.image, self.image.cluster_bits
+        self.shared = self.counts.shared_tables()
+        for offset in sorted(self.shared):
+            self._corruption(f"ERROR L2 table at {offset:#x} is something else too")
+            self.lost = True
+        start = image.header.l1_table_offset
+        l1 = range(start >> bits, -(-(start + 8 * len(image.l1)) >> bits))
+        if any(c < self.counts.clusters and self.counts.found[c] != 1 for c in (0, *l1)):
+            self._corruption("ERROR the header or the L1 table is something else too")
+            self.incomplete = True
 
     def _read_snapshots(self) -> int:
         """Set `snapshots` to what can be read of the table; return the length of that."""
@@ -328,10 +342,11 @@ class _Checker:
 
     def _repair_entries(self) -> None:
         """Entries that read as zeroes wherever they point."""
-        if self.all and self.fixes:
-            write_entries(self.image, self.fixes)
-            self.result.corruptions -= len(self.fixes)
-            self.result.corruptions_fixed += len(self.fixes)
+        fixes = [f for f in self.fixes if f.offset & -self.image.cluster_size not in self.shared]
+        if self.all and fixes:
+            write_entries(self.image, fixes)
+            self.result.corruptions -= len(fixes)
+            self.result.corruptions_fixed += len(fixes)
 
     def _compare(self) -> None:
         image, r = self.image, self.result
@@ -362,12 +377,12 @@ class _Checker:
     def _check_copied(self) -> None:
         """COPIED must be set if and only if the count is 1 (sections "L1 table entry", "L2 table entry")."""
         image = self.image
-        if self.changed:  # what was just repaired decides
+        if self.changed or self.shared:  # what was just repaired decides
             again = Counts(image.header, self.counts.clusters)
             again.disk = self.counts.disk
             self.wrong = []
             for offset, _, active in self.counts.tables():
-                if active:
+                if active and offset not in self.shared:
                     self.wrong += again.add_l2(snap.read_table(image, offset), active=True).wrong_copied
         verb = "Repairing" if self.all else "ERROR"
         lines = []
@@ -384,7 +399,7 @@ class _Checker:
         for line in lines:
             self.report(line)
         if self.all and lines:
-            snap.fix_copied(image)
+            snap.fix_copied(image, leave=self.shared)
             self.result.corruptions_fixed += len(lines)
         else:
             self.result.corruptions += len(lines)

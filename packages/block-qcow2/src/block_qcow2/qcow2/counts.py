@@ -127,6 +127,11 @@ class Counts:
             if times:
                 yield c << bits, times, bool(self._active[c])
 
+    def shared_tables(self) -> set[int]:
+        """The offsets of L2 tables that something else than an L1 table references too: they are data, or no tables at all."""
+        bits = self.header.cluster_bits
+        return {offset for offset, times, _ in self.tables() if int(self.found[offset >> bits]) != times}
+
     def add_l2(self, raw: bytes | bytearray, times: int = 1, *, active: bool) -> TableFindings:
         """Count what an L2 table references, `times`. `active`: look at fragmentation and the COPIED flags too."""
         self._next = 0

@@ -391,8 +391,11 @@ def add_references(image: Qcow2Image, l1: array[int], delta: int) -> None:
             raise SnapshotError(f"{image.path}: {bits} bits a refcount are too few for another snapshot: {e}") from None
 
 
-def fix_copied(image: Qcow2Image) -> None:
-    """Make the COPIED flags of the active tables say what the counts say. The caches are empty or agree with the disk."""
+def fix_copied(image: Qcow2Image, leave: frozenset[int] | set[int] = frozenset()) -> None:
+    """Make the COPIED flags of the active tables say what the counts say, except of L2 tables at the offsets in `leave`.
+
+    The caches are empty or agree with the disk.
+    """
     header = image.header
     counts = Counts(header, image.refcounts.end)
     with image._lock:
@@ -400,6 +403,8 @@ def fix_copied(image: Qcow2Image) -> None:
         image.l2.clear()
     impossible = {i for i, _ in counts.add_tables(image.l1)}  # a check reports them; there is nothing to correct
     for offset, _, _ in counts.tables():
+        if offset in leave:
+            continue
         changed = counts.with_copied(read_table(image, offset))
         if changed is not None:
             image.file.pwrite(offset, changed)
