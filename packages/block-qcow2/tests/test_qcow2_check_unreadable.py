@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +111,15 @@ def test_repairing_frees_nothing_that_an_unreadable_table_may_name(undo: tuple[P
     assert path.read_bytes() == before
     mend()
     has_everything(path)
+
+
+def test_the_command_says_that_the_check_is_not_complete(undo: tuple[Path, Callable[[], None]], img: Any) -> None:
+    path, _ = undo
+    for words in (["check"], ["check", "-r", "all"]):
+        said = img(*words, path)
+        assert said.status == 1
+        assert "1 internal errors" in said.out
+        assert "Repairing" not in said.out
 
 
 @pytest.mark.parametrize("opening", ["image", "disk"])

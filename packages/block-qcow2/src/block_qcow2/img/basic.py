@@ -186,11 +186,11 @@ def check(words: list[str]) -> int:
         print(json.dumps(_check_json(path, image.format, result), indent=4))
     elif not given.flag("q"):
         print(_summary(result), end="")
+    if result.check_errors:
+        return 1
     if result.corruptions:
         return 2
-    if result.leaks:
-        return 3
-    return 1 if result.check_errors else 0
+    return 3 if result.leaks else 0
 
 
 def _summary(r: Any) -> str:
