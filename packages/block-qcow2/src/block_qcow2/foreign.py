@@ -244,12 +244,23 @@ class VmdkImage(ForeignImage):
             if equals:
                 pairs[name.strip()] = value.strip().strip('"')
         kind, parent = pairs.get("createType", ""), pairs.get("parentCID", "ffffffff")
+        self._kind, self._cid, self._parent = kind, pairs.get("CID", ""), parent
         if kind not in ("monolithicSparse", "streamOptimized"):
             raise UnsupportedFeatureError(
                 f"{self.path}: vmdk type {kind!r}: only monolithicSparse and streamOptimized are supported"
             )
         if parent.lower() != "ffffffff":
             raise UnsupportedFeatureError(f"{self.path}: a vmdk image that depends on another one is not supported")
+
+    def details(self) -> dict[str, object]:
+        """What the descriptor says, by qemu-img's names."""
+        extent: dict[str, object] = {"compressed": True} if self._packed else {}
+        extent |= {"virtual-size": self.size, "filename": self.path, "cluster-size": self.block_size, "format": ""}
+        try:
+            cid, parent = int(self._cid, 16), int(self._parent, 16)
+        except ValueError:
+            raise self._refuse(f"vmdk descriptor: CID={self._cid}, parentCID={self._parent}: expected numbers") from None
+        return {"cid": cid, "parent-cid": parent, "create-type": self._kind, "extents": [extent]}
 
     def _block(self, index: int) -> int | None:
         number, entry = divmod(index, self._per_table)

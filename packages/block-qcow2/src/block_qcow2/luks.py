@@ -99,6 +99,14 @@ class Header(NamedTuple):
     salt: bytes
     rounds: int
     slots: list[Slot]
+    payload: int  # offset in bytes from the header
+    uuid: str
+
+    def cipher_names(self) -> tuple[str, str, str, str]:
+        """The cipher, its mode, how initialisation vectors are made, and the hash of that or "": by QEMU's names."""
+        chain, _, iv = self.mode.partition("-")
+        kind, _, digest = iv.partition(":")
+        return f"aes-{self.key_bytes * 8 // (2 if chain == 'xts' else 1)}", chain, kind, digest
 
 
 Read = Callable[[int, int], bytes]
@@ -110,7 +118,7 @@ def parse(read: Read) -> Header:
     data = read(0, _HEADER.size + _SLOTS * _SLOT.size)
     if data[:6] != _MAGIC:
         raise ImageFormatError("LUKS header: no magic number")
-    _, version, name, mode, digest_name, _, key_bytes, digest, salt, rounds, _ = _HEADER.unpack_from(data)
+    _, version, name, mode, digest_name, payload, key_bytes, digest, salt, rounds, uuid = _HEADER.unpack_from(data)
     if version != 1:
         raise UnsupportedFeatureError(f"LUKS version {version}: only 1 is supported")
     cipher, mode, kind = (_text(field) for field in (name, mode, digest_name))
@@ -124,7 +132,7 @@ def parse(read: Read) -> Header:
         if active == _ACTIVE and (stripes != _STRIPES or not 0 < slot_rounds <= _MAX_ITERATIONS):
             raise ImageFormatError(f"LUKS key slot {i}: {stripes} stripes, {slot_rounds} iterations")
         slots.append(Slot(active == _ACTIVE, slot_rounds, slot_salt, offset, stripes))
-    return Header(mode, kind, key_bytes, digest, salt, rounds, slots)
+    return Header(mode, kind, key_bytes, digest, salt, rounds, slots, payload * SECTOR, _text(uuid))
 
 
 def master_key(header: Header, read: Read, passphrase: bytes) -> tuple[bytes, int]:

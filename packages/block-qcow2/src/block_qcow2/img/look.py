@@ -43,7 +43,7 @@ def info(words: list[str]) -> int:
             fmt = getattr(image, "backing_format", None)
         if not backing or not given.flag("backing-chain"):
             break
-        path = resolve_name(path, backing, given.flag("allow-chain"))
+        path = _full_name(path, backing, given.flag("allow-chain"))
     if output == "json":
         import json
 
@@ -51,6 +51,12 @@ def info(words: list[str]) -> int:
     else:
         print("\n".join(_human(d, s) for d, s in zip(found, names, strict=True)), end="")
     return 0
+
+
+def _full_name(path: str, name: str, allow: bool) -> str:
+    """The path that an image means by a name, relative to where the image was looked for, as qemu-img says it."""
+    resolved = resolve_name(path, name, allow)
+    return resolved if name.startswith(("/", "file:")) else os.path.join(os.path.dirname(path), name)  # noqa: PTH118,PTH120
 
 
 def _snapshots(image: Any) -> list[Any]:
@@ -64,26 +70,23 @@ def _snapshots(image: Any) -> list[Any]:
 def _describe(image: Any, path: str) -> dict[str, Any]:
     status = os.fstat(image.file.fd)
     found: dict[str, Any] = {"virtual-size": image.size, "filename": path}
-    if image.format == "qcow2":
-        found["cluster-size"] = image.cluster_size
+    cluster = getattr(image, "cluster_size", 0) or getattr(image, "block_size", 0)
+    if cluster:
+        found["cluster-size"] = cluster
     found |= {"format": image.format, "actual-size": status.st_blocks * 512}
     if image.format != "qcow2":
+        if image.format == "vmdk":
+            found["format-specific"] = {"type": "vmdk", "data": image.details()}
         found["dirty-flag"] = False
         return found
     h = image.header
     if image.encrypted:
         found["encrypted"] = True
+    # In the order in which qemu-img 7.2 prints them.
     details: dict[str, Any] = {"compat": "0.10" if h.version == 2 else "1.1"}
+    details["compression-type"] = "zstd" if h.compression_type else "zlib"
     if h.version >= 3:
-        details["compression-type"] = "zstd" if h.compression_type else "zlib"
         details["lazy-refcounts"] = bool(h.compatible & 1)
-    details["refcount-bits"] = 1 << h.refcount_order
-    if h.version >= 3:
-        details["corrupt"] = bool(h.incompatible & 2)
-        if image.data_file_name is not None:
-            details["data-file"] = image.data_file_name
-            details["data-file-raw"] = bool(h.autoclear & 2)
-        details["extended-l2"] = h.extended_l2
         described = [
             {
                 "flags": [n for bit, n in ((1, "in-use"), (2, "auto")) if b.flags & bit],
@@ -94,13 +97,20 @@ def _describe(image: Any, path: str) -> dict[str, Any]:
         ]
         if described:
             details["bitmaps"] = described
-    else:
-        details["compression-type"] = "zlib"
+    details["refcount-bits"] = 1 << h.refcount_order
+    if image.encrypted:
+        details["encrypt"] = _encryption(image)
+    if h.version >= 3:
+        if image.data_file_name is not None:
+            details["data-file"] = image.data_file_name
+            details["data-file-raw"] = bool(h.autoclear & 2)
+        details["corrupt"] = bool(h.incompatible & 2)
+        details["extended-l2"] = h.extended_l2
     found["format-specific"] = {"type": "qcow2", "data": details}
     if image.backing_file is not None:
         found["backing-filename"] = image.backing_file
         with suppress(BlockError):  # it may be named in a way that cannot be opened: the name itself stands above
-            found["full-backing-filename"] = resolve_name(path, image.backing_file, True)
+            found["full-backing-filename"] = _full_name(path, image.backing_file, True)
         if image.backing_format:
             found["backing-filename-format"] = image.backing_format
     found["dirty-flag"] = bool(h.incompatible & 1)
@@ -150,22 +160,39 @@ def _human(d: dict[str, Any], snapshots: list[Any]) -> str:
         text += "Snapshot list:\n" + listing(snapshots).replace("\r\n", "\n")
     if "format-specific" in d:
         text += "Format specific information:\n"
-        for name, value in d["format-specific"]["data"].items():
-            if name == "bitmaps":
-                text += _bitmap_lines(value)
-                continue
-            shown = {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
-            text += f"    {name.replace('-', ' ')}: {shown}\n"
+        text += _tree(d["format-specific"]["data"], 1)
     return text
 
 
-def _bitmap_lines(bitmaps: list[dict[str, Any]]) -> str:
-    text = "    bitmaps:\n"
-    for i, b in enumerate(bitmaps):
-        text += f"        [{i}]:\n            flags:\n"
-        text += "".join(f"                [{n}]: {flag}\n" for n, flag in enumerate(b["flags"]))
-        text += f"            name: {b['name']}\n            granularity: {b['granularity']}\n"
+def _tree(values: dict[str, Any] | list[Any], depth: int) -> str:
+    """Nested values as qemu-img prints them: lists by number, four more spaces a level."""
+    text = ""
+    items = values.items() if isinstance(values, dict) else ((f"[{i}]", v) for i, v in enumerate(values))
+    for name, value in items:
+        label = f"{'    ' * depth}{name.replace('-', ' ') if isinstance(values, dict) else name}:"
+        if isinstance(value, dict | list):
+            text += f"{label}\n{_tree(value, depth + 1)}"
+        else:
+            text += f"{label} {str(value).lower() if isinstance(value, bool) else value}\n"
     return text
+
+
+def _encryption(image: Any) -> dict[str, Any]:
+    """What a LUKS header says to everybody."""
+    from .. import luks
+
+    header = luks.parse(image.read_luks)
+    cipher, mode, ivgen, ivgen_hash = header.cipher_names()
+    found: dict[str, Any] = {"ivgen-alg": ivgen, "hash-alg": header.kind, "cipher-alg": cipher, "uuid": header.uuid}
+    if ivgen_hash:
+        found["ivgen-hash-alg"] = ivgen_hash
+    slots = []
+    for slot in header.slots:
+        used = {"iters": slot.rounds, "stripes": slot.stripes} if slot.active else {}
+        shown = {"active": slot.active, "iters": 0, "key-offset": slot.offset * luks.SECTOR, "stripes": 0} | used
+        slots.append({name: value for name, value in shown.items() if slot.active or name in ("active", "key-offset")})
+    found |= {"format": "luks", "cipher-mode": mode, "slots": slots}
+    return found | {"payload-offset": header.payload, "master-key-iters": header.rounds}
 
 
 # --- map ---
@@ -206,6 +233,7 @@ def joined(parts: Iterator[Mapped]) -> Iterator[Mapped]:
     last: Mapped | None = None
     for part in parts:
         if last is not None and last[2:7] == part[2:7] and last.path == part.path:
+            # Compressed data have no place of their own to compare.
             follows = part.offset == (last.offset + last.length if last.offset is not None else None)
             if follows:
                 last = last._replace(length=last.length + part.length)
@@ -232,7 +260,7 @@ def map(words: list[str]) -> int:
             for m in parts:
                 item: dict[str, Any] = {"start": m.start, "length": m.length, "depth": m.depth, "present": m.present}
                 item |= {"zero": m.zero, "data": m.data}
-                if m.offset is not None and m.present and not (m.zero and not m.data and image.format == "qcow2"):
+                if m.offset is not None and m.present:
                     item["offset"] = m.offset
                 lines.append(json.dumps(item).replace("{", "{ ").replace("}", "}"))
             print("[" + ",\n".join(lines) + "]")
@@ -242,8 +270,13 @@ def map(words: list[str]) -> int:
             if m.data and m.compressed:
                 raise BlockError("File contains external, encrypted or compressed clusters.")
             if m.data:
-                print(f"{m.start:<#16x}{m.length:<#16x}{m.offset or 0:<#16x}{m.path}")
+                print(f"{_hex(m.start):<16}{_hex(m.length):<16}{_hex(m.offset or 0):<16}{m.path}")
     return 0
+
+
+def _hex(n: int) -> str:
+    """As printf's %#x, which has no prefix for 0."""
+    return hex(n) if n else "0"
 
 
 # --- compare ---
