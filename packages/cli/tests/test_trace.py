@@ -43,12 +43,12 @@ def registry(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Regi
 def test_every_point_stands_for_methods_that_exist(point: TracePoint) -> None:
     for target in point.targets:
         owner, method = _find(target)
-        assert callable(owner.__dict__[method])
+        assert callable(getattr(owner, method))
 
 
 def test_names_are_stratovirts_or_our_own_and_each_is_there_once() -> None:
     assert len(set(NAMES)) == len(NAMES)
-    assert all(re.fullmatch("[a-z][a-z0-9_]{1,39}", name) for name in NAMES)
+    assert all(re.fullmatch("[a-z][a-z0-9_]{1,49}", name) for name in NAMES)
 
 
 def test_a_point_writes_a_line_for_each_call_while_it_is_on(registry: Registry, lines: list[str]) -> None:
@@ -70,9 +70,8 @@ def test_a_point_that_is_off_is_the_original(registry: Registry) -> None:
 
 
 def test_patterns_match_anywhere_in_a_name(registry: Registry) -> None:
-    assert registry.states("serial_") == [
-        (name, False) for name in ["serial_read", "serial_receive", "serial_write", *[n for n in NAMES if "virtio_serial" in n]]
-    ]
+    assert registry.states("serial_r") == [("serial_read", False), ("serial_receive", False)]
+    assert registry.states("io_serial_") == [(name, False) for name in NAMES if name.startswith("virtio_serial")]
     registry.set_states("^serial_w", True)
     assert dict(registry.states("^serial"))["serial_write"] is True
     assert registry.states("no such name") == []
@@ -121,4 +120,4 @@ def test_what_is_no_pattern_is_refused_in_one_line(pattern: str) -> None:
 
 def _original(target: str) -> object:
     owner, method = _find(target)
-    return owner.__dict__[method]
+    return owner.__dict__.get(method)

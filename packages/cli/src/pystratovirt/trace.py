@@ -1,7 +1,9 @@
 """Trace points: named places in the program that write a log line each time they are passed, while they are switched on.
 
 A point that is off costs nothing, because it is not there: switching it on wraps the methods that it stands for, switching it off
-puts the originals back. Names are StratoVirt's where the same thing happens here (reference command-line, section 11).
+puts the originals back. So a point can only stand for methods that are looked up when they are called: one that somebody keeps
+bound (a callback of a loop) would not fire. Names are StratoVirt's where the same thing happens here (reference command-line,
+section 11).
 
 Lines have the level TRACE, as in StratoVirt: STRATOVIRT_LOG_LEVEL=trace shows them.
 
@@ -33,14 +35,21 @@ class TracePoint(NamedTuple):
 
 
 _DISK = "block_qcow2.qcow2.disk:Qcow2Channel"
-_RAW = "block_qcow2.engines.threads:ThreadChannel"
+_RAW = "block_qcow2.engines.threads:ThreadChannel"  # and the others, which inherit from it
+_BLK = "virtio_devices.blk.device:BlkDevice"
 _KVM = "vmm_core.hypervisor.kvm.vm:KvmHypervisor"
 
 POINTS: Final = tuple(
     TracePoint(name, tuple(targets))
     for name, *targets in (
-        ("aio_submit_request", f"{_RAW}.submit"),
+        ("aio_submit_request", f"{_RAW}._run", "block_qcow2.engines.ring:RingChannel._enqueue"),
+        ("block_datasync", "block_qcow2.hostfile:HostFile.flush"),
+        ("block_discard", f"{_RAW}.discard", f"{_DISK}.discard"),
+        ("block_drain_request", f"{_RAW}.drain", f"{_DISK}.drain"),
+        ("block_flush_request", f"{_RAW}.flush", f"{_DISK}.flush"),
         ("block_read_vectored", f"{_RAW}.readv", f"{_DISK}.readv"),
+        ("block_write_vectored", f"{_RAW}.writev", f"{_DISK}.writev"),
+        ("block_write_zeroes", f"{_RAW}.write_zeroes", f"{_DISK}.write_zeroes"),
         ("kvm_add_ioeventfd", f"{_KVM}.add_ioeventfd"),
         ("kvm_commit_irq_routing", f"{_KVM}.route_message"),
         ("kvm_delete_ioeventfd", f"{_KVM}.remove_ioeventfd"),
@@ -48,15 +57,30 @@ POINTS: Final = tuple(
         ("kvm_release_irq", f"{_KVM}.unroute_message"),
         ("kvm_reset_vcpu", "vmm_core.hypervisor.kvm.vcpu:KvmVcpu.reset"),
         ("kvm_trigger_irqfd", "vmm_core.hypervisor.kvm.line:IrqfdLine.trigger"),
+        ("kvm_unregister_irqfd", "vmm_core.hypervisor.kvm.line:IrqfdLine.close"),
+        ("mmio_replaceable_config", "pystratovirt.hotplug:HotPlug.plug"),
+        ("qcow2_flush", "block_qcow2.qcow2.image:Qcow2Image.flush"),
         ("qmp_command", "qmp_server.dispatch:Dispatcher.answer"),
         ("qmp_event", "qmp_server.server:QmpServer.emit"),
         ("rtc_read", "vmm_core.devices.rtc:Rtc.read"),
         ("rtc_write", "vmm_core.devices.rtc:Rtc.write"),
         ("serial_read", "vmm_core.devices.serial:Serial.read"),
         ("serial_receive", "vmm_core.devices.serial:Serial.receive"),
+        ("serial_update_iir", "vmm_core.devices.serial:Serial._update"),
         ("serial_write", "vmm_core.devices.serial:Serial.write"),
-        ("timer_add", "vmm_core.threads:IoThread.call_later"),
-        ("update_event", "vmm_core.epoll:EpollLoop.add_fd", "vmm_core.epoll:EpollLoop.modify_fd"),
+        ("thread_pool_spawn_thread", "block_qcow2.pool:WorkerPool._run"),
+        ("thread_pool_submit_task", "block_qcow2.pool:WorkerPool.submit"),
+        ("timer_add", "vmm_core.clock:TimerQueue.add"),
+        ("timer_del", "vmm_core.clock:TimerQueue.cancel"),
+        ("timer_run", "vmm_core.epoll:EpollLoop._run_timers"),
+        ("update_event", *(f"vmm_core.epoll:EpollLoop.{verb}_fd" for verb in ("add", "modify", "_forget"))),
+        ("virtio_blk_complete_request", f"{_BLK}._completed"),
+        ("virtio_blk_handle_discard_write_zeroes_req", f"{_BLK}._other"),
+        ("virtio_blk_process_queue_suppress_notify", f"{_BLK}._serve"),
+        ("virtio_blk_read_config", f"{_BLK}.read_config"),
+        ("virtio_blk_write_config", f"{_BLK}.write_config"),
+        ("virtio_net_handle_ctrl", "virtio_devices.net.control:_Command.run"),
+        ("virtio_rng_write_req_data", "virtio_devices.rng:RngDevice._read"),
         ("virtio_serial_output_data", "virtio_devices.console.port:ConsolePort.new_output"),
         ("virtio_serial_new_inputqueue_buf", "virtio_devices.console.port:ConsolePort.new_room"),
         ("virtio_tpt_read_config", "virtio_devices.mmio:MmioTransport.read"),
@@ -119,14 +143,16 @@ class Registry:
             return
         if not enable:
             for owner, method, original in self._originals.pop(point.name):
-                setattr(owner, method, original)
+                if original is None:  # inherited
+                    delattr(owner, method)
+                else:
+                    setattr(owner, method, original)
             return
         replaced = []
         for target in point.targets:
             owner, method = _find(target)
-            original = owner.__dict__[method]
-            replaced.append((owner, method, original))
-            setattr(owner, method, self._wrap(point.name, original))
+            replaced.append((owner, method, owner.__dict__.get(method)))
+            setattr(owner, method, self._wrap(point.name, getattr(owner, method)))
         self._originals[point.name] = replaced
 
     def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:

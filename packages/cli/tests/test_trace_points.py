@@ -1,0 +1,207 @@
+"""Every trace point fires: switched on while a machine runs in test mode, it writes a line when what it is named for happens.
+
+Those of KVM are in tests/lab/test_trace_points.py.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from struct import pack, unpack
+from typing import Any
+
+import pytest
+
+from block_qcow2 import create_image, open_disk
+from block_qcow2.errors import EngineError
+from pystratovirt.devices import net
+from pystratovirt.trace import POINTS, Registry
+from running_vm import CONFIG, LIMIT, STATUS, RunningVm
+from virtio_devices.net.backend import Backend
+from virtio_devices.net.stream import StreamBackend
+
+MiB = 1 << 20
+SEL, NUM, READY, NOTIFY = 0x030, 0x038, 0x044, 0x050
+ENTRIES = 16
+BLK, NET, RNG, CONSOLE = 0, 4, 6, 7  # slots of the machine below
+
+IN, OUT, FLUSH, DISCARD, WRITE_ZEROES = 0, 1, 4, 11, 13  # virtio 1.2, section 5.2.6
+
+
+class Driver:
+    """A well-behaved driver of the device in a slot."""
+
+    def __init__(self, vm: RunningVm, slot: int, queues: int) -> None:
+        """Accept everything that is offered, and set up the queues."""
+        self._vm = vm
+        self._slot = slot
+        self._made = [0] * queues
+        for status in (0, 1, 3):
+            self._set(STATUS, status)
+        for half in (0, 1):
+            self._set(0x014, half)
+            self._set(0x024, half)
+            self._set(0x020, vm.register(slot, 0x010))
+        self._set(STATUS, 11)
+        for queue in range(queues):
+            self._set(SEL, queue)
+            self._set(NUM, ENTRIES)
+            for offset, part in ((0x080, 0), (0x090, 0x400), (0x0A0, 0x800)):
+                self._set(offset, self._base(queue) + part)
+            self._set(READY, 1)
+        self._set(STATUS, 15)
+        assert vm.register(slot, STATUS) == 15
+
+    def request(self, queue: int, readable: bytes, *writable: int, waits: bool = True) -> None:
+        """Offer one request, and wait until the device has used it."""
+        base, memory = self._base(queue), self._vm.access
+        parts = [(len(readable), 0)] * bool(readable) + [(length, 2) for length in writable]
+        memory.write(base + 0x1000, readable)
+        address = base + 0x1000
+        for at, (length, kind) in enumerate(parts):
+            last = at + 1 == len(parts)
+            memory.write(base + 16 * at, pack("<QIHH", address, length, kind | (not last), 0 if last else at + 1))
+            address += length
+        made = self._made[queue]
+        memory.write(base + 0x404 + 2 * (made % ENTRIES), pack("<H", 0))
+        memory.write(base + 0x402, pack("<H", made + 1))
+        self._made[queue] += 1
+        self._set(NOTIFY, queue)
+        if waits:
+            until(lambda: unpack("<H", memory.read(base + 0x802, 2))[0] == self._made[queue])
+
+    def disk(self, kind: int, data: bytes = b"", room: int = 0) -> None:
+        """Make a request of a disk, at its beginning."""
+        self.request(0, pack("<IIQ", kind, 0, 0) + data, *([room] if room else []), 1)
+
+    def _base(self, queue: int) -> int:
+        return MiB * (self._slot + 1) + 0x4000 * queue
+
+    def _set(self, offset: int, value: int) -> None:
+        self._vm.register(self._slot, offset, value)
+
+
+def until(condition: Callable[[], object], complaint: Callable[[], str] = lambda: "") -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, complaint()
+        time.sleep(0.002)
+
+
+def fired(lines: list[str]) -> set[str]:
+    """The names of the points that wrote lines."""
+    return {line[1:].partition("]")[0] for line in lines}
+
+
+@pytest.fixture
+def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningVm]:
+    ends: list[socket.socket] = []
+
+    def open_netdev(netdev: Any, take: Any = None) -> Backend:
+        ours, theirs = socket.socketpair()
+        ends.append(theirs)
+        return StreamBackend(netdev.id, ours)
+
+    monkeypatch.setattr(net, "open_netdev", open_netdev)
+    create_image(str(tmp_path / "disk"), 4 * MiB)
+    (tmp_path / "other").write_bytes(bytes(MiB))
+    options = (
+        f"-drive file={tmp_path}/disk,id=d,format=qcow2,direct=off,discard=unmap -device virtio-blk-device,drive=d,id=b "
+        "-netdev tap,id=n,ifname=t -device virtio-net-device,netdev=n,id=c "
+        "-object rng-random,id=r,filename=/dev/urandom -device virtio-rng-device,rng=r,id=e "
+        f"-chardev file,id=f,path={tmp_path}/console -device virtio-serial-device,id=s -device virtconsole,chardev=f,id=p "
+        f"-serial socket,path={tmp_path}/serial,server,nowait"
+    )
+    with RunningVm(tmp_path, *options.split()) as vm:
+        yield vm
+    for end in ends:
+        end.close()
+
+
+def test_every_point_fires_when_it_is_switched_on_while_the_machine_runs(vm: RunningVm, tmp_path: Path) -> None:
+    drivers = {slot: Driver(vm, slot, queues) for slot, queues in ((BLK, 1), (NET, 3), (RNG, 1), (CONSOLE, 2))}
+    lines: list[str] = []
+    registry = Registry(POINTS, lines.append)
+    wanted = {point.name for point in POINTS if not point.name.startswith("kvm_")}
+    registry.set_states("", True)
+    try:
+        exercise(vm, drivers, tmp_path)
+        until(lambda: not wanted - fired(lines), lambda: f"silent: {wanted - fired(lines)}")
+    finally:
+        registry.close()
+    assert all(line.isprintable() for line in lines)
+    count = len(lines)
+    drivers[BLK].disk(FLUSH)
+    vm.run("query-status")
+    assert len(lines) == count, "what is off is silent"
+
+
+def exercise(vm: RunningVm, drivers: dict[int, Driver], folder: Path) -> None:
+    """Have everything happen once."""
+    disk = drivers[BLK]
+    disk.disk(OUT, b"x" * 512)
+    disk.disk(IN, room=512)
+    disk.disk(FLUSH)
+    disk.disk(DISCARD, pack("<QII", 0, 1, 0))
+    disk.disk(WRITE_ZEROES, pack("<QII", 0, 1, 0))
+    vm.register(BLK, CONFIG)
+    vm.register(BLK, CONFIG, 0)
+    drivers[NET].request(2, bytes([0, 0, 1]), 1)  # VIRTIO_NET_CTRL_RX_PROMISC
+    drivers[RNG].request(0, b"", 64)
+    drivers[CONSOLE].request(1, b"hello")
+    drivers[CONSOLE].request(0, b"", 64, waits=False)
+    port = vm.access.write_port
+    for value in (0x10, 0x00, 0x10):  # register B of the clock: an interrupt each second, none, one again
+        port(0x70, 1, 0x0B)
+        port(0x71, 1, value)
+    vm.access.read_port(0x71, 1)
+    vm.access.clock_step(2_000_000_000)
+    port(0x3F9, 1, 1)  # the serial port tells of input
+    port(0x3F8, 1, 0x41)
+    vm.access.read_port(0x3FD, 1)
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(folder / "serial"))
+        peer.sendall(b"typed")
+        until(lambda: vm.access.read_port(0x3FD, 1) & 1)
+    vm.run("stop")
+    vm.run("cont")
+    vm.drive_slot(1)
+    vm.add_drive("other", folder / "other")
+    vm.run("device_add", id="other", driver="virtio-blk-mmio", addr="0x1")
+    vm.run("device_del", id="other")
+
+
+@pytest.mark.parametrize("engine", ["off", "threads", "native", "io_uring"])
+def test_requests_to_the_kernel_are_seen_whichever_engine_makes_them(tmp_path: Path, engine: str) -> None:
+    (tmp_path / "disk").write_bytes(bytes(MiB))
+    disk = open_disk(str(tmp_path / "disk"), format="raw", direct=False, aio=engine)
+    lines: list[str] = []
+    registry = Registry(POINTS, lines.append)
+    try:
+        try:
+            channel = disk.channel()
+        except EngineError as error:
+            pytest.skip(f"this host: {error}")
+        registry.set_states("^(aio|block)_", True)
+        channel.writev(0, [memoryview(bytearray(4096))], "write")  # which engine `off` does at once
+        if engine == "off":
+            channel.flush("flush")
+        channel.submit()
+        channel.drain()
+    finally:
+        registry.close()
+        disk.close()
+    assert {"aio_submit_request", "block_write_vectored", "block_drain_request"} <= fired(lines)
+
+
+def test_a_point_on_an_inherited_method_leaves_nothing_behind() -> None:
+    from virtio_devices.blk.device import BlkDevice
+
+    registry = Registry(POINTS, lambda _line: None)
+    assert "read_config" not in vars(BlkDevice)
+    registry.set_states("virtio_blk_read_config", True)
+    assert "read_config" in vars(BlkDevice)
+    registry.close()
+    assert "read_config" not in vars(BlkDevice)
