@@ -6,7 +6,8 @@ codec:    encode and decode one message, against qemu.qmp's Message, json of the
 latency:  query-status over a unix socket, ours (asyncio, trio) against QEMU's own monitor, interleaved
 clients:  memory of the server's process for each connected client
 
-Needs the package qemu.qmp for `codec` and qemu-system-x86_64 for `latency`.
+Needs the packages qmp-protocol and qmp-server, qemu.qmp for `codec`, trio for `latency` and qemu-system-x86_64 as its peer: see
+bench/README.md.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ ROUNDS = 25
 MESSAGES = 4_000
 REQUESTS = 2_000
 CLIENTS = 200
+
+# The aims, beside which each result is printed
+CODEC_AIM = 5.0  # times qemu.qmp, at least
+P50_AIM = 1.5  # times QEMU's monitor, at most
+P99_AIM = 1e-3  # seconds on an idle machine, at most
 
 REPLY = {"running": True, "singlestep": False, "status": "running"}
 
@@ -109,6 +115,8 @@ def codec() -> None:
         rate = middle["qmp-protocol"]
         ratios = [f"{rate / middle[name]:.2f} times {name}" for name in runs if name != "qmp-protocol"]
         print(f"{kind:>8} qmp-protocol is {', '.join(ratios)}")
+        ratio = rate / middle["qemu.qmp"]
+        print(f"{kind:>8} aim: at least {CODEC_AIM:g} times qemu.qmp: {_verdict(ratio >= CODEC_AIM)} ({ratio:.2f})")
 
 
 # Round trips ----------------------------------------------------------------------------------------------------------
@@ -172,6 +180,12 @@ def latency() -> None:
                 peer = sorted(taken["QEMU"])
                 ratio = f"  ({p50 / peer[len(peer) // 2]:.2f} and {p99 / peer[len(peer) * 99 // 100]:.2f} times QEMU)"
             print(f"{name:>16}: p50 {p50 * 1e6:7.1f} us, p99 {p99 * 1e6:7.1f} us{ratio}")
+            if ratio:
+                within = p50 / peer[len(peer) // 2]
+                print(f"{'':>16}  aim: p50 at most {P50_AIM:g} times QEMU: {_verdict(within <= P50_AIM)} ({within:.2f})")
+                print(f"{'':>16}  aim: p99 at most {P99_AIM * 1e3:g} ms: {_verdict(p99 <= P99_AIM)} ({p99 * 1e3:.3f} ms)")
+        if "QEMU" not in taken:
+            print(f"aim: p50 at most {P50_AIM:g} times QEMU: not known, qemu-system-x86_64 is not here")
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -194,6 +208,10 @@ def clients() -> None:
             time.sleep(0.5)
             after = _pss(process.pid)
     print(f"{before / 1024:.1f} MiB before, {(during - before) / CLIENTS:.1f} KiB a client, {after / 1024:.1f} MiB afterwards")
+
+
+def _verdict(reached: bool) -> str:
+    return "reached" if reached else "MISSED"
 
 
 def _pss(pid: int) -> int:
