@@ -14,10 +14,35 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .disk import Disk
+    from .image import Image
     from .images import ImageFile, create_image, open_image
+    from .qcow2.check import CheckResult
+    from .qcow2.create import Options
+    from .qcow2.image import Extent
+    from .qcow2.snapshots import Snapshot
 
 __version__ = "0.1.0"
-__all__ = ["ImageFile", "create_image", "open_disk", "open_image"]
+__all__ = [
+    "CheckResult",
+    "Extent",
+    "Image",
+    "ImageFile",
+    "Options",
+    "Snapshot",
+    "create_image",
+    "open_disk",
+    "open_image",
+]
+_HOMES = {
+    "CheckResult": "qcow2.check",
+    "Extent": "qcow2.image",
+    "Image": "image",
+    "ImageFile": "images",
+    "Options": "qcow2.create",
+    "Snapshot": "qcow2.snapshots",
+    "create_image": "images",
+    "open_image": "images",
+}
 
 
 def open_disk(
@@ -52,9 +77,9 @@ def open_disk(
     check_options(os.fspath(path), aio, detect_zeroes)
     disk: Disk
     if format != "raw":
-        from .images import RawImage, open_image
+        from .images import RawImage, open_any
 
-        image = open_image(
+        image = open_any(
             path,
             format=format,
             read_only=read_only,
@@ -95,8 +120,9 @@ def open_disk(
 
 
 def __getattr__(name: str) -> object:
-    if name in ("open_image", "create_image", "ImageFile"):
-        from . import images
+    home = _HOMES.get(name)
+    if home is not None:
+        from importlib import import_module
 
-        return getattr(images, name)
+        return getattr(import_module(f".{home}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,8 +18,9 @@ from struct import Struct
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from .errors import ImageFormatError, ImageReadOnlyError, UnsupportedFeatureError
+from .errors import ImageFormatError, UnsupportedFeatureError
 from .hostfile import Cursor, HostFile, read_padded
+from .image import ReadOnlyImage
 
 if TYPE_CHECKING:
     from .qcow2.image import Extent
@@ -31,7 +32,7 @@ _ZEROES = bytes(1 << 16)
 _UNPACKED = 16  # blocks
 
 
-class ForeignImage:
+class ForeignImage(ReadOnlyImage):
     """A read-only image of fixed-size blocks. Subclasses find blocks."""
 
     format = ""
@@ -112,12 +113,6 @@ class ForeignImage:
                 stop = min(stop + self.block_size, end)
             yield Extent(offset, stop - offset, there, not there, False, None)
             offset = stop
-
-    def write_from(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        raise ImageReadOnlyError(f"{self.path}: {self.format} images are only read")
-
-    def flush(self) -> None:
-        """Nothing is written."""
 
     def close(self) -> None:
         self.file.close()

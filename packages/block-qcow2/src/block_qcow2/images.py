@@ -9,21 +9,24 @@ Not here: guest I/O with channels (`open_disk`), the command line.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from . import locks, prealloc
 from .errors import ImageFormatError, ImageReadOnlyError, OpenError, UnsupportedFeatureError
 from .hostfile import HostFile, read_padded
+from .image import Image, PlainImage
 from .prealloc import Report
 from .qcow2.format import MAGIC
 
 if TYPE_CHECKING:
+    from .foreign import ForeignImage
     from .qcow2.create import Options
-    from .qcow2.image import Extent
+    from .qcow2.image import Extent, Qcow2Image
 
 Allow = bool | Callable[[str], bool]
 FORMATS = ("raw", "qcow2")  # read and written
@@ -32,29 +35,7 @@ _SECTOR = 512  # what the size of a new qcow2 image is a multiple of
 MAX_CHAIN = 64  # images; more are a mistake, and each costs descriptors
 
 
-class Image(Protocol):
-    """What every open image does. Offsets and lengths in bytes; ValueError outside the image."""
-
-    format: str
-    path: str
-    size: int
-    read_only: bool
-
-    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
-    def read(self, offset: int, length: int) -> bytes: ...
-    def write_from(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None: ...
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None: ...
-    def discard(self, offset: int, length: int) -> None: ...
-    def flush(self) -> None: ...
-    def block_status(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]: ...
-    def resize(self, size: int, *, shrink: bool = False) -> None: ...
-    def close(self) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
-
-
-class RawImage:
+class RawImage(PlainImage):
     """A raw image: byte n of the disk is byte n of the file."""
 
     format = "raw"
@@ -168,7 +149,7 @@ def open_image(
     l2_cache_bytes: int = 0,
     passphrase: bytes | None = None,
     share_named: bool = False,
-) -> Any:
+) -> Image:
     """Open an image; use it as a context manager, or close() it.
 
     `format`: "raw", "qcow2", or "vdi", "vhdx", "vpc", "vmdk" (only read), or None to look at the first bytes. `allow`:
@@ -179,11 +160,46 @@ def open_image(
 
     Raises OpenError, ImageInUseError, ImageFormatError, UnsupportedFeatureError; ImageFormatError also for a loop in the chain.
     """
+    image: RawImage | ForeignImage | Qcow2Image = open_any(
+        path,
+        format=format,
+        read_only=read_only,
+        allow=allow,
+        direct=direct,
+        lock=lock,
+        force_share=force_share,
+        discard=discard,
+        for_repair=for_repair,
+        named=named,
+        l2_cache_bytes=l2_cache_bytes,
+        passphrase=passphrase,
+        share_named=share_named,
+    )
+    return image
+
+
+def open_any(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    read_only: bool = True,
+    allow: Allow = False,
+    direct: bool = False,
+    lock: bool = True,
+    force_share: bool = False,
+    discard: bool = True,
+    for_repair: bool = False,
+    named: bool = True,
+    l2_cache_bytes: int = 0,
+    passphrase: bytes | None = None,
+    share_named: bool = False,
+) -> Any:
+    """`open_image`, for callers that look into the formats: the image may be of any of their classes."""
     path = os.fspath(path)
     if force_share and not read_only:
         raise OpenError(f"{path}: sharing is for reading: what is written to is locked")
     share = force_share or share_named
-    image = _open(path, format, read_only, allow, direct, lock, share, discard, for_repair, named, l2_cache_bytes, ())
+    image: Any = _open(path, format, read_only, allow, direct, lock, share, discard, for_repair, named, l2_cache_bytes, ())
     if passphrase is not None:
         try:
             if not unlock(image, passphrase):
@@ -218,7 +234,7 @@ def _open(
     named: bool,
     l2_cache_bytes: int,
     above: tuple[tuple[int, int], ...],
-) -> Any:
+) -> RawImage | ForeignImage | Qcow2Image:
     if fmt is not None and fmt not in READ_FORMATS:
         raise OpenError(f"{path}: format {fmt!r} is not supported; there are: {', '.join(READ_FORMATS)}")
     file = HostFile(path, read_only=read_only, direct=direct)
@@ -419,44 +435,61 @@ def _preallocate(file: HostFile, o: Options, report: Report | None) -> None:
 
 
 class ImageFile(io.RawIOBase):
-    """An open image as a binary file: anything in Python that reads files reads images. Closes the image with itself."""
+    """An open image as a binary file: anything in Python that reads files reads images. Closes the image with itself.
+
+    It is as long as the image: writes do not make it longer, and behind its end they are an OSError (ENOSPC).
+    """
 
     def __init__(self, image: Image) -> None:
         self._image = image
         self._at = 0
 
+    def _must_be_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+
     def readable(self) -> bool:
+        self._must_be_open()
         return True
 
     def writable(self) -> bool:
+        self._must_be_open()
         return not self._image.read_only
 
     def seekable(self) -> bool:
+        self._must_be_open()
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._image.size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"seek to {base + offset}")
+        self._must_be_open()
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._image.size}.get(whence)
+        if base is None or base + offset < 0:
+            raise ValueError(f"seek to {offset} from {whence}: expected a place in the file")
         self._at = base + offset
         return self._at
 
     def tell(self) -> int:
+        self._must_be_open()
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        self._must_be_open()
         with memoryview(buffer).cast("B") as view:
             n = min(len(view), max(self._image.size - self._at, 0))
-            self._image.read_into(self._at, [view[:n]])
+            if n:
+                self._image.read_into(self._at, [view[:n]])
         self._at += n
         return n
 
     def write(self, data: Any) -> int:
+        if not self.writable():
+            raise io.UnsupportedOperation("the image is open for reading")
         with memoryview(data).cast("B") as view:
             n = min(len(view), max(self._image.size - self._at, 0))
             if n < len(view) and not n:
-                raise OSError("the image ends here")
-            self._image.write_from(self._at, [view[:n]])
+                raise OSError(errno.ENOSPC, "the image ends here", self._image.path)
+            if n:
+                self._image.write_from(self._at, [view[:n]])
         self._at += n
         return n
 

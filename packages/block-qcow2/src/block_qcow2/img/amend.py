@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import BlockError
-from ..images import open_image, unlock
+from ..images import open_any, unlock
 from .args import Given, UsageError, boolean, number, option_list, parse, size
 from .basic import _one_path
 from .options import apply_cache, cache_mode, check_format, is_direct
@@ -54,7 +54,7 @@ def amend(words: list[str]) -> int:
     named = new_size is not None or compat == 2
     fmt = check_format(given.last("f"))
     cache = cache_mode(given, "t")
-    with open_image(
+    with open_any(
         path, format=fmt, read_only=False, named=named, allow=given.flag("allow-chain"), direct=is_direct(cache)
     ) as image:
         apply_cache(image, cache)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import prealloc
 from ..errors import BlockError
-from ..images import create_image, open_image, resolve_name, unlock
+from ..images import create_image, open_any, resolve_name, unlock
 from ..qcow2.create import Options
 from . import args
 from .args import UsageError, parse
@@ -44,7 +44,7 @@ def opened(
     `plain`: a passphrase may be of another image of the command. -U of a command that writes is for what the image names.
     """
     share = given.flag("U")
-    image = open_image(
+    image = open_any(
         path,
         format=fmt,
         read_only=read_only,
@@ -108,7 +108,7 @@ def create(words: list[str]) -> int:
 def _backing_size(path: str, options: Options) -> int:
     name = resolve_name(path, options.backing_file or "", True)
     # The user names this file: it may be looked at, what it names in turn may not.
-    with open_image(name, format=options.backing_format, named=False) as image:
+    with open_any(name, format=options.backing_format, named=False) as image:
         return int(image.size)
 
 
@@ -163,7 +163,7 @@ def check(words: list[str]) -> int:
         raise UsageError("-U is for reading: what -r repairs is locked")
     path = _one_path(given.words, "Image check requires path")
     fmt = check_format(given.last("f"))
-    image = open_image(
+    image = open_any(
         path,
         format=fmt,
         read_only=repair == "none",
@@ -311,7 +311,7 @@ def snapshot(words: list[str]) -> int:
     changing = what != "l"
     if changing and given.flag("U"):
         raise UsageError(f"-U is for reading: what -{what} changes is locked")
-    with open_image(
+    with open_any(
         path, format=check_format(given.last("f")), read_only=not changing, force_share=given.flag("U"), named=False
     ) as image:
         if image.format != "qcow2":

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import BlockError
-from ..images import MAX_CHAIN, open_image, resolve_name
+from ..images import MAX_CHAIN, open_any, resolve_name
 from .args import Given, UsageError, parse, size
 from .basic import _one_path, opened
 from .copy import copy, own_parts
@@ -63,7 +63,7 @@ def _down_to(given: Given, path: str, fmt: str | None, base: str | None) -> list
     chain = [(path, fmt)]
     while len(chain) <= MAX_CHAIN:
         path, fmt = chain[-1]
-        with open_image(path, format=fmt, named=False, lock=False) as image:
+        with open_any(path, format=fmt, named=False, lock=False) as image:
             name, backing_format = getattr(image, "backing_file", None), getattr(image, "backing_format", None)
         if not name:
             if base is not None and len(chain) > 1:
@@ -166,7 +166,7 @@ def bitmap(words: list[str]) -> int:
     if given.last("g") is not None and "add" not in asked:
         raise UsageError("granularity only supported with --add")
     path, name = given.words
-    with open_image(path, format=check_format(given.last("f")), read_only=False, named=False) as image:
+    with open_any(path, format=check_format(given.last("f")), read_only=False, named=False) as image:
         if image.format != "qcow2":
             raise BlockError(f"{path}: a {image.format} image has no bitmaps")
         from ..qcow2.bitmaps import Bitmaps
@@ -196,7 +196,7 @@ def _merge(bitmaps: Any, name: str, sources: list[str], path: str | None, fmt: s
             continue
         from ..qcow2.bitmaps import Bitmaps
 
-        with open_image(path, format=fmt, named=False) as other:
+        with open_any(path, format=fmt, named=False) as other:
             if other.format != "qcow2":
                 raise BlockError(f"{path}: a {other.format} image has no bitmaps")
             theirs = Bitmaps(other)

@@ -13,13 +13,13 @@ from .args import UsageError, fail, text_of
 
 # command: (module, one line of help)
 COMMANDS = {
-    "create": ("basic", "create [-f FMT] [-o NAME=VALUE,…] [-b BACKING [-F FMT]] [--key-file KEY] [-q] FILE [SIZE]"),
-    "check": ("basic", "check [-r leaks|all] [-no_print_error] [-f FMT] [--output human|json] [-q] [-U] FILE"),
-    "resize": ("basic", "resize [-f FMT] [--shrink] [-q] [--allow-chain] FILE [+|-]SIZE"),
+    "create": ("basic", "create [-f FMT] [-o NAME=VALUE,…|help] [-b BACKING [-F FMT]] [-u] [--key-file KEY] [-q] FILE [SIZE]"),
+    "check": ("basic", "check [-r leaks|all] [-no_print_error] [-f FMT] [--output human|json] [-T CACHE] [-p] [-q] [-U] FILE"),
+    "resize": ("basic", "resize [-f FMT] [--shrink | --preallocation MODE] [-p] [-q] [--allow-chain] FILE [+|-]SIZE"),
     "snapshot": ("basic", "snapshot [-f FMT] [-q] [-U] [-l | -a NAME | -c NAME | -d NAME] FILE"),
     "info": ("look", "info [-f FMT] [--output human|json] [--backing-chain] [--allow-chain] [-U] FILE"),
     "map": ("look", "map [-f FMT] [--output human|json] [--start-offset N] [--max-length N] [--allow-chain] [-U] FILE"),
-    "compare": ("look", "compare [-f FMT] [-F FMT] [-s] [-q] [-p] [--allow-chain] [-U] FILE1 FILE2"),
+    "compare": ("look", "compare [-f FMT] [-F FMT] [-T CACHE] [-s] [-q] [-p] [--allow-chain] [-U] FILE1 FILE2"),
     "measure": (
         "measure",
         "measure [-O FMT] [-o OPTIONS] [--output human|json] (--size N | [-f FMT] [-l SNAPSHOT] [--allow-chain] FILE)",
@@ -31,16 +31,13 @@ COMMANDS = {
             " [-T CACHE] [--bitmaps [--skip-broken-bitmaps]] [--salvage] [--target-is-zero] [--allow-chain] IN… OUT"
         ),
     ),
-    "amend": (
-        "amend",
-        (
-            "amend [-f FMT] [-q] [-p] [--force] [--allow-chain] -o OPTIONS FILE    (backing_file backing_fmt compat data_file"
-            " data_file_raw lazy_refcounts refcount_bits size encrypt.{state,keyslot,old-secret,new-secret,iter-time})"
-        ),
-    ),
+    "amend": ("amend", "amend [-f FMT] [-t CACHE] [-q] [-p] [--force] [--allow-chain] -o OPTIONS|help FILE"),
     "bench": (
         "export",
-        "bench [-f FMT] [-c COUNT] [-d DEPTH] [-o OFFSET] [-s SIZE] [-S STEP] [-w] [--direct] [--aio ENGINE] FILE",
+        (
+            "bench [-f FMT] [-c COUNT] [-d DEPTH] [-o OFFSET] [-s SIZE] [-S STEP] [-w [--pattern N] [--flush-interval N"
+            " [--no-drain]]] [-t CACHE] [-n | -i ENGINE] [-q] [-U] [--allow-chain] FILE"
+        ),
     ),
     "bitmap": (
         "chain",
@@ -48,11 +45,16 @@ COMMANDS = {
     ),
     "serve": (
         "export",
-        "serve [-f FMT] [-r] [-k SOCKET | -b HOST -p PORT] [-x NAME] [-e N] [--discard] [--direct] [--allow-chain] FILE",
+        (
+            "serve [--type nbd] [-f FMT] [-r] [-k SOCKET | -b HOST -p PORT] [-x NAME] [-e N] [-B BITMAP]… [--tls-creds FOLDER"
+            " [--tls-verify-peer on|off]] [--aio off|threads|native|io_uring] [--direct] [--discard] [--allow-chain] FILE\n"
+            "  serve --type vhost-user-blk -k SOCKET [--num-queues N] [--serial TEXT] [-f FMT] [-r] [--aio ENGINE] [--direct]"
+            " [--discard] [--allow-chain] FILE"
+        ),
     ),
     "dd": ("copy", "dd [-f FMT] [-O FMT] [-U] [--allow-chain] [bs=N] [count=N] [skip=N] if=FILE of=FILE"),
-    "commit": ("chain", "commit [-f FMT] [-d] [-p] [-q] [-r RATE] --allow-chain FILE"),
-    "rebase": ("chain", "rebase [-f FMT] [-u] [-p] [-q] [--allow-chain] -b BACKING [-F FMT] FILE"),
+    "commit": ("chain", "commit [-f FMT] [-b BASE] [-d] [-p] [-q] [-r RATE] [-t CACHE] --allow-chain FILE"),
+    "rebase": ("chain", "rebase [-f FMT] [-u] [-p] [-q] [-t CACHE] [-T CACHE] [-U] [--allow-chain] -b BACKING [-F FMT] FILE"),
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from ..errors import BlockError
-from ..images import create_image, open_image, resolve_name, unlock
+from ..images import create_image, open_any, resolve_name, unlock
 from ..qcow2.create import Options
 from . import args
 from .args import UsageError, parse
@@ -235,7 +235,7 @@ class Target:
                 create_image(path, size, format=fmt, options=options, made=self._making.made)
             self.backed = options is not None and bool(options.backing_file)
             allow = given.flag("allow-chain") or _typed(path, options)
-            self.image = open_image(path, format=fmt, read_only=False, allow=allow, direct=is_direct(cache))
+            self.image = open_any(path, format=fmt, read_only=False, allow=allow, direct=is_direct(cache))
             if existing:
                 self._making.changed(path)
             try:

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ..errors import BlockError
-from ..images import create_image, open_image
+from ..images import create_image, open_any
 from ..zeroes import is_zero
 from . import args
 from .args import UsageError, parse
@@ -333,7 +333,7 @@ def dd(words: list[str]) -> int:
         with Making() as making:
             size = -(-length // 512) * 512 if fmt == "qcow2" else length
             create_image(pairs["of"], size, format=fmt, made=making.made)
-            with open_image(pairs["of"], format=fmt, read_only=False) as out, Progress(length, shown=False) as progress:
+            with open_any(pairs["of"], format=fmt, read_only=False) as out, Progress(length, shown=False) as progress:
                 at = 0
                 while at < length:
                     data = source.read(start + at, min(_CHUNK, length - at))

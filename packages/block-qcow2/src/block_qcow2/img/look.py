@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..errors import BlockError
-from ..images import open_image, resolve_name
+from ..images import open_any, resolve_name
 from ..qcow2.bitmaps import load as load_bitmaps
 from . import args
 from .args import UsageError, human_size, parse
@@ -32,7 +32,7 @@ def info(words: list[str]) -> int:
     names: list[Any] = []
     seen: set[tuple[int, int]] = set()
     while True:
-        with open_image(path, format=fmt, force_share=share, named=False) as image:
+        with open_any(path, format=fmt, force_share=share, named=False) as image:
             status = os.fstat(image.file.fd)
             if (status.st_dev, status.st_ino) in seen:
                 raise BlockError(f"{path}: the chain of backing files comes back to this image")

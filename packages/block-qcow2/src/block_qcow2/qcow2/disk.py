@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import locks
@@ -18,10 +18,11 @@ from ..disk import Channel
 from ..errors import BlockError, ImageReadOnlyError, OpenError
 from ..raw import RawDisk
 from ..zeroes import all_zero
-from .image import Qcow2Image
+from .image import Extent, Qcow2Image
 from .reader import fill_zero
 
 if TYPE_CHECKING:
+    from .check import CheckResult
     from .snapshots import Snapshot, Snapshots
 
 _UNLIMITED = 1 << 62
@@ -140,9 +141,27 @@ class Qcow2Disk:
         table.delete(snapshot)
         return snapshot
 
+    def snapshot_apply(self, name: str) -> Snapshot:
+        """Make the content that of the first snapshot of that name. Whoever has cached the old one must not write it back.
+
+        The size is that of the snapshot then. Raises as snapshot_create.
+        """
+        table = self._snapshots()
+        snapshot = table.find(name)
+        table.apply(snapshot)
+        return snapshot
+
     def resize(self, size: int) -> None:
         """Make the disk larger; the device tells the guest."""
         self.image.resize(size)
+
+    def check(self, *, repair: str = "none", report: Callable[[str], None] = lambda line: None) -> CheckResult:
+        """Check the metadata of the image in use: "none", "leaks" or "all" of what is wrong is repaired."""
+        return self.image.check(repair=repair, report=report)
+
+    def block_status(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """What backs each part of a range, in order; this image's own part of it."""
+        return self.image.block_status(offset, length)
 
     def _snapshots(self) -> Snapshots:
         from .snapshots import Snapshots

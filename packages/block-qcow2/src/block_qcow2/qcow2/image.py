@@ -9,10 +9,11 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ..errors import ImageFormatError, UnsupportedFeatureError
 from ..hostfile import HostFile, read_padded
+from ..image import Qcow2Snapshots
 from . import bitmaps, tables
 from .format import (
     AUTOCLEAR_BITMAPS,
@@ -34,6 +35,9 @@ from .format import (
 )
 from .reader import COMPRESSED_DATA, NORMAL, UNALLOCATED, ZERO_PLAIN, Source
 from .writer import Writer
+
+if TYPE_CHECKING:
+    from .check import CheckResult
 
 _KNOWN_AUTOCLEAR = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW
 _LAYOUT = INCOMPAT_DATA_FILE | INCOMPAT_EXTENDED_L2
@@ -155,6 +159,17 @@ class Qcow2Image(Writer):
                 where = host if kind == NORMAL else None
                 yield Extent(offset, n, kind != UNALLOCATED, zero, kind == COMPRESSED_DATA, where)
                 offset += n
+
+    @property
+    def snapshots(self) -> Qcow2Snapshots:
+        """The internal snapshots: list, create, apply and delete them."""
+        return Qcow2Snapshots(self)
+
+    def check(self, *, repair: str = "none", report: Callable[[str], None] = lambda line: None) -> CheckResult:
+        """Check the metadata and repair "none", "leaks" or "all" of what is wrong; `report` gets a line for each finding."""
+        from .check import check
+
+        return check(self, repair=repair, report=report)
 
     # --- life ---
 
