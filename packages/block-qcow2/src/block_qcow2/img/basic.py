@@ -179,7 +179,9 @@ def check(words: list[str]) -> int:
         from ..qcow2.check import check as check_qcow2
 
         quiet = given.flag("no_print_error") or given.flag("q") or output == "json"
-        result = check_qcow2(image, repair=repair, report=(lambda line: None) if quiet else print)
+        with Progress(1, shown=given.flag("p"), quiet=given.flag("q")) as progress:
+            report = (lambda line: None) if quiet else print
+            result = check_qcow2(image, repair=repair, report=report, progress=progress.of)
     if output == "json":
         import json
 

@@ -31,6 +31,7 @@ _CHUNK = 1 << 20
 _ZEROES = bytes(_CHUNK)
 SPARSE = 4096  # bytes: what reads as zeroes in pieces of this size is left out
 _SECTOR = 512
+_OFFLOAD = 256 << 20  # bytes of one call: between two of them progress is told
 _NO_OFFLOAD = {errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF, errno.ETXTBSY}
 
 
@@ -76,7 +77,7 @@ def copy(
         parts = _salvaged(source) if salvage else mapped(source, 0, source.size)
         parts = joined(parts)
     if offload:
-        parts = _offloaded(source, target, base, parts)
+        parts = _offloaded(source, target, base, parts, progress)
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="copy")
     waiting: deque[tuple[int, Future[Any]]] = deque()
     spare: list[bytearray] = []
@@ -276,7 +277,7 @@ def _salvaged(source: Any) -> Iterator[Mapped]:
 # --- copying in the kernel ---
 
 
-def _offloaded(source: Any, target: Any, base: int, parts: Iterator[Mapped]) -> Iterator[Mapped]:
+def _offloaded(source: Any, target: Any, base: int, parts: Iterator[Mapped], progress: Progress) -> Iterator[Mapped]:
     """Let the kernel copy the parts that are the same in both files; yield what is left to be copied here."""
     works = target.format == "raw"
     for part in parts:
@@ -293,13 +294,15 @@ def _offloaded(source: Any, target: Any, base: int, parts: Iterator[Mapped]) -> 
         done = 0
         try:
             while done < part.length:
-                n = os.copy_file_range(fd, target.file.fd, part.length - done, part.offset + done, base + part.start + done)
+                wanted = min(part.length - done, _OFFLOAD)
+                n = os.copy_file_range(fd, target.file.fd, wanted, part.offset + done, base + part.start + done)
                 if not n:
                     break  # the file ends here; what is behind reads as zeroes
                 done += n
+                progress.at(base + part.start + done)
         except OSError as e:
             if e.errno not in _NO_OFFLOAD:
-                raise
+                raise OSError(e.errno, e.strerror, target.path) from None
             works = False  # these two files never will
         if done < part.length:
             yield part._replace(start=part.start + done, length=part.length - done, offset=part.offset + done)

@@ -61,13 +61,20 @@ class CheckResult:
         return not (self.corruptions or self.leaks or self.check_errors)
 
 
-def check(image: Qcow2Image, *, repair: str = "none", report: Report = lambda line: None) -> CheckResult:
+def check(
+    image: Qcow2Image,
+    *,
+    repair: str = "none",
+    report: Report = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CheckResult:
     """Check `image` and repair "none", "leaks" or "all" of what is wrong. `report` gets a line for each finding.
 
+    `progress` is told how many L2 tables, of how many at most, one pass has looked at.
     What was repaired is checked again: what `CheckResult` says is left was found in an image that nothing more was done to.
     Raises OSError when the image cannot be read or written.
     """
-    return _check(image, repair, report, wholly=False)
+    return _check(image, repair, report, wholly=False, progress=progress)
 
 
 def repair_if_dirty(image: Qcow2Image) -> None:
@@ -82,14 +89,21 @@ def repair_if_dirty(image: Qcow2Image) -> None:
         raise ImageFormatError(f"{image.path}: the image was not closed properly and cannot be repaired")
 
 
-def _check(image: Qcow2Image, repair: str, report: Report, *, wholly: bool) -> CheckResult:
+def _check(
+    image: Qcow2Image,
+    repair: str,
+    report: Report,
+    *,
+    wholly: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CheckResult:
     with image.exclusive():
         if not image.read_only and not image._broken:
             image.commit()
             image.commit()
         leaks_fixed = corruptions_fixed = 0
         for _ in range(_PASSES):
-            checker = _Checker(image, repair, report, wholly)
+            checker = _Checker(image, repair, report, wholly, progress)
             checker.run()
             result = checker.result
             if checker.outdated and result.corruptions == checker.outdated and not result.corruptions_fixed:
@@ -116,9 +130,12 @@ def _clear_marks(image: Qcow2Image) -> None:
 
 
 class _Checker:
-    def __init__(self, image: Qcow2Image, repair: str, report: Report, wholly: bool) -> None:
+    def __init__(
+        self, image: Qcow2Image, repair: str, report: Report, wholly: bool, progress: Callable[[int, int], None]
+    ) -> None:
         self.image = image
         self.report = report
+        self.progress = progress
         self.leaks = repair in ("leaks", "all")
         self.all = repair == "all"
         self.wholly = wholly  # repair everything or nothing
@@ -169,7 +186,8 @@ class _Checker:
         if length:
             self._add("snapshot table", header.snapshots_offset, length)
         self._count_extensions()
-        for offset, times, active in counts.tables():
+        for done, (offset, times, active) in enumerate(counts.tables()):
+            self.progress(done, total)
             self._found(offset, counts.add_l2(snap.read_table(image, offset), times, active=active), active)
         self._add("refcount table", header.refcount_table_offset, header.refcount_table_clusters << image.cluster_bits)
         for index, entry in enumerate(image.refcounts.table):
