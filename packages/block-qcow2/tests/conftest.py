@@ -18,7 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Everything runs where all extras are installed; nothing is skipped there.
     """
     for item in items:
-        if item.path.name in ("test_nbd.py", "test_qcow2_luks.py") or "zstd" in item.nodeid or "encrypted" in item.nodeid:
+        if item.path.name in ("test_nbd.py", "test_nbd_stress.py", "test_qcow2_luks.py") or any(
+            word in item.nodeid for word in ("zstd", "encrypted", "serve -k")
+        ):
             item.add_marker(pytest.mark.extras)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from ..images import READ_FORMATS
-from ..luks import Spec
 from ..prealloc import MODES
 from ..qcow2.create import Options
 from . import args
@@ -133,7 +132,9 @@ def creation_options(given: args.Given, fmt: str, pairs: dict[str, str], *, key_
             what = f"encrypt.{min(encrypt)}" if encrypt else "--key-file"
             raise UsageError(f"{what} is of encrypted images: -o encrypt.format=luks")
         return options
-    spec = Spec(**{_SPEC[n]: v for n, v in encrypt.items() if n in _SPEC})
+    from .. import luks
+
+    spec = luks.Spec(**{_SPEC[n]: v for n, v in encrypt.items() if n in _SPEC})
     spec.check()
     ident, time_ms = encrypt.get("key-secret"), encrypt.get("iter-time")
     rounds = args.number(time_ms, "encrypt.iter-time", 1, 1 << 20) if time_ms is not None else None
@@ -144,8 +145,6 @@ def creation_options(given: args.Given, fmt: str, pairs: dict[str, str], *, key_
         raise UsageError("encrypt.format=luks needs a passphrase: encrypt.key-secret=ID" + (" or --key-file" if key_file else ""))
     options = options._replace(passphrase=words, luks_spec=spec)
     if rounds is not None:
-        from .. import luks
-
         options = options._replace(luks_rounds=luks.rounds_for(rounds, spec.hash))
     return options
 
