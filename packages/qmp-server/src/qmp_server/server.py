@@ -59,7 +59,8 @@ class QmpServer:
         have `drain_time` seconds to take what is on its way. `strict` demands `qmp_capabilities` first, as QEMU does.
 
         `traffic` hears of each command, with `-->`, and of each message to a client, with `<--`, as a line of JSON. Of what is no
-        command it hears the answer alone, of commands that come too soon nothing. It is called on the event loop, and must neither block nor raise.
+        command it hears the answer alone, of commands that come too soon nothing. It is called on the event loop, and must
+        neither block nor raise.
         """
         self.schema = schema
         self.greeting = greeting
