@@ -351,7 +351,8 @@ def test_bench(img: Any) -> None:
     said = img("bench", "-c", "500", "-d", "8", "-w", "--pattern", "7", "--flush-interval", "100", "a")
     assert said.status == 0
     assert said.out.startswith(
-        "Sending 500 write requests, 4096 bytes each, 8 in parallel (starting at offset 0, step size 4096)\nRun "
+        "Sending 500 write requests, 4096 bytes each, 8 in parallel (starting at offset 0, step size 4096)\n"
+        "Sending flush every 100 draining requests\nRun "
     )
     qemu_io(Path("a"), "read -P 7 0 2000k")
     is_clean(Path("a"))
