@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Sequence
 
+from block_qcow2.ranges import RangeGate
+
+FULL = 64 << 20  # bytes that a file may have
 SECTOR = 512  # bytes that a disk writes as a whole or not at all
 
 
@@ -21,6 +25,7 @@ class MemoryFile:
     def __init__(self, data: bytes = b"", *, log: bool = False) -> None:
         self.data = bytearray(data)
         self.size = len(data)
+        self.gate = RangeGate()
         self.log: list[tuple[int, bytes] | None] | None = [] if log else None  # writes; None is a flush
 
     def refresh_size(self) -> int:
@@ -52,6 +57,8 @@ class MemoryFile:
 
     def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         data = bytes(data)
+        if offset + len(data) > FULL:
+            raise OSError(errno.ENOSPC, "a disk has an end")
         if len(self.data) < offset + len(data):
             self.data.extend(bytes(offset + len(data) - len(self.data)))
         self.data[offset : offset + len(data)] = data
