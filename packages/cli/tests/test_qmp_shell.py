@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,6 +152,32 @@ def test_an_event_is_waited_for_from_the_last_command_on(talk: Talk, server: Qmp
 
     _, text = talk("stop", "wait STOP", "cont", "wait RESUME", "query-status")
     assert text.index("STOP {}") < text.index("RESUME {}") < text.index('"status": "running"')
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_ctrl_c_ends_the_wait_and_not_the_shell_however_early_it_comes(
+    talk: Talk, server: QmpServer, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    @server.handler("cont", concurrent=True)
+    async def cont(_: Any, call: Call) -> None:
+        await anyio.sleep_forever()
+
+    original = Shell._do
+
+    async def do(self: Shell, line: str) -> None:
+        if line == "cont":
+            interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+            interrupt() if early else asyncio.get_running_loop().call_later(0.05, interrupt)
+            if early:
+                await asyncio.sleep(0.01)  # between the prompt and the command
+        await original(self, line)
+
+    monkeypatch.setattr(Shell, "_do", do)
+    server.drain_time = 0.05
+    status, text = talk("cont", "help device_del")
+    assert status == 0
+    assert "Not waited for any longer" in text
+    assert "Remove a device" in text
 
 
 def test_a_wait_ends_with_the_server(talk: Talk, server: QmpServer) -> None:

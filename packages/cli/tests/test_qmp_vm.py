@@ -166,7 +166,7 @@ class TestQueries:
         assert states == [{"name": f"virtio_tpt_{kind}_config", "state": "disabled"} for kind in ("read", "write")]
         assert len(client.run("trace-get-state", {"name": ""})["return"]) == len(POINTS)
         assert client.run("trace-set-state", {"name": "virtio_tpt_read", "enable": True}) == {"return": {}}
-        assert client.run("trace-get-state", {"name": "_read_config"})["return"][0]["state"] == "enabled"
+        assert client.run("trace-get-state", {"name": "tpt_read"})["return"][0]["state"] == "enabled"
         vm.ask("readl 0xf0100000")
         assert client.run("trace-set-state", {"name": "virtio", "enable": False}) == {"return": {}}
         vm.ask("readl 0xf0100004")

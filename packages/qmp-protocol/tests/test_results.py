@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmp_protocol import QmpError
@@ -110,6 +110,7 @@ def values(kind: Type) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+@settings(deadline=None)
 @given(data=st.data())
 def test_what_fits_exactly_is_understood_as_before(command: type[Command[Any]], data: st.DataObject) -> None:
     kind = type_of(command.result_hint())

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -136,6 +136,8 @@ class Shell:
         self._colour = not os.environ.get("NO_COLOR")
         self._recent: deque[Event] = deque(maxlen=_RECENT)  # shown since the last command was begun, and not waited for
         self._news = asyncio.Event()
+        self._work: asyncio.Future[Any] | None = None  # what Ctrl-C ends the wait for
+        self._interrupted = False  # since the last line was asked for
         self._session: PromptSession[str] = PromptSession(
             history=history,
             completer=_Completer(model),
@@ -151,7 +153,7 @@ class Shell:
         version = self._client.greeting.version
         name = render.line(str(version.get("package") or "a QMP server"))
         self._say(f"Connected to {name}. help tells more, Ctrl-D leaves.")
-        with patch_stdout(raw=True):
+        with patch_stdout(raw=True), self._interrupts():
             events = asyncio.create_task(self._show_events())
             try:
                 return await self._converse()
@@ -188,7 +190,9 @@ class Shell:
 
     async def _prompt(self, text: str) -> str | None:
         """Ask for a line; None when the server hangs up meanwhile."""
-        asking = asyncio.create_task(self._session.prompt_async(text))
+        self._interrupted = False
+        # While a line is typed, Ctrl-C is a key.
+        asking = asyncio.create_task(self._session.prompt_async(text, handle_sigint=False))
         await asyncio.wait((asking, self._client.ended), return_when=asyncio.FIRST_COMPLETED)
         if not asking.done():
             asking.cancel()
@@ -211,7 +215,7 @@ class Shell:
                 self._say(self._schema(words))
                 return
             if command == "wait":
-                await _interruptible(self._wait(wanted(self._model, words)))
+                await self._interruptible(self._wait(wanted(self._model, words)))
                 return
             if command == "hmp":
                 text = await self._execute("human-monitor-command", {"command-line": " ".join(words)})
@@ -226,7 +230,40 @@ class Shell:
     async def _execute(self, command: str, values: Json | Absent) -> Json:
         """Run a command. Ctrl-C ends the wait for its reply and nothing else."""
         self._recent.clear()
-        return await _interruptible(self._client.execute(command, values))
+        return await self._interruptible(self._client.execute(command, values))
+
+    @contextlib.contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """Take Ctrl-C from the first prompt to the end: there must be no moment between two in which it would end the shell."""
+
+        def interrupt() -> None:
+            self._interrupted = True
+            if self._work is not None:
+                self._work.cancel()
+
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: no Ctrl-C comes here
+            loop.add_signal_handler(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ValueError, RuntimeError):
+                loop.remove_signal_handler(signal.SIGINT)
+
+    async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work` until Ctrl-C. Raises _Interrupted."""
+        self._work = task = asyncio.ensure_future(work)
+        try:
+            await asyncio.sleep(0)  # it has begun, and the command is on its way
+            if self._interrupted:
+                task.cancel()
+            await asyncio.wait((task,))
+        finally:
+            self._work = None
+            task.cancel()
+        if task.cancelled():
+            raise _Interrupted
+        return task.result()
 
     async def _sure(self) -> bool:
         answer = await self._prompt("This ends the virtual machine (exit leaves the shell). End it? [y/N] ")
@@ -270,19 +307,3 @@ class Shell:
 
     def _say(self, text: str) -> None:
         print_formatted_text(ANSI(text), output=self._output, file=None if self._output else sys.stdout)
-
-
-async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    task = asyncio.ensure_future(work)
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: no Ctrl-C comes here
-        loop.add_signal_handler(signal.SIGINT, task.cancel)
-    try:
-        await asyncio.wait((task,))
-    finally:
-        with contextlib.suppress(ValueError, RuntimeError):
-            loop.remove_signal_handler(signal.SIGINT)
-        task.cancel()
-    if task.cancelled():
-        raise _Interrupted
-    return task.result()

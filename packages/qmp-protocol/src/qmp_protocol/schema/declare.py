@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from qmp_protocol.errors import COMMAND_NOT_FOUND, ERROR_CLASSES, GENERIC_ERROR, QmpError, SchemaError
 from qmp_protocol.messages import ABSENT, Absent, Json, shorten
-from qmp_protocol.schema.lenient import read
 from qmp_protocol.schema.struct import Struct, type_of
 
 R_co = TypeVar("R_co", covariant=True)
@@ -115,6 +114,8 @@ class Command(Struct, Generic[R_co]):
 
         What other servers have beside what is declared is no error (`schema.lenient`): a choice may be another word.
         """
+        from qmp_protocol.schema.lenient import read  # for clients only
+
         return typing.cast(R_co, read(type_of(self.result_hint()), value))
 
 
