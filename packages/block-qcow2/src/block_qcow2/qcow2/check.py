@@ -189,6 +189,7 @@ class _Checker:
         for done, (offset, times, active) in enumerate(counts.tables()):
             self.progress(done, total)
             self._found(offset, counts.add_l2(snap.read_table(image, offset), times, active=active), active)
+        self._find_shared()  # before the refcount structures: those that are in somebody's place are made anew
         self._add("refcount table", header.refcount_table_offset, header.refcount_table_clusters << image.cluster_bits)
         for index, entry in enumerate(image.refcounts.table):
             if entry & REFCOUNT_OFFSET_MASK and index not in self.bad_blocks:
@@ -197,7 +198,6 @@ class _Checker:
                 if where < clusters and counts.found[where] != 1:
                     self._corruption(f"ERROR refcount block {index} refcount={counts.found[where]}")
                     self.rebuild = True
-        self._find_shared()
 
     def _find_shared(self) -> None:
         """Tables that are something else too: repairing their flags would write into somebody's data."""
@@ -208,8 +208,8 @@ class _Checker:
             self.lost = True
         start = image.header.l1_table_offset
         l1 = range(start >> bits, -(-(start + 8 * len(image.l1)) >> bits))
-        if any(c < self.counts.clusters and self.counts.found[c] != 1 for c in (0, *l1)):
-            self._corruption("ERROR the header or the L1 table is something else too")
+        if any(c < self.counts.clusters and self.counts.found[c] != 1 for c in l1):
+            self._corruption("ERROR the L1 table is something else too")
             self.incomplete = True
 
     def _read_snapshots(self) -> int:
