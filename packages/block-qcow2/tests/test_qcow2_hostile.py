@@ -213,6 +213,7 @@ def mutate_words(seed: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("start", range(0, 50_000, 2500))
 def test_fifty_thousand_wrong_tables_give_errors_of_this_package_only(start: int) -> None:
     for seed in range(start, start + 2500):

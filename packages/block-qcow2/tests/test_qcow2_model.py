@@ -117,6 +117,7 @@ def play(folder: Path, seed: int, steps: int) -> None:
         machine.image.close()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", range(80))
 def test_an_image_is_what_was_written_to_it(tmp_path: Path, seed: int) -> None:
     """20,000 operations in all."""

@@ -134,6 +134,7 @@ def snapshot_content(file: Any, snapshot: Any) -> bytes:
     return reader.read(0, reader.size)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_power_loss_leaves_leaks_at_worst_and_keeps_what_was_flushed(seed: int) -> None:
     run(seed, CUTS)
