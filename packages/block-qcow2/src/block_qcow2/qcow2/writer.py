@@ -178,7 +178,8 @@ class Writer(Reader):
             piece = self._plan(offset, length)
         if piece is None:
             runs = self._in_place(offset, min(length, self.cluster_size - (offset & (self.cluster_size - 1))))
-            assert runs is not None  # the gate keeps it as it was planned
+            if runs is None:  # the gate keeps it as it was planned, so it never was a place to write to
+                raise self._corrupt(f"guest data at {offset:#x} is said to be in place, and lies nowhere")
             for host, n in runs:
                 self.data_file.writev(host, source.views(n))
             return sum(n for _, n in runs)
