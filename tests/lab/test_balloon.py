@@ -101,6 +101,7 @@ def test_an_inflated_balloon_is_the_host_s_memory_and_a_deflated_one_the_guest_s
     assert vmm.wait() == 0
 
 
+@pytest.mark.soak
 def test_free_pages_of_shared_memory_come_back_unasked(boot: Callable[..., Vmm], qmp: Connect) -> None:
     vmm, client = boot("microvm,mem-share=on", ",free-page-reporting=true"), qmp()
     vmm.run(fill(128))

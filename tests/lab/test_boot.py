@@ -218,6 +218,7 @@ def test_a_guest_as_kata_starts_it_leaves_the_fourth_disk_its_interrupt_and_ends
     assert vmm.wait() == 0
 
 
+@pytest.mark.soak
 def test_a_triple_fault_without_acpi_ends_the_machine(
     start: Start, qmp: Connect, generic_kernel: guests.Kernel, folder: Path
 ) -> None:
@@ -238,8 +239,8 @@ def test_a_triple_fault_without_acpi_ends_the_machine(
     ("size", "options"),
     [
         (4096, []),
-        (512, ["-mem-path", "FOLDER"]),
-        (1024, ["-machine", "microvm,mem-share=on", "-mem-prealloc"]),
+        pytest.param(512, ["-mem-path", "FOLDER"], marks=pytest.mark.soak),
+        (1024, ["-machine", "microvm,mem-share=on", "-mem-prealloc", "-mem-path", "FOLDER"]),
         pytest.param(1024, [], marks=pytest.mark.soak),
         pytest.param(512, ["-mem-path", "FOLDER/ram"], marks=pytest.mark.soak),
         pytest.param(512, ["-machine", "microvm,mem-share=on"], marks=pytest.mark.soak),

@@ -115,6 +115,7 @@ def test_a_limit_on_requests_and_one_on_bytes_are_what_the_guest_gets(start: Sta
     assert vmm.wait() == 0
 
 
+@pytest.mark.soak
 def test_the_serial_port_loses_nothing_in_either_direction(start: Start, root: list[object]) -> None:
     vmm = start(*root)
     vmm.expect(PROMPT)

@@ -68,6 +68,7 @@ def content(name: str, size: int) -> bytes:
     return hashlib.shake_256(name.encode()).digest(size)
 
 
+@pytest.mark.soak
 def test_thirty_devices_work_at_once(start: Start, arguments: list[object], folder: Path) -> None:
     names = [f"disk{number}" for number in range(29)]
     for name in names:

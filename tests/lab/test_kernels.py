@@ -51,7 +51,7 @@ def plain(vmlinux: bytes) -> bytes:
     return bytes(memory)
 
 
-@pytest.mark.parametrize("form", [pvh, without_pvh, plain])
+@pytest.mark.parametrize("form", [pvh, *(pytest.param(form, marks=pytest.mark.soak) for form in (without_pvh, plain))])
 def test_a_kernel_that_is_not_compressed_boots_with_its_ram_disk(
     start: Start, cloud_kernel: guests.Kernel, vmlinux: bytes, folder: Path, form: Callable[[bytes], bytes]
 ) -> None:

@@ -129,6 +129,7 @@ def transfer(vmm: Vmm, listen: str, reach: str, meanwhile: Callable[[], None] = 
         peer.close()
 
 
+@pytest.mark.soak
 def test_what_is_sent_arrives_over_taps_vhost_and_passt_through_pauses_and_a_tap_that_is_deleted(
     start: Start, qmp: Connect, arguments: list[object], host_network: None
 ) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from lab import debian, guests
 from lab.vmm import WAIT, Qmp, Vmm
 
@@ -103,6 +105,7 @@ class Peer:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=fds)
 
 
+@pytest.mark.soak
 def test_back_ends_die_and_come_back_and_nothing_is_lost(
     start: Start, qmp: Connect, cloud_kernel: guests.Kernel, folder: Path
 ) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-WAIT = 120.0  # seconds: a limit for what comes in one or two, on a machine that emulates everything and is busy
+WAIT = 240.0  # seconds: a limit for what comes in one or two, on a machine that emulates everything and is slow and busy
 _POLL = 0.02  # seconds between two looks
 
 
