@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lab import guests
-from lab.vmm import Vmm
+from lab.vmm import Qmp, Vmm
 
 PROMPT = r"guest:\S*# "
 MiB = 1 << 20
@@ -84,7 +84,7 @@ def test_disks_on_every_engine_and_format_carry_the_same_bytes(
         image.unlink()
 
 
-@pytest.mark.soak  # test_everything has a limit on requests in every run
+@pytest.mark.soak
 def test_a_limit_on_requests_and_one_on_bytes_are_what_the_guest_gets(start: Start, root: list[object], folder: Path) -> None:
     disk = folder / "disk"
     disk.write_bytes(bytes(64 * MiB))
@@ -130,3 +130,20 @@ def test_the_serial_port_loses_nothing_in_either_direction(start: Start, root: l
     assert hashlib.md5(text.encode()).hexdigest() in vmm.run("md5sum /tmp/paste")
     vmm.send("poweroff")
     assert vmm.wait() == 0
+
+
+def test_entropy_and_a_virtio_console(start: Start, root: list[object], folder: Path) -> None:
+    vmm = start(
+        *root,
+        *("-object", "rng-random,id=r,filename=/dev/urandom", "-device", "virtio-rng-device,rng=r,id=rng"),
+        *("-device", "virtio-serial-device,id=vs", "-chardev", f"file,id=c,path={folder}/hvc"),
+        *("-device", "virtconsole,chardev=c,id=con"),
+    )
+    vmm.expect(PROMPT)
+    assert "virtio" in vmm.run("cat /sys/class/misc/hw_random/rng_current")
+    assert int(vmm.run("dd if=/dev/hwrng bs=512 count=4 2>/dev/null | wc -c")) == 2048
+    vmm.run("seq 1 500 > /dev/hvc0")
+    with Qmp(folder / "qmp.sock") as client:
+        client.execute("quit")
+    assert vmm.wait() == 0
+    assert (folder / "hvc").read_text().split() == [str(number) for number in range(1, 501)]

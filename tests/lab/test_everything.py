@@ -104,6 +104,7 @@ def shared(folder: Path) -> Iterator[Path]:
     (folder / "fs.sock").unlink(missing_ok=True)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_one_guest_uses_every_device_at_once(start: Start, qmp: Connect, folder: Path, network: None, shared: Path) -> None:
     kernel = guests.kernel("cloud")

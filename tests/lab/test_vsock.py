@@ -103,7 +103,6 @@ def echo(peer: socket.socket, meanwhile: Callable[[], None] = lambda: None) -> b
     return got
 
 
-# The guest of test_everything has the other one in every run.
 @pytest.mark.parametrize("kind", [pytest.param(Unix, marks=pytest.mark.soak), Kernel])
 def test_bulk_data_arrives_whole_in_both_directions_from_both_sides(
     start: Start, qmp: Connect, cloud_kernel: guests.Kernel, folder: Path, kind: type[Unix | Kernel]
