@@ -6,6 +6,7 @@ import hashlib
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,17 @@ class Kernel:
         """Nothing is left of a socket of the kernel's."""
 
 
+def reach(host: Unix | Kernel, port: int) -> socket.socket:
+    """Connect to the guest, as soon as somebody listens there."""
+    deadline = time.monotonic() + WAIT
+    while True:
+        try:
+            return host.connect(port)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 def read_all(peer: socket.socket) -> bytes:
     peer.settimeout(WAIT)
     pieces = []
@@ -134,14 +146,13 @@ def test_bulk_data_arrives_whole_in_both_directions_from_both_sides(
 
     # The host connects, and both talk at once; the machine stands still in the middle.
     vmm.run("socat VSOCK-LISTEN:52,reuseaddr,fork EXEC:cat >/tmp/log 2>&1 &")
-    vmm.run("usleep 300000")
 
     def pause() -> None:
         for _ in range(3):
             client.execute("stop")
             client.execute("cont")
 
-    with host.connect(52) as peer:
+    with reach(host, 52) as peer:
         assert hashlib.sha256(echo(peer, pause)).hexdigest() == DIGEST
     with pytest.raises(ConnectionResetError):
         host.connect(53)
@@ -149,13 +160,12 @@ def test_bulk_data_arrives_whole_in_both_directions_from_both_sides(
     # A second driver has the device, and nothing of the first one's.
     open_peer = host.connect(52)
     before = len(list(Path(f"/proc/{vmm.pid}/fd").iterdir()))
-    vmm.run("killall socat; usleep 300000; rmmod " + DRIVER)
+    vmm.run(f"killall socat; until rmmod {DRIVER}; do usleep 100000; done")
     assert open_peer.recv(1) == b""
     open_peer.close()
     vmm.run(f"insmod /modules/*-{DRIVER}.ko")
     vmm.run("socat VSOCK-LISTEN:52,reuseaddr,fork EXEC:cat >/tmp/log 2>&1 &")
-    vmm.run("usleep 300000")
-    with host.connect(52) as peer:
+    with reach(host, 52) as peer:
         peer.sendall(b"once more")
         peer.shutdown(socket.SHUT_WR)
         assert read_all(peer) == b"once more"

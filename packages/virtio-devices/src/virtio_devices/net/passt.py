@@ -21,7 +21,7 @@ from virtio_devices.device import DeviceError
 from virtio_devices.net.stream import FRAME_MAX, StreamBackend
 
 PROGRAM = "passt"
-START_LIMIT = 10.0  # seconds; it takes 0.02
+START_LIMIT = 60.0  # seconds; it takes 0.02, and a host where everything is emulated a thousand times that
 _END_LIMIT = 2.0  # seconds between the end of the stream and the end of the process
 _OBITUARY_LIMIT = 0.2  # the same where other devices wait meanwhile
 _FD = 3  # the child's end of the stream
