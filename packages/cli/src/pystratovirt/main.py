@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qmp_server.sockets import Listener
 
 # How long a thread that comes back from a system call waits for one that runs Python. The default of 5 ms is what a guest would
-# wait for an exit while an I/O thread is busy; shorter than this gains nothing measurable (docs/decisions.md).
+# wait for an exit while an I/O thread is busy (measured: docs/decisions.md).
 SWITCH_INTERVAL = 50e-6  # seconds
 
 
