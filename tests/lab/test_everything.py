@@ -185,7 +185,7 @@ def disks_keep_what_they_are_given(vmm: Vmm, disks: dict[str, str], folder: Path
     )  # fmt: skip
     fixed = hashlib.sha256((folder / "fixed").read_bytes()).hexdigest()
     assert vmm.run(f"sha256sum < /dev/{disks['fixed']}").split()[0] == fixed
-    assert vmm.run(f"echo x 2>&1 > /dev/{disks['fixed']} || true")
+    vmm.run(f"! echo x 2>/dev/null > /dev/{disks['fixed']}")
     vmm.run(f"dd if=/dev/{disks['fixed']} of=/root/copy bs=64k conv=fsync 2>/dev/null; echo 3 > /proc/sys/vm/drop_caches")
     assert vmm.run("sha256sum < /root/copy").split()[0] == fixed
 
@@ -199,13 +199,12 @@ def both_networks_carry_frames_both_ways(vmm: Vmm) -> None:
         for words in ("", "-R"):
             with subprocess.Popen(["iperf3", "-s", "-1", "-B", host], stdout=subprocess.DEVNULL) as server:
                 try:
-                    vmm.run(f"until nc -z {peer} 5201; do usleep 100000; done") if host == peer else None
                     text = vmm.run(f"/usr/bin/iperf3 -J -n 2M -c {peer} {words} <&9", 300)
                     assert server.wait(WAIT) == 0
                 finally:
                     server.kill()
             end = json.loads(text[text.index("{") : text.rindex("}") + 1])["end"]
-            assert end["sum_received"]["bytes"] >= 2 << 20 if words == "" else end["sum_sent"]["bytes"] >= 2 << 20
+            assert end["sum_received"]["bytes"] >= 2 << 20
 
 
 def every_port_carries_bytes_both_ways(vmm: Vmm, client: Qmp, folder: Path, tcp: int) -> None:

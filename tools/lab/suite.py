@@ -14,6 +14,7 @@ Not here: booting (`host`), and what a test writes down about itself (tests/lab/
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,8 +76,13 @@ def write_report(path: Path, names: Sequence[str]) -> None:
 def hosts() -> int:
     """How many lab hosts this machine runs side by side."""
     cpus = len(os.sched_getaffinity(0))
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(HOSTS_MAX, cpus, pages // _HOST_MEMORY))
+    return max(1, min(HOSTS_MAX, cpus, _available(Path("/proc/meminfo").read_text()) // _HOST_MEMORY))
+
+
+def _available(meminfo: str) -> int:
+    """Bytes that can be had, what only caches files included; 0 when the kernel does not say."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
 
 
 def run(command: Sequence[str], out: Path, limit: float) -> int:

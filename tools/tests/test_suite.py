@@ -107,6 +107,12 @@ def test_a_machine_that_runs_guests_itself_runs_nothing_again(tmp_path: Path, mo
     assert len(labs.commands) == 1
 
 
+def test_memory_that_only_caches_files_counts_as_there() -> None:
+    meminfo = "MemTotal:       24684216 kB\nMemFree:          20000 kB\nMemAvailable:   20971520 kB\n"
+    assert suite._available(meminfo) == 20 << 30
+    assert suite._available("MemTotal: 1 kB\n") == 0
+
+
 def test_the_lines_of_hosts_are_marked_and_their_ends_are_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
