@@ -449,9 +449,29 @@ def test_reading_without_input_reads_zero(port: Port) -> None:
 
 
 def test_bytes_written_one_by_one_reach_the_host_together(port: Port) -> None:
-    port.send(b"Linux version 6.1\r\n" * 50)
+    port.send(b"Linux version 6.1 " * 50)
+    assert port.host.writes == 0
     port.loop.poll()
-    assert (bytes(port.host.got), port.host.writes) == (b"Linux version 6.1\r\n" * 50, 1)
+    assert (bytes(port.host.got), port.host.writes) == (b"Linux version 6.1 " * 50, 1)
+
+
+@pytest.mark.parametrize("ier", [0, 7])
+def test_a_line_reaches_the_host_as_one_and_when_it_ends(port: Port, ier: int) -> None:
+    port.set(IER, ier)
+    port.send(b"Linux version 6.1\r\nCommand line: console=ttyS0\r\n[")
+    assert (bytes(port.host.got), port.host.writes) == (b"Linux version 6.1\r\nCommand line: console=ttyS0\r\n", 2)
+    port.loop.poll()
+    assert (port.host.got[-1:], port.host.writes) == (b"[", 3)
+
+
+def test_a_driver_that_polls_sees_errors_and_input_all_the_same(port: Port) -> None:
+    assert port.get(LSR) == THRE | TEMT
+    port.uart.receive(b"x")
+    assert port.get(LSR) == THRE | TEMT | 0x01
+    port.set(MCR, 0x10)
+    port.set(LCR, 0x43)  # break, looped back
+    assert port.get(LSR) & 0x10
+    assert not port.get(LSR) & 0x10
 
 
 def test_a_host_that_does_not_read_makes_the_guest_wait_and_loses_nothing(port: Port) -> None:
@@ -537,14 +557,14 @@ def test_output_arrives_whole_and_in_order_however_the_host_takes_it(steps: list
 
 def test_a_driver_that_is_through_with_its_bytes_wakes_no_loop_for_them(port: Port) -> None:
     """Linux enables the interrupt of an empty transmitter, answers it with bytes, and disables it after the last one."""
-    for echo in (b"l", b"s", b"\r\n"):
+    for echo in (b"l", b"s", b" -l"):
         port.set(IER, 7)
         assert port.source() == EMPTY
         port.send(echo)
         assert not port.host.got.endswith(echo)
         port.set(IER, 5)
         assert port.host.got.endswith(echo)
-    assert port.host.got == b"ls\r\n"
+    assert port.host.got == b"ls -l"
 
 
 def test_a_long_output_does_not_wait_for_its_end(port: Port) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from vmm_core.devices.serial_output import FULL, LIMIT, SerialOutput
+from vmm_core.devices.serial_output import FULL, GATHER, LIMIT, SHORTLY, SerialOutput
 from vmm_core.devices.serial_state import FIFO, INPUT, SerialState, checked
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ class Serial:
     def read(self, offset: int, size: int) -> int:
         """Read a register; a wider access reads the registers from there on, as the ISA bus splits it."""
         if size == 1:
+            if offset == LSR and not self._ier:
+                return self._poll()
             return self._read(offset)
         return sum(self._read(offset + i) << 8 * i for i in range(min(size, 8 - offset)))
 
@@ -126,6 +128,16 @@ class Serial:
             return
         for i in range(min(size, 8 - offset)):
             self._write(offset + i, value >> 8 * i & 0xFF)
+
+    def _poll(self) -> int:
+        """Read the line status for a driver without interrupts: a kernel's console does so with each byte it prints."""
+        with self._lock:
+            if not (self._ier or self._lsr_errors):
+                full = self._output.full
+                if self._sent:
+                    self._sent, self._transmitter_empty = False, not full
+                return (LSR_DR if self._available() else 0) | (0 if full else LSR_THRE | LSR_TEMT)
+        return self._read(LSR)
 
     def _read(self, offset: int) -> int:
         with self._lock:
@@ -162,8 +174,12 @@ class Serial:
             if offset == DATA:
                 if self._lcr & LCR_DLAB:
                     self._divisor = self._divisor & 0xFF00 | value
-                else:
+                elif self._ier or self._mcr & MCR_LOOP:
                     self._transmit(value)
+                else:  # nothing to tell the guest: flat, for a kernel's console
+                    self._sent, self._transmitter_empty = True, False
+                    self._output.add(value)
+                    self._output.flush_later(GATHER)
                 return
             if self._sent:
                 self._transmitted()
@@ -214,7 +230,7 @@ class Serial:
             self._loop_back(byte)
         else:
             self._output.add(byte)
-        self._output.flush_later()
+        self._output.flush_later(SHORTLY)
         self._update()
 
     def _transmitted(self) -> None:
@@ -446,4 +462,4 @@ class Serial:
                 self._reminding = True
                 self._loop.call_later(REMIND, self._remind, host=True)
             if new.output:
-                self._output.flush_later()
+                self._output.flush_later(SHORTLY)

@@ -1,7 +1,8 @@
 """What a serial port's guest has written and the host has not taken yet.
 
 A guest's driver writes a byte at a time, and for each a thread of the host would have to wake up. So bytes are gathered, and
-handed over on the guest's own thread when there are many or the driver is through with what it had; a timer sees to the rest.
+handed over on the guest's own thread at the end of a line, when there are many, or when the driver is through with what it
+had; a timer sees to the rest.
 
 Not here: registers (`serial`).
 """
@@ -22,7 +23,10 @@ FULL = 16 << 10
 LIMIT = 1 << 20
 
 CHUNK = 4096  # bytes that are handed over at once, whatever the driver is at
-GATHER = 5_000_000  # nanoseconds of the host's time; nobody sees the delay, and what a person types is not echoed by the timer
+# Nanoseconds of the host's time. Nobody sees either delay, and what a person types is not echoed by the timer.
+GATHER = 30_000_000  # the beginning of a line that a kernel's console prints
+SHORTLY = 5_000_000  # a driver may wait for the interrupt that follows
+NEWLINE = 0x0A
 
 
 class SerialOutput:
@@ -53,14 +57,14 @@ class SerialOutput:
             self._lost += 1
             return
         waiting.append(byte)
-        if len(waiting) % CHUNK == 0:
+        if byte == NEWLINE or len(waiting) % CHUNK == 0:
             self.hand_over()
 
-    def flush_later(self) -> None:
-        """Have `flush` called soon."""
+    def flush_later(self, delay: int) -> None:
+        """Have `flush` called in `delay` nanoseconds, or when it was to be called already."""
         if not self._timer:
             self._timer = True
-            self._loop.call_later(GATHER, self._flush, host=True)
+            self._loop.call_later(delay, self._flush, host=True)
 
     def hand_over(self) -> None:
         """Give the back end what it takes now."""

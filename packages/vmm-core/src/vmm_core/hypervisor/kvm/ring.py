@@ -38,13 +38,15 @@ class CoalescedRing:
         with self._lock:
             if self._closed:
                 return
-            ends = self.ends
+            ends, page, buses, unpack, entry = self.ends, self._page, self._buses, _ENTRY.unpack_from, _ENTRY.size
             while (first := ends[0]) != ends[1]:
-                address, length, port, data = _ENTRY.unpack_from(self._page, _HEADER + first * _ENTRY.size)
+                address, length, port, data = unpack(page, _HEADER + first * entry)
                 # The slot is given back before delivery: no entry is delivered twice, whatever a device does.
                 ends[0] = (first + 1) % _SLOTS
-                bus, mask = self._buses[port & 1], _MASK.get(length)
-                if mask is None:
+                bus = buses[port & 1]
+                if length == 1:
+                    bus.write(address, 1, data & 0xFF)
+                elif (mask := _MASK.get(length)) is None:
                     write_bytes(bus, address, length, data)
                 else:
                     bus.write(address, length, data & mask)

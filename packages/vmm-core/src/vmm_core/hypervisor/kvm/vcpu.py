@@ -270,6 +270,7 @@ class KvmVcpu:
         pio_read, pio_write, mmio_read, mmio_write = self._pio.read, self._pio.write, self._mmio.read, self._mmio.write
         unpack_io, unpack_mmio = kvm.EXIT_IO_DATA.unpack_from, kvm.EXIT_MMIO_DATA.unpack_from
         values, masks = _VALUE, _MASK
+        exit_io, exit_mmio, out, at_exit = kvm.EXIT_IO, kvm.EXIT_MMIO, kvm.EXIT_IO_OUT, kvm.RUN_EXIT
         pack_mmio = _VALUE[8].pack_into
         ring = self._ring
         ends: Any = ring.ends if ring is not None else None
@@ -292,18 +293,24 @@ class KvmVcpu:
                 if ring is not None and ends[0] != ends[1]:
                     ring.flush()
                 reason = exit_reason[0]
-                if reason == kvm.EXIT_IO:
-                    direction, size, port, count, at = unpack_io(run, kvm.RUN_EXIT)
+                if reason == exit_io:
+                    direction, size, port, count, at = unpack_io(run, at_exit)
+                    if size == count == 1:
+                        if direction == out:
+                            pio_write(port, 1, run[at])
+                        else:
+                            run[at] = pio_read(port, 1)
+                        continue
                     value = values[size]
                     # REP INS and OUTS come as one exit with many elements.
-                    if direction == kvm.EXIT_IO_OUT:
+                    if direction == out:
                         for element in range(at, at + count * size, size):
                             pio_write(port, size, value.unpack_from(run, element)[0])
                     else:
                         for element in range(at, at + count * size, size):
                             value.pack_into(run, element, pio_read(port, size))
-                elif reason == kvm.EXIT_MMIO:
-                    address, data, length, is_write = unpack_mmio(run, kvm.RUN_EXIT)
+                elif reason == exit_mmio:
+                    address, data, length, is_write = unpack_mmio(run, at_exit)
                     mask = masks.get(length)
                     if mask is None:
                         if is_write:
