@@ -58,7 +58,8 @@ def scribbled(path: str, size: int, cluster: int, rng: random.Random, fmt: str) 
     for _ in range(8):
         at = rng.randrange(size // 512) * 512
         length = min(rng.choice([512, 4096, cluster, 5 * cluster]), size - at)
-        commands.append(rng.choice([f"write -P {rng.randrange(1, 255)} {at} {length}"] * 3 + [f"write -z -u {at} {length}"]))
+        zeroes = f"write -z {rng.choice(['-u ', ''])}{at} {length}"
+        commands.append(rng.choice([f"write -P {rng.randrange(1, 255)} {at} {length}"] * 3 + [zeroes] * 2))
     qemu_io(path, *commands, fmt=fmt)
 
 

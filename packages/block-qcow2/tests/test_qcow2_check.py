@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from block_qcow2 import create_image, open_image
+from block_qcow2.errors import BlockError
+from block_qcow2.qcow2 import counts
+from block_qcow2.qcow2.amend import set_refcount_bits
 from block_qcow2.qcow2.check import check
 from block_qcow2.qcow2.counts import Counts
 from block_qcow2.qcow2.create import Options
@@ -175,3 +180,59 @@ def test_without_numpy_the_result_is_the_same(image_path: Path, what: str, monke
             check(image, repair="all")
             Snapshots(image).create("slow one")
         is_clean(image_path)
+
+
+@pytest.mark.parametrize("numpy", [True, False], ids=["numpy", "plain"])
+def test_a_file_that_is_nearly_all_hole_costs_what_is_in_it(tmp_path: Path, numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse files travel well: a few KiB in an archive must not become minutes or gigabytes here."""
+    original = Counts.__init__
+
+    def init(self: Counts, header: Any, clusters: int, l1_entries: int = 0) -> None:
+        original(self, header, clusters, l1_entries=l1_entries, use_numpy=numpy)
+
+    monkeypatch.setattr(Counts, "__init__", init)
+    path = tmp_path / "hole.qcow2"
+    create_image(path, SIZE, options=Options())
+    os.truncate(path, 4 << 40)
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"x" * 65536)
+        (table,) = [entry & OFFSET_MASK for entry in image.l1 if entry & OFFSET_MASK]
+    with path.open("r+b") as file:  # the second cluster is the last one of the file
+        file.seek(table + 8)
+        file.write(((4 << 40) - 65536 | COPIED).to_bytes(8, "big"))
+    tracemalloc.start()
+    try:
+        with open_image(path) as image:
+            result = check(image)
+        assert tracemalloc.get_traced_memory()[1] < 32 * MiB
+    finally:
+        tracemalloc.stop()
+    assert (result.corruptions, result.leaks, result.image_end_offset) == (2, 0, 4 << 40)  # a count and its flag
+
+
+def test_more_clusters_than_can_be_counted_are_refused_by_number(image_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "CLUSTERS_MAX", 100)
+    with (
+        open_image(image_path) as image,
+        pytest.raises(BlockError, match=r"the file has \d+ clusters, at most 100 can be counted"),
+    ):
+        check(image)
+
+
+def test_references_that_no_count_can_hold_come_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "narrow.qcow2"
+    create_image(path, SIZE, options=Options(refcount_bits=1))
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"x" * 65536)
+        table = next(entry & OFFSET_MASK for entry in image.l1 if entry & OFFSET_MASK)
+    data = bytearray(path.read_bytes())
+    data[table + 8 : table + 16] = data[table : table + 8]
+    path.write_bytes(data)
+    lines: list[str] = []
+    with open_image(path, read_only=False, for_repair=True) as image:
+        assert check(image, repair="all", report=lines.append).corruptions == 1
+        (advice,) = [line for line in lines if line.startswith("A refcount of 2 does not fit in 1 bits")]
+        assert "amend -o refcount_bits=8" in advice
+        set_refcount_bits(image, 8)
+        assert check(image, repair="all").clean
+    is_clean(path)

@@ -66,7 +66,7 @@ def set_refcount_bits(image: Qcow2Image, bits: int) -> None:
         for entry in old.table:
             if entry & REFCOUNT_OFFSET_MASK:
                 values[(entry & REFCOUNT_OFFSET_MASK) >> header.cluster_bits] = 0
-        highest = int(max(values, default=0)) if isinstance(values, array) else int(values.max(initial=0))
+        highest = int(max(values, default=0)) if isinstance(values, memoryview) else int(values.max(initial=0))
         if highest > maximum:
             raise AmendError(f"a refcount of {highest} does not fit in {bits} bits: there are snapshots")
         _switch_refcounts(image, values, order)
@@ -90,7 +90,7 @@ def _switch_refcounts(image: Qcow2Image, values: Any, order: int) -> None:
         first = i << block_bits
         part: Any = values[first : first + (1 << block_bits)]
         counted = array(typecode, [0]) * (1 << block_bits)
-        if isinstance(part, array):
+        if isinstance(part, memoryview):
             counted[: len(part)] = array(typecode, part)
         else:
             counted[: len(part)] = array(typecode, part.astype(f"u{counted.itemsize}").tobytes())

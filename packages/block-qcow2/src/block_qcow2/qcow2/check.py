@@ -369,12 +369,14 @@ class _Checker:
     def _compare(self) -> None:
         image, r = self.image, self.result
         changes: list[tuple[int, int]] = []
+        highest = maximum = image.refcounts.maximum
         for cluster, have, want in self.counts.differences():
+            highest = max(highest, want)
             leak = have > want
             if leak and self.incomplete:
                 continue  # who references it may not have been counted
             fix = self.leaks if leak else self.all
-            if fix and want > image.refcounts.maximum:
+            if fix and want > maximum:
                 fix = False
             word = "Repairing" if fix else "Leaked" if leak else "ERROR"
             self.report(f"{word} cluster {cluster} refcount={have} reference={want}")
@@ -385,6 +387,12 @@ class _Checker:
             else:
                 r.leaks += leak
                 r.corruptions += not leak
+        if highest > maximum:
+            wide = max(8, 1 << (highest.bit_length() - 1).bit_length())
+            self.report(
+                f"A refcount of {highest} does not fit in {1 << image.header.refcount_order} bits: "
+                f"'amend -o refcount_bits={wide}' widens them, then repair, or 'convert' what can be read"
+            )
         if changes:
             self.changed = True
             if not set_counts(image, changes):

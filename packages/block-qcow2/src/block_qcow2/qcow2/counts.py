@@ -1,20 +1,28 @@
 """Counting the references of a whole image: one number a host cluster, filled table by table.
 
-With numpy (extra `fast`) a table is a few vector operations, without it a loop; the results are the same.
+With numpy (extra `fast`) a table is a few vector operations, without it a loop; the results are the same. A file can be far
+larger than what is in it, so the numbers lie in memory that costs nothing until it is written to, and only what was counted
+is looked at.
+
 Not here: what the numbers are compared with.
 """
 
 from __future__ import annotations
 
+import mmap
 from array import array
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..errors import BlockError
 from . import tables
 from .format import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, Header, compressed_span
 from .refcount import unpack
 
-_CHUNK = 1 << 20
+_CHUNK_BITS = 16
+_CHUNK = 1 << _CHUNK_BITS  # clusters that are looked at together
+CLUSTERS_MAX = 1 << 36  # of a file that can be counted: 4 PiB with clusters of 64 KiB
+_MAP_NORESERVE = 0x4000  # Linux, asm-generic/mman.h
 
 
 class TableFindings(NamedTuple):
@@ -42,27 +50,34 @@ class Counts:
     """`found[c]`: references to cluster c; `disk[c]`: its refcount on the disk. For the clusters of a file, and no others."""
 
     def __init__(self, header: Header, clusters: int, *, l1_entries: int = 0, use_numpy: bool = True) -> None:
-        """`l1_entries`: of all tables that will be counted."""
+        """`l1_entries`: of all tables that will be counted. Raises BlockError when there are too many clusters to count."""
+        if clusters > CLUSTERS_MAX:
+            raise BlockError(f"the file has {clusters} clusters, at most {CLUSTERS_MAX} can be counted")
         self.header = header
         self.clusters = clusters
         self._np = _numpy() if use_numpy else None
         # One cluster may be named by every entry of every table, and every table by every L1 entry.
         self._wide = l1_entries << header.l2_bits >= 1 << 32
-        self.found: Any = self._numbers()
+        self.found: Any = self._numbers(self._wide)
+        self.disk: Any = self._numbers(header.refcount_order == 6)
         self._named: Any = None  # references to L2 tables, by cluster
-        self._active = bytearray()  # 1 for L2 tables of the active image, by cluster
-        np = self._np
-        self.disk: Any = np.zeros(clusters, np.uint64) if np and header.refcount_order == 6 else None
-        if self.disk is None:
-            self.disk = np.zeros(clusters, np.uint32) if np else array("Q" if header.refcount_order == 6 else "I", bytes(0))
-            if not np:
-                self.disk.frombytes(bytes(self.disk.itemsize * clusters))
+        self._active = memoryview(b"")  # 1 for L2 tables of the active image, by cluster
+        self._touched: set[int] = set()  # chunks in which anything was counted
         self._next = 0  # the host cluster that would continue the last one of this table
 
-    def _numbers(self) -> Any:
-        if self._np:
-            return self._np.zeros(self.clusters, self._np.uint64 if self._wide else self._np.uint32)
-        return array("Q" if self._wide else "I", bytes((8 if self._wide else 4) * self.clusters))
+    def _numbers(self, wide: bool) -> Any:
+        numbers = _zeroes("Q" if wide else "I", self.clusters)
+        return (
+            self._np.frombuffer(numbers, self._np.uint64 if wide else self._np.uint32)[: self.clusters] if self._np else numbers
+        )
+
+    def _touch(self, first: int, end: int) -> None:
+        """Have clusters `first` to `end - 1` looked at."""
+        self._touched.update(range(first >> _CHUNK_BITS, (end + _CHUNK - 1) >> _CHUNK_BITS))
+
+    def _chunks(self) -> Iterator[slice]:
+        for number in sorted(self._touched):
+            yield slice(number << _CHUNK_BITS, min((number + 1) << _CHUNK_BITS, self.clusters))
 
     def set_disk(self, first: int, block: bytes | bytearray) -> None:
         """A refcount block, which counts clusters from `first`."""
@@ -72,17 +87,16 @@ class Counts:
         else:
             values = unpack(block, order)
         n = min(len(values), self.clusters - first)
-        if n <= 0:
+        if n <= 0 or block.count(0) == len(block):
             return
-        if np:
-            self.disk[first : first + n] = values[:n]
-        else:
-            self.disk[first : first + n] = array(self.disk.typecode, values[:n])
+        self._touch(first, first + n)
+        self.disk[first : first + n] = values[:n] if np else array(self.disk.format, values[:n])
 
     def add(self, offset: int, length: int, times: int = 1) -> bool:
         """Count `times` references to every cluster of a range; False if some of it is outside the file."""
         bits = self.header.cluster_bits
         first, end = offset >> bits, -(-(offset + length) >> bits)
+        self._touch(first, min(end, self.clusters))
         if self._np and end - first > 1:
             self.found[first : min(end, self.clusters)] += self.found.dtype.type(times)
         else:
@@ -96,8 +110,8 @@ class Counts:
         What the tables name is counted by add_l2() for each of tables(): once, whoever names a table how often.
         """
         if self._named is None:
-            self._named = self._numbers()
-            self._active = bytearray(self.clusters)
+            self._named = self._numbers(self._wide)
+            self._active = _zeroes("B", self.clusters)
         bits, mask = self.header.cluster_bits, self.header.cluster_size - 1
         bad = []
         for i, entry in enumerate(l1):
@@ -108,6 +122,7 @@ class Counts:
             if offset & mask or c >= self.clusters:
                 bad.append((i, entry))
                 continue
+            self._touched.add(c >> _CHUNK_BITS)
             self._named[c] += times
             self.found[c] += times
             if active:
@@ -119,13 +134,14 @@ class Counts:
         if self._named is None:
             return
         bits = self.header.cluster_bits
-        if self._np:
-            for c in self._np.nonzero(self._named)[0].tolist():
+        for chunk in self._chunks():
+            for c in self._nonzero(self._named[chunk], chunk.start):
                 yield c << bits, int(self._named[c]), bool(self._active[c])
-            return
-        for c, times in enumerate(self._named):
-            if times:
-                yield c << bits, times, bool(self._active[c])
+
+    def _nonzero(self, part: Any, first: int) -> list[int]:
+        if self._np:
+            return (self._np.nonzero(part)[0] + first).tolist()  # type: ignore[no-any-return]
+        return [c for c, number in enumerate(part, first) if number]
 
     def shared_tables(self) -> set[int]:
         """The offsets of L2 tables that something else than an L1 table references too: they are data, or no tables at all."""
@@ -148,6 +164,7 @@ class Counts:
         external = self.header.has_data_file
         found, disk = self.found, self.disk
         clusters = compressed = fragmented = 0
+        chunk = -1
         outside, misaligned, wrong, reserved, wrong_bitmap = [], [], [], [], []
         for i, entry in enumerate(words):
             if entry & COMPRESSED:
@@ -175,6 +192,9 @@ class Counts:
             if c >= limit:
                 outside.append((i, entry))
                 continue
+            if c >> _CHUNK_BITS != chunk:
+                chunk = c >> _CHUNK_BITS
+                self._touched.add(chunk)
             found[c] += times
             if active:
                 fragmented += bool(self._next) and c != self._next
@@ -239,6 +259,10 @@ class Counts:
         jumps = int(np.count_nonzero(steps != 1))
         step = self.found.dtype.type(times)
         if not jumps:
+            self._touch(int(host[0]), int(host[-1]) + 1)
+        else:
+            self._touched.update(np.unique(host >> _CHUNK_BITS).tolist())
+        if not jumps:
             self.found[int(host[0]) : int(host[0]) + len(host)] += step
         elif (steps > 0).all():
             self.found[host] += step
@@ -289,21 +313,30 @@ class Counts:
 
     def differences(self) -> Iterator[tuple[int, int, int]]:
         """(cluster, refcount on disk, references) where the two differ, ascending."""
-        if self._np:
-            for c in self._np.nonzero(self.found != self.disk)[0].tolist():
-                yield c, int(self.disk[c]), int(self.found[c])
-            return
-        for c, (have, want) in enumerate(zip(self.disk, self.found, strict=True)):
-            if have != want:
-                yield c, have, want
+        for chunk in self._chunks():
+            disk, found = self.disk[chunk], self.found[chunk]
+            if self._np:
+                for i in self._np.nonzero(found != disk)[0].tolist():
+                    yield chunk.start + i, int(disk[i]), int(found[i])
+            elif disk != found:
+                for c, (have, want) in enumerate(zip(disk, found, strict=True), chunk.start):
+                    if have != want:
+                        yield c, have, want
 
     def end(self) -> int:
         """One past the highest cluster that is referenced or counted."""
-        if self._np:
-            for start in range((self.clusters - 1) // _CHUNK * _CHUNK, -1, -_CHUNK):
-                part = slice(start, start + _CHUNK)
-                used = self._np.nonzero((self.found[part] != 0) | (self.disk[part] != 0))[0]
-                if len(used):
-                    return start + int(used[-1]) + 1
-            return 0
-        return next((c + 1 for c in range(self.clusters - 1, -1, -1) if self.found[c] or self.disk[c]), 0)
+        for chunk in reversed(list(self._chunks())):
+            used = [self._nonzero(numbers[chunk], chunk.start)[-1:] for numbers in (self.found, self.disk)]
+            if last := [c for few in used for c in few]:
+                return max(last) + 1
+        return 0
+
+
+def _zeroes(code: str, count: int) -> memoryview:
+    """`count` numbers of a type of `array`, writable, in memory that costs nothing until it is written to."""
+    size = array(code).itemsize * max(count, 1)
+    try:
+        region = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except (OSError, ValueError, OverflowError) as error:
+        raise BlockError(f"no memory to count {count} clusters: {error}") from None
+    return memoryview(region).cast(code)  # type: ignore[call-overload, no-any-return]

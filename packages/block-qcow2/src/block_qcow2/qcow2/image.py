@@ -51,7 +51,7 @@ class Extent(NamedTuple):
     present: bool  # this image says what is here
     zero: bool  # it reads as zeroes
     compressed: bool
-    host: int | None  # where the data are in the (data) file, if they are there as they are
+    host: int | None  # where the data are in the (data) file, if they are there as they are; of zeroes, the place kept for data
 
 
 class Qcow2Image(Writer):
@@ -156,7 +156,7 @@ class Qcow2Image(Writer):
             stop = min((offset >> self._l2_shift) + 1 << self._l2_shift, end)
             for kind, host, n in self.map_range(offset, stop - offset):
                 zero = kind == ZERO_PLAIN or (kind == UNALLOCATED and self.backing is None)
-                where = host if kind == NORMAL else None
+                where = host if kind == NORMAL or (kind == ZERO_PLAIN and host) else None
                 yield Extent(offset, n, kind != UNALLOCATED, zero, kind == COMPRESSED_DATA, where)
                 offset += n
 

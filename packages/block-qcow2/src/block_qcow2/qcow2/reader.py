@@ -119,7 +119,9 @@ class Reader(Metadata):
                     if entry & COMPRESSED:
                         this_kind, this_host = COMPRESSED_DATA, entry
                     elif entry & ZERO:
-                        this_kind, this_host = ZERO_PLAIN, 0
+                        this_kind, this_host = ZERO_PLAIN, entry & OFFSET_MASK
+                        if this_host:  # a cluster is kept for what will be written here
+                            this_host += offset & (cluster_size - 1)
                     elif entry & OFFSET_MASK or (external and entry & COPIED):
                         this_kind = NORMAL
                         this_host = (entry & OFFSET_MASK) + (offset & (cluster_size - 1))
@@ -129,7 +131,8 @@ class Reader(Metadata):
                             )
                     else:
                         this_kind, this_host = UNALLOCATED, 0
-                if run and this_kind == kind and kind != COMPRESSED_DATA and (kind != NORMAL or this_host == host + run):
+                follows = host + run if host or kind == NORMAL else 0
+                if run and this_kind == kind and kind != COMPRESSED_DATA and this_host == follows:
                     run += n
                 else:
                     if run:
@@ -158,7 +161,7 @@ class Reader(Metadata):
         last = first
         while (last + 1) * size < inside + n and kind_of(last + 1) == kind:
             last += 1
-        host = (entry & OFFSET_MASK) + inside if kind == NORMAL else 0
+        host = (entry & OFFSET_MASK) + inside if kind == NORMAL or (kind == ZERO_PLAIN and entry & OFFSET_MASK) else 0
         if entry & OFFSET_MASK & (self.cluster_size - 1) or (kind == NORMAL and not entry & OFFSET_MASK and not self.external):
             raise self._corrupt(f"L2 table at {table.offset:#x}, entry {index}: cluster at {entry & OFFSET_MASK:#x}")
         return kind, host, min((last + 1) * size - inside, n)

@@ -126,7 +126,7 @@ class Refcounts:
         plan: list[tuple[int, array[int]]] = []
         for index in range(-(-len(references) >> bits)):
             part = references[index << bits : (index + 1) << bits]
-            if not any(part) if isinstance(part, array) else not part.any():
+            if not any(part) if isinstance(part, memoryview) else not part.any():
                 continue
             block = self._block(index)
             if block is None:
@@ -139,7 +139,7 @@ class Refcounts:
                 self.hint = min(self.hint, index << bits)
 
     def _added(self, block: array[int], part: Any, delta: int, first: int) -> array[int]:
-        if isinstance(part, array):
+        if isinstance(part, memoryview):
             new = array(block.typecode, block)
             for i, n in enumerate(part):
                 if n:
