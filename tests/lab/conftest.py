@@ -38,7 +38,9 @@ _report = pytest.StashKey[pytest.TestReport]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What `lab tests` needs: several lab hosts, and a second run."""
-    parser.addoption("--part", metavar="K/N", help="run every Nth test, from the Kth on")
+    parser.addoption(
+        "--claims", metavar="DIR", type=Path, help="run what no other run has taken, by a folder in DIR for each test"
+    )
     parser.addoption("--passed-already", metavar="FILE", type=Path, help="leave out the tests whose ids are in FILE")
 
 
@@ -50,16 +52,38 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m have left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what runs elsewhere, or need not run again."""
-    if part := config.getoption("--part"):
-        number, count = map(int, part.split("/"))
-        ours = items[number - 1 :: count]
-        config.hook.pytest_deselected(items=[item for item in items if item not in ours])
-        items[:] = ours
+    """Leave out what need not run again."""
     if file := config.getoption("--passed-already"):
         passed = set(file.read_text().splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
         items[:] = [item for item in items if item.nodeid not in passed]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Run what nobody else has taken. A test is taken while the one before it runs, which has to know what comes next."""
+    claims = session.config.getoption("--claims")
+    if claims is None or session.testsfailed or session.config.option.collectonly:
+        return None
+    ours = (item for number, item in enumerate(session.items) if _claim(claims / str(number)))
+    item = next(ours, None)
+    while item is not None:
+        following = next(ours, None)
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+        item = following
+    return True
+
+
+def _claim(path: Path) -> bool:
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -77,8 +101,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A part may be empty; whether there was any test is for who shares them out."""
-    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("--part"):
+    """Others may have taken everything; whether there was any test is for who shares them out."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("--claims"):
         session.exitstatus = pytest.ExitCode.OK
 
 

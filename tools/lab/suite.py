@@ -1,7 +1,8 @@
 """The whole-VM tests as CI runs them: shared out over lab hosts, and what failed there once more in a fresh one.
 
 A guest with one CPU keeps one core busy with its emulation, so two lab hosts side by side take little more than half the time of
-one. Each has a folder of its own below the folder of results, named by its number.
+one. Each takes the next test that no other has taken, and has a folder of its own below the folder of results, named by its
+number.
 
 The lab is QEMU's software emulation of a processor with SVM, and QEMU 7.2's is not exact: about once in some minutes of two
 busy CPUs, a guest's CPU shuts down or the lab host's own kernel finds its stack broken, whoever's VMM runs. So a few failures
@@ -97,7 +98,10 @@ def run(command: Sequence[str], out: Path, limit: float) -> int:
     native = probe.probe().native
     count = 1 if native else hosts()
     parts = [Part.of(out, number) for number in range(1, count + 1)]
-    asked = [[*command, *([f"--part={part.number}/{count}"] if count > 1 else [])] for part in parts]
+    claims = out / "claims"
+    shutil.rmtree(claims, ignore_errors=True)
+    claims.mkdir()
+    asked = [[*command, *([f"--claims={claims}"] if count > 1 else [])] for part in parts]
     statuses = _together(asked, parts, limit)
     seen = {name: outcome for part in parts for name, outcome in outcomes(part.folder / OUTCOMES).items()}
     died = [part for part in parts if not part.report.exists()]
@@ -117,8 +121,7 @@ def run(command: Sequence[str], out: Path, limit: float) -> int:
     passed_file = out / "passed.txt"
     passed_file.write_text("".join(f"{name}\n" for name in passed))
     again = Part.of(out, count + 1)
-    shutil.copy(passed_file, again.folder)  # the lab sees the folder of its own results as it is
-    (status,) = _together([[*command, f"--passed-already={again.folder / passed_file.name}"]], [again], left)
+    (status,) = _together([[*command, f"--passed-already={passed_file}"]], [again], left)
     write_report(out / "lab.first.xml", passed)
     if again.report.exists():
         shutil.copy(again.report, out / "lab.again.xml")
@@ -149,8 +152,9 @@ def _together(commands: Sequence[Sequence[str]], parts: Sequence[Part], limit: f
 
 
 def _lab(command: Sequence[str], part: Part, limit: float) -> subprocess.Popen[str]:
-    lab = [sys.executable, str(_LAB), "auto", "--timeout", f"{limit:g}", "--out", str(part.folder)]
-    lab += ["--dmesg", str(part.folder / "host-kernel.log"), "--"]
+    # All of them see the folder of results: what they share is in it.
+    lab = [sys.executable, str(_LAB), "auto", "--timeout", f"{limit:g}", "--out", str(part.folder.parent)]
+    lab += ["--dmesg", str(part.folder / "host-kernel.log"), "--", "env", f"LAB_OUT={part.folder}"]
     words = [*lab, *command, f"--junitxml={part.report}"]
     return subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

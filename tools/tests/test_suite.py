@@ -44,10 +44,13 @@ def test_nothing_runs_again_when_everything_passed(tmp_path: Path, monkeypatch: 
     assert reported(tmp_path) == 1
 
 
-def test_hosts_side_by_side_have_a_part_each_and_all_must_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_side_by_side_take_their_tests_from_one_list_and_all_must_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     labs = Labs(monkeypatch, ("passed a::b\n", True, 0), ("passed a::c\n", True, 0), hosts=2)
     assert suite.run(["pytest"], tmp_path, 1) == 0
-    assert labs.commands == [["pytest", "--part=1/2"], ["pytest", "--part=2/2"]]
+    assert labs.commands == [["pytest", f"--claims={tmp_path}/claims"]] * 2
+    assert not list((tmp_path / "claims").iterdir())
     assert reported(tmp_path) == 2
     many = "".join(f"failed a::{n}\n" for n in range(suite.AGAIN_MAX + 1))
     Labs(monkeypatch, ("passed a::b\n", True, 0), (many, True, 1), hosts=2)
@@ -70,8 +73,8 @@ def test_what_failed_runs_once_more_and_counts_by_that(tmp_path: Path, monkeypat
         hosts=2,
     )
     assert suite.run(["pytest"], tmp_path, 1) == 0
-    assert (tmp_path / "3/passed.txt").read_text() == "a::b\na::d\n"
-    assert labs.commands[2] == ["pytest", f"--passed-already={tmp_path}/3/passed.txt"]
+    assert (tmp_path / "passed.txt").read_text() == "a::b\na::d\n"
+    assert labs.commands[2] == ["pytest", f"--passed-already={tmp_path}/passed.txt"]
     assert reported(tmp_path) == 3
 
 

@@ -5,6 +5,7 @@ Those of KVM are in tests/lab/test_trace_points.py.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,12 @@ from block_qcow2.errors import EngineError
 from pystratovirt.devices import net
 from pystratovirt.trace import POINTS, Registry
 from running_vm import CONFIG, LIMIT, STATUS, RunningVm
+from virtio_devices import vhost_kernel
 from virtio_devices.net.backend import Backend
 from virtio_devices.net.stream import StreamBackend
+from virtio_devices.vhost_kernel import VhostKernel
+from virtio_devices.vhost_user import protocol
+from virtio_devices.vhost_user.connection import Connection
 
 MiB = 1 << 20
 SEL, NUM, READY, NOTIFY = 0x030, 0x038, 0x044, 0x050
@@ -124,7 +129,7 @@ def test_every_point_fires_when_it_is_switched_on_while_the_machine_runs(vm: Run
     drivers = {slot: Driver(vm, slot, queues) for slot, queues in ((BLK, 1), (NET, 3), (RNG, 1), (CONSOLE, 2))}
     lines: list[str] = []
     registry = Registry(POINTS, lines.append)
-    wanted = {point.name for point in POINTS if not point.name.startswith("kvm_")}
+    wanted = {point.name for point in POINTS if not point.name.startswith(("kvm_", "cpu_"))}
     registry.set_states("", True)
     try:
         exercise(vm, drivers, tmp_path)
@@ -160,6 +165,11 @@ def exercise(vm: RunningVm, drivers: dict[int, Driver], folder: Path) -> None:
             port(0x70, 1, index)
             vm.access.read_port(0x71, 1) if value is None else port(0x71, 1, value)
     vm.access.clock_step(2_000_000_000)
+    for index, value in ((0x0A, 0x26), (0x0B, 0x40)):  # 1,024 interrupts a second of the machine's clock
+        port(0x70, 1, index)
+        port(0x71, 1, value)
+    vm.access.clock_step(1_000_000_000)
+    ask_a_kernel_and_a_process()
     port(0x3F9, 1, 1)  # the serial port tells of input
     port(0x3F8, 1, 0x41)
     vm.access.read_port(0x3FD, 1)
@@ -173,6 +183,40 @@ def exercise(vm: RunningVm, drivers: dict[int, Driver], folder: Path) -> None:
     vm.add_drive("other", folder / "other")
     vm.run("device_add", id="other", driver="virtio-blk-mmio", addr="0x1")
     vm.run("device_del", id="other")
+
+
+def ask_a_kernel_and_a_process() -> None:
+    """Make every request of vhost, of a kernel that does anything and of a process that does not listen."""
+    kernel = VhostKernel("card", os.open("/dev/null", os.O_RDWR), ioctl=lambda _fd, _number, _data: 0)
+    for request in vars(vhost_kernel).values():
+        if isinstance(request, vhost_kernel.Request):
+            kernel.ioctl(request, bytearray(64))
+    kernel.close()
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours)
+    connection.tell(protocol.SET_VRING_ENABLE, bytes(8))
+    connection.close()
+    theirs.close()
+
+
+def test_points_of_one_place_are_switched_on_and_off_alone() -> None:
+    lines: list[str] = []
+    registry = Registry(POINTS, lines.append)
+    original = VhostKernel.ioctl
+    kernel = VhostKernel("card", os.open("/dev/null", os.O_RDWR), ioctl=lambda _fd, _number, _data: 0)
+    for pattern, enable, expected in (
+        ("^vhost_get_features$", True, {"vhost_get_features"}),
+        ("^vhost_set_", True, {"vhost_get_features", "vhost_set_owner"}),
+        ("^vhost_get_", False, {"vhost_set_owner"}),
+        ("^vhost_", False, set()),
+    ):
+        registry.set_states(pattern, enable)
+        lines.clear()
+        kernel.ioctl(vhost_kernel.GET_FEATURES)
+        kernel.ioctl(vhost_kernel.SET_OWNER)
+        assert fired(lines) == expected
+    kernel.close()
+    assert VhostKernel.ioctl is original
 
 
 @pytest.mark.parametrize("engine", ["off", "threads", "native", "io_uring"])

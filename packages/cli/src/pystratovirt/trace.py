@@ -28,7 +28,10 @@ class TraceError(ValueError):
 
 
 class TracePoint(NamedTuple):
-    """A name, and the methods it stands for: `module:Class.method`."""
+    """A name, and the methods it stands for: `module:Class.method`, or `module:function`.
+
+    `?NAME` behind one means its calls with a request of that name only (`Request.name` of an ioctl or a message).
+    """
 
     name: str
     targets: tuple[str, ...]
@@ -38,6 +41,24 @@ _DISK = "block_qcow2.qcow2.disk:Qcow2Channel"
 _RAW = "block_qcow2.engines.threads:ThreadChannel"  # and the others, which inherit from it
 _BLK = "virtio_devices.blk.device:BlkDevice"
 _KVM = "vmm_core.hypervisor.kvm.vm:KvmHypervisor"
+_IOCTL = "vmm_core.hypervisor.kvm.ioctl:call"
+_VHOST_KERNEL = "virtio_devices.vhost_kernel:VhostKernel.ioctl"
+_VHOST_USER = "virtio_devices.vhost_user.connection:Connection"
+
+# KVM's names of what a vCPU is made of, where StratoVirt's differ.
+_REGISTERS = {"debug_regs": "debugregs"} | {
+    name: name for name in ("fpu", "lapic", "mp_state", "msrs", "regs", "sregs", "vcpu_events", "xcrs", "xsave")
+}
+_VHOST = (
+    "get_features", "get_vring_base", "set_features", "set_mem_table", "set_owner", "set_vring_addr", "set_vring_base",
+    "set_vring_call", "set_vring_kick", "set_vring_num",
+)  # fmt: skip
+
+
+def _by_message(request: str) -> tuple[str, str]:
+    """Where a vhost-user back end is asked, with an answer and without."""
+    return f"{_VHOST_USER}.call_with_fds?{request}", f"{_VHOST_USER}.tell?{request}"
+
 
 POINTS: Final = tuple(
     TracePoint(name, tuple(targets))
@@ -50,8 +71,14 @@ POINTS: Final = tuple(
         ("block_read_vectored", f"{_RAW}.readv", f"{_DISK}.readv"),
         ("block_write_vectored", f"{_RAW}.writev", f"{_DISK}.writev"),
         ("block_write_zeroes", f"{_RAW}.write_zeroes", f"{_DISK}.write_zeroes"),
+        ("cpu_boot_config", "vmm_core.hypervisor.kvm.x86_64.vcpu:VcpuArch.load_boot"),
         ("kvm_add_ioeventfd", f"{_KVM}.add_ioeventfd"),
         ("kvm_commit_irq_routing", f"{_KVM}.route_message"),
+        *((f"kvm_get_{name}", f"{_IOCTL}?KVM_GET_{kvm.upper()}") for name, kvm in _REGISTERS.items() if name != "xsave"),
+        ("kvm_get_xsave", f"{_IOCTL}?KVM_GET_XSAVE", f"{_IOCTL}?KVM_GET_XSAVE2"),
+        *((f"kvm_set_{name}", f"{_IOCTL}?KVM_SET_{kvm.upper()}") for name, kvm in _REGISTERS.items()),
+        ("kvm_set_cpuid2", f"{_IOCTL}?KVM_SET_CPUID2"),
+        ("kvm_setup_cpuid", f"{_IOCTL}?KVM_GET_SUPPORTED_CPUID"),
         ("kvm_delete_ioeventfd", f"{_KVM}.remove_ioeventfd"),
         ("kvm_register_irqfd", f"{_KVM}.interrupt_line"),
         ("kvm_release_irq", f"{_KVM}.unroute_message"),
@@ -62,6 +89,7 @@ POINTS: Final = tuple(
         ("qcow2_flush", "block_qcow2.qcow2.image:Qcow2Image.flush"),
         ("qmp_command", "qmp_server.dispatch:Dispatcher.answer"),
         ("qmp_event", "qmp_server.server:QmpServer.emit"),
+        ("rtc_inject_interrupt", "vmm_core.devices.rtc:Rtc._interrupt"),
         ("rtc_read", "vmm_core.devices.rtc:Rtc.read"),
         ("rtc_write", "vmm_core.devices.rtc:Rtc.write"),
         ("serial_read", "vmm_core.devices.serial:Serial.read"),
@@ -74,7 +102,10 @@ POINTS: Final = tuple(
         ("timer_del", "vmm_core.clock:TimerQueue.cancel"),
         ("timer_run", "vmm_core.epoll:EpollLoop._run_timers"),
         ("update_event", *(f"vmm_core.epoll:EpollLoop.{verb}_fd" for verb in ("add", "modify", "_forget"))),
+        *((f"vhost_{name}", f"{_VHOST_KERNEL}?VHOST_{name.upper()}", *_by_message(name.upper())) for name in _VHOST),
+        ("vhost_set_vring_enable", *_by_message("SET_VRING_ENABLE")),
         ("virtio_blk_complete_request", f"{_BLK}._completed"),
+        ("virtio_blk_execute", f"{_BLK}._serve"),
         ("virtio_blk_handle_discard_write_zeroes_req", f"{_BLK}._other"),
         ("virtio_blk_process_queue_suppress_notify", f"{_BLK}._serve"),
         ("virtio_blk_read_config", f"{_BLK}.read_config"),
@@ -104,14 +135,15 @@ class Registry:
     def __init__(self, points: Iterable[TracePoint] = POINTS, write: Callable[[str], None] | None = None) -> None:
         """All points are off. `write` gets the lines; the log unless given."""
         self._points = {point.name: point for point in points}
-        self._originals: dict[str, list[tuple[type, str, Any]]] = {}
+        self._on: set[str] = set()
+        self._watched: dict[str, _Watched] = {}  # by target, without a request
         self._write = write or log.trace
         self._lock = Lock()
 
     def states(self, pattern: str) -> list[tuple[str, bool]]:
         """Return name and state of each point whose name has a match of `pattern` anywhere. Raises TraceError."""
         found_in = _compile(pattern)
-        return [(name, name in self._originals) for name in self._points if found_in(name)]
+        return [(name, name in self._on) for name in self._points if found_in(name)]
 
     def set_states(self, pattern: str, enable: bool) -> None:
         """Switch each point whose name has a match of `pattern` anywhere. No match is no error. Raises TraceError."""
@@ -139,32 +171,57 @@ class Registry:
         self.set_states("", False)
 
     def _switch(self, point: TracePoint, enable: bool) -> None:
-        if enable == (point.name in self._originals):
+        if enable == (point.name in self._on):
             return
-        if not enable:
-            for owner, method, original in self._originals.pop(point.name):
-                if original is None:  # inherited
-                    delattr(owner, method)
-                else:
-                    setattr(owner, method, original)
-            return
-        replaced = []
         for target in point.targets:
-            owner, method = _find(target)
-            replaced.append((owner, method, owner.__dict__.get(method)))
-            setattr(owner, method, self._wrap(point.name, getattr(owner, method)))
-        self._originals[point.name] = replaced
+            place, _, request = target.partition("?")
+            watched = self._watched.get(place)
+            if watched is None:
+                watched = self._watched[place] = _Watched(place, self._write)
+            watched.switch(point.name, request, enable)
+            if not watched.wanted:
+                del self._watched[place]
+        (self._on.add if enable else self._on.discard)(point.name)
 
-    def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        write = self._write
+
+class _Watched:
+    """A method or function that points stand for: wrapped while any of them is on."""
+
+    def __init__(self, place: str, write: Callable[[str], None]) -> None:
+        self._owner, self._name = _find(place)
+        self._write = write
+        self._kept = vars(self._owner).get(self._name)  # None: inherited
+        self._original = getattr(self._owner, self._name)
+        self.wanted: tuple[tuple[str, str], ...] = ()  # (point, request); replaced and never changed, for other threads
+
+    def switch(self, point: str, request: str, enable: bool) -> None:
+        """Have calls write lines of `point`, or no longer."""
+        before, each = self.wanted, (point, request)
+        self.wanted = (*before, each) if enable else tuple(one for one in before if one != each)
+        if enable and not before:
+            setattr(self._owner, self._name, self._wrapper())
+        elif not self.wanted and self._kept is not None:
+            setattr(self._owner, self._name, self._kept)
+        elif not self.wanted:
+            delattr(self._owner, self._name)
+
+    def _wrapper(self) -> Callable[..., Any]:
+        original, write = self._original, self._write
         code = original.__code__
-        names = code.co_varnames[1 : code.co_argcount]
+        first = int(isinstance(self._owner, type))  # leaves out self
+        names = code.co_varnames[first : code.co_argcount]
 
         @functools.wraps(original)
-        def traced(self: Any, *args: Any, **options: Any) -> Any:
-            values = [*zip(names, args, strict=False), *options.items()]
-            write(f"[{name}] {original.__qualname__} " + " ".join(f"{key}={_show(value)}" for key, value in values))
-            return original(self, *args, **options)
+        def traced(*args: Any, **options: Any) -> Any:
+            shown = ""
+            for point, request in self.wanted:
+                if request and all(getattr(arg, "name", "") != request for arg in args):
+                    continue
+                if not shown:
+                    values = [*zip(names, args[first:], strict=False), *options.items()]
+                    shown = " ".join(f"{key}={_show(value)}" for key, value in values)
+                write(f"[{point}] {original.__qualname__} {shown}")
+            return original(*args, **options)
 
         return traced
 
@@ -194,10 +251,11 @@ def _one_line(reason: str | bytes) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
-def _find(target: str) -> tuple[type, str]:
-    module, _, path = target.partition(":")
-    owner, _, method = path.partition(".")
-    return getattr(import_module(module), owner), method
+def _find(target: str) -> tuple[Any, str]:
+    """Return the class or module that a target is looked up in, and its name there."""
+    module, _, path = target.partition("?")[0].partition(":")
+    owner, _, method = path.rpartition(".")
+    return (getattr(import_module(module), owner), method) if owner else (import_module(module), method)
 
 
 def _show(value: Any) -> str:
@@ -205,6 +263,8 @@ def _show(value: Any) -> str:
         return f"{value:#x}"
     if isinstance(value, bytes | bytearray | memoryview):
         return f"<{len(value)} bytes>"
+    if type(value).__name__ == "Request":  # of an ioctl or a message
+        return str(value.name)
     if value is None or isinstance(value, bool | str | tuple | Struct):
         return repr(value)[:_LONGEST_VALUE]
     return f"<{type(value).__name__}>"

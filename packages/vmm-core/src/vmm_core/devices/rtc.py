@@ -229,8 +229,11 @@ class Rtc:
         self._cells[C] |= flags
         if self._cells[C] & self._cells[B] & (C_PF | C_AF | C_UF) and not self._cells[C] & C_IRQF:
             self._cells[C] |= C_IRQF
-            if self._line is not None:
-                self._line.trigger()
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._line is not None:
+            self._line.trigger()
 
     def _next_alarm(self, after: int) -> int | None:
         b = self._cells[B]
