@@ -52,6 +52,7 @@ LONG = [
     ["convert", "-c", "-O", "qcow2", "raw", "out"],
     ["dd", "if=raw", "of=out", "bs=1M"],
     ["check", "base"],
+    ["snapshot", "-c", "now", "base"],
     ["compare", "base", "base"],
     ["commit", "--allow-chain", "top"],
     ["rebase", "--allow-chain", "-b", "", "top"],

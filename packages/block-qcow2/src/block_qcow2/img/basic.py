@@ -298,7 +298,9 @@ def _preallocate(image: Any, old: int, mode: str, progress: Progress) -> None:
 
 # --- snapshot ---
 
-SNAPSHOT = {**SECRETS, "f": "value", "l": "", "a": "value", "c": "value", "d": "value", "q": "", "U": "", "force-share": "=U"}
+SNAPSHOT = {
+    **SECRETS, "f": "value", "l": "", "a": "value", "c": "value", "d": "value", "p": "", "q": "", "U": "", "force-share": "=U",
+}  # fmt: skip
 
 
 def snapshot(words: list[str]) -> int:
@@ -313,14 +315,17 @@ def snapshot(words: list[str]) -> int:
     changing = what != "l"
     if changing and given.flag("U"):
         raise UsageError(f"-U is for reading: what -{what} changes is locked")
-    with open_any(
-        path, format=check_format(given.last("f")), read_only=not changing, force_share=given.flag("U"), named=False
-    ) as image:
+    with (
+        open_any(
+            path, format=check_format(given.last("f")), read_only=not changing, force_share=given.flag("U"), named=False
+        ) as image,
+        Progress(1, shown=given.flag("p"), quiet=given.flag("q")) as progress,
+    ):
         if image.format != "qcow2":
             raise BlockError(f"Could not create snapshot '{name}'(Operation not supported)")
         from ..qcow2.snapshots import Snapshots
 
-        table = Snapshots(image)
+        table = Snapshots(image, progress.of)
         if what == "l":
             print("Snapshot list:")
             print(listing(table.list), end="")

@@ -16,7 +16,7 @@ COMMANDS = {
     "create": ("basic", "create [-f FMT] [-o NAME=VALUE,…|help] [-b BACKING [-F FMT]] [-u] [--key-file KEY] [-q] FILE [SIZE]"),
     "check": ("basic", "check [-r leaks|all] [-no_print_error] [-f FMT] [--output human|json] [-T CACHE] [-p] [-q] [-U] FILE"),
     "resize": ("basic", "resize [-f FMT] [--shrink | --preallocation MODE] [-p] [-q] [--allow-chain] FILE [+|-]SIZE"),
-    "snapshot": ("basic", "snapshot [-f FMT] [-q] [-U] [-l | -a NAME | -c NAME | -d NAME] FILE"),
+    "snapshot": ("basic", "snapshot [-f FMT] [-p] [-q] [-U] [-l | -a NAME | -c NAME | -d NAME] FILE"),
     "info": ("look", "info [-f FMT] [--output human|json] [--backing-chain] [--allow-chain] [-U] FILE"),
     "map": ("look", "map [-f FMT] [--output human|json] [--start-offset N] [--max-length N] [--allow-chain] [-U] FILE"),
     "compare": ("look", "compare [-f FMT] [-F FMT] [-T CACHE] [-s] [-q] [-p] [--allow-chain] [-U] FILE1 FILE2"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import NamedTuple, Self
 
@@ -118,8 +118,10 @@ def load(file: HostFile, header: Header) -> tuple[list[Snapshot], int]:
 class Snapshots:
     """The snapshots of an image that is open for writing (or, for listing, reading)."""
 
-    def __init__(self, image: Qcow2Image) -> None:
+    def __init__(self, image: Qcow2Image, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """`progress` is told how many of how many L2 tables have been gone through, while snapshots are changed."""
         self.image = image
+        self.progress = progress
         self.list, self._bytes = load(image.file, image.header)
         bits = image.cluster_bits
         if not image.read_only:
@@ -153,7 +155,7 @@ class Snapshots:
             raise SnapshotError(f"The number of snapshots exceed the maximum limit {MAX_SNAPSHOTS}")
         now = time.time_ns() if date_ns is None else date_ns
         ident = str(max((int(s.id) for s in self.list if s.id.isascii() and s.id.isdecimal()), default=0) + 1)
-        with image.exclusive(), _Transition(image) as change:
+        with image.exclusive(), _Transition(image, self.progress) as change:
             first = change.write_l1_copy(image.l1)
             snapshot = Snapshot(
                 ident, name, first << bits, len(image.l1), now // 10**9 & 0xFFFFFFFF, now % 10**9, vm_clock_nsec, 0, image.size
@@ -167,7 +169,7 @@ class Snapshots:
         """Forget a snapshot; what only it needed becomes free."""
         image, bits = self.image, self.image.cluster_bits
         image.must_be_writable()
-        with image.exclusive(), _Transition(image) as change:
+        with image.exclusive(), _Transition(image, self.progress) as change:
             l1 = tables.load(image.file, snapshot.l1_table_offset, snapshot.l1_size)
             change.put_table([s for s in self.list if s is not snapshot], self._bytes)
             change.count(l1, -1)
@@ -178,7 +180,7 @@ class Snapshots:
         """Go back to a snapshot: present content is lost, the snapshot stays, the size becomes what it was then."""
         image = self.image
         image.must_be_writable()
-        with image.exclusive(), _Transition(image) as change:
+        with image.exclusive(), _Transition(image, self.progress) as change:
             l1 = tables.load(image.file, snapshot.l1_table_offset, snapshot.l1_size)
             shift = image.cluster_bits + image.header.l2_bits
             needed = -(-snapshot.disk_size >> shift)
@@ -200,8 +202,10 @@ class _Transition:
     Everything else stands still, and nothing is dirty when it begins.
     """
 
-    def __init__(self, image: Qcow2Image) -> None:
+    def __init__(self, image: Qcow2Image, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         self.image = image
+        self._progress = progress
+        self._seen = self._expected = 0  # L2 tables
         self.snapshots: list[Snapshot] | None = None
         self.table_bytes = 0
         self._counted: list[array[int]] = []
@@ -241,6 +245,11 @@ class _Transition:
             image._broken = "a snapshot operation failed half-way"
             raise
 
+    def _tables(self, tables: int) -> None:
+        """As many tables more were gone through."""
+        self._seen += tables
+        self._progress(min(self._seen, self._expected), self._expected)
+
     def _finish(self, image: Qcow2Image) -> None:
         header, bits = image.header, image.cluster_bits
         old_l1 = image.l1, header.l1_table_offset
@@ -248,7 +257,7 @@ class _Transition:
         if self._counted and self._l1 is None:
             # What the snapshot is about to share must not be written in place, also after a power loss: version 2 has no mark
             # that says that its flags cannot be trusted.
-            fix_copied(image)
+            fix_copied(image, seen=self._tables)
         if self._l1 is not None:
             offset, size = self._new_l1_at, self._new_size
             image.file.pwrite(offset, tables.to_bytes(self._l1) + bytes(-len(self._l1) * 8 % image.cluster_size))
@@ -267,9 +276,9 @@ class _Transition:
                     image.bitmaps.resized()
                 image.mark_dirty(0, image.size)
         for l1 in self._down:
-            add_references(image, l1, -1)
+            add_references(image, l1, -1, self._tables)
         if self._l1 is not None:
-            add_references(image, old_l1[0], -1)
+            add_references(image, old_l1[0], -1, self._tables)
             self._freed.append((old_l1[1] >> bits, -(-len(old_l1[0]) * 8 >> bits)))
         with image._lock:
             for first, count in self._freed:
@@ -277,7 +286,7 @@ class _Transition:
                 image.reserved.difference_update(range(first, first + count))
         write_counts(image)
         if self._down or self._l1 is not None:
-            fix_copied(image)
+            fix_copied(image, seen=self._tables)
         with image._lock:
             image.reserved.clear()
             image._find_reserved()
@@ -325,8 +334,10 @@ class _Transition:
 
     def count(self, l1: array[int], delta: int) -> None:
         """Everything below `l1` gets or loses a reference."""
+        # Once for the counts and once for the flags; what is replaced loses its references too.
+        self._expected += sum(map(bool, l1)) + sum(map(bool, self.image.l1))
         if delta > 0:
-            add_references(self.image, l1, 1)
+            add_references(self.image, l1, 1, self._tables)
             self._counted.append(l1)
         else:
             self._down.append(l1)
@@ -371,13 +382,21 @@ def rewrite_table(image: Qcow2Image) -> None:
         change.put_table(found, length)
 
 
-def add_references(image: Qcow2Image, l1: array[int], delta: int) -> None:
-    """Add `delta` to the count of every L2 table below `l1` and of every cluster below those. Nothing else is running."""
+def _ignore(tables: int) -> None:
+    pass
+
+
+def add_references(image: Qcow2Image, l1: array[int], delta: int, seen: Callable[[int], None] = _ignore) -> None:
+    """Add `delta` to the count of every L2 table below `l1` and of every cluster below those. Nothing else is running.
+
+    `seen` is told of L2 tables that have been gone through.
+    """
     counts = Counts(image.header, image.refcounts.end, l1_entries=len(l1))
     for i, entry in counts.add_tables(l1):
         raise image._corrupt(f"L1 entry {i}: L2 table at {entry & OFFSET_MASK:#x}, expected a cluster inside the file")
     for offset, times, _ in counts.tables():
         found = counts.add_l2(read_table(image, offset), times, active=False)
+        seen(1)
         for index, bad in found.outside + found.misaligned:
             raise image._corrupt(f"L2 table at {offset:#x}, entry {index}: cluster at {bad & OFFSET_MASK:#x}")
     with image._lock:
@@ -391,10 +410,10 @@ def add_references(image: Qcow2Image, l1: array[int], delta: int) -> None:
             raise SnapshotError(f"{image.path}: {bits} bits a refcount are too few for another snapshot: {e}") from None
 
 
-def fix_copied(image: Qcow2Image, leave: frozenset[int] | set[int] = frozenset()) -> None:
+def fix_copied(image: Qcow2Image, leave: frozenset[int] | set[int] = frozenset(), seen: Callable[[int], None] = _ignore) -> None:
     """Make the COPIED flags of the active tables say what the counts say, except of L2 tables at the offsets in `leave`.
 
-    The caches are empty or agree with the disk.
+    The caches are empty or agree with the disk. `seen` as in add_references().
     """
     header = image.header
     counts = Counts(header, image.refcounts.end)
@@ -403,6 +422,7 @@ def fix_copied(image: Qcow2Image, leave: frozenset[int] | set[int] = frozenset()
         image.l2.clear()
     impossible = {i for i, _ in counts.add_tables(image.l1)}  # a check reports them; there is nothing to correct
     for offset, _, _ in counts.tables():
+        seen(1)
         if offset in leave:
             continue
         changed = counts.with_copied(read_table(image, offset))
