@@ -108,7 +108,7 @@ def main() -> None:
                 image.unlink()
             if "compressed" in names:
                 words = ["convert", "-c", "-m", "4", "-f", "raw", "-O", "qcow2", str(raw), str(out)]
-                compare("convert compressed, 4 threads", words, fresh, runs=1)
+                compare("convert compressed, 4 threads", words, fresh, runs=RUNS)
             fresh()
             raw.unlink()
         if names & {"check", "snapshot", "info"}:
@@ -123,7 +123,7 @@ def main() -> None:
                     subprocess.run(["cp", "--sparse=always", str(image), str(work)], check=True)
                     os.sync()
 
-                compare("snapshot create, 1 TiB mapped", ["snapshot", "-c", "s", str(work)], again, runs=3)
+                compare("snapshot create, 1 TiB mapped", ["snapshot", "-c", "s", str(work)], again, runs=RUNS)
     finally:
         shutil.rmtree(folder)
 

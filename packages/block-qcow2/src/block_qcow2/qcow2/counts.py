@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..errors import BlockError
@@ -22,6 +23,7 @@ from .refcount import unpack
 _CHUNK_BITS = 16
 _CHUNK = 1 << _CHUNK_BITS  # clusters that are looked at together
 CLUSTERS_MAX = 1 << 36  # of a file that can be counted: 4 PiB with clusters of 64 KiB
+_HUGE_BELOW = 128 << 20  # bytes of numbers: more may be a trap, in which every number touched costs 2 MiB
 _MAP_NORESERVE = 0x4000  # Linux, asm-generic/mman.h
 
 
@@ -302,10 +304,14 @@ class Counts:
         offsets = entries & np.uint64(OFFSET_MASK)
         host = (offsets >> np.uint64(bits)).astype(np.int64)
         sane = (offsets != 0) & ((offsets & np.uint64(mask)) == 0) & (host < self.clusters) & ~packed
-        alone = np.zeros(len(entries), bool)
-        alone[sane] = self.disk[host[sane]] == 1
-        plain = entries & np.uint64(~COPIED & (1 << 64) - 1)
-        wanted = np.where(alone, entries | np.uint64(COPIED), np.where(sane | packed, plain, entries))
+        plain, marked = entries & np.uint64(~COPIED & (1 << 64) - 1), entries | np.uint64(COPIED)
+        first = int(host[0])
+        if sane.all() and int(host[-1]) - first == len(host) - 1 and (host[1:] - host[:-1] == 1).all():
+            wanted = np.where(self.disk[first : first + len(host)] == 1, marked, plain)  # what was written in one go
+        else:
+            alone = np.zeros(len(entries), bool)
+            alone[sane] = self.disk[host[sane]] == 1
+            wanted = np.where(alone, marked, np.where(sane | packed, plain, entries))
         if (wanted == entries).all():
             return None
         all_words[::step] = wanted
@@ -339,4 +345,7 @@ def _zeroes(code: str, count: int) -> memoryview:
         region = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     except (OSError, ValueError, OverflowError) as error:
         raise BlockError(f"no memory to count {count} clusters: {error}") from None
+    if size <= _HUGE_BELOW and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            region.madvise(mmap.MADV_HUGEPAGE)  # an eighth of the time of a check is page faults otherwise
     return memoryview(region).cast(code)  # type: ignore[call-overload, no-any-return]

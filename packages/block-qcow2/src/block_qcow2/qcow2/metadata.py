@@ -53,6 +53,8 @@ class Metadata:
         self.encrypted = header.crypt_method != CRYPT_NONE
         self.data_file = data_file or file
         self._l2_shift = header.cluster_bits + header.l2_bits
+        self._l2_mask = (1 << header.l2_bits) - 1  # of a cluster's index in its table
+        self._extended = header.extended_l2
         self._l2_words = header.cluster_size // 8
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)

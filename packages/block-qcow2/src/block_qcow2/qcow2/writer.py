@@ -81,8 +81,8 @@ class Writer(Reader):
 
         None where that is not so or not known. The operation is running then: end() it when the I/O is done.
         """
-        mask = self.cluster_size - 1
-        if self.encrypted or (write and (self._broken or self._unclaimed)):
+        mask, bits = self.cluster_size - 1, self.cluster_bits
+        if self.encrypted or self._extended or (write and (self._broken or self._unclaimed)):
             return None
         with self._lock:
             if self._exclusive:
@@ -93,12 +93,12 @@ class Writer(Reader):
                 return None
             l1_entry = self.l1[l1_index]
             table = self.l2.get(l1_entry & OFFSET_MASK)
-            if table is None or self.header.extended_l2 or (write and not l1_entry & COPIED):
+            if table is None or (write and not l1_entry & COPIED):
                 return None
             entries = table.entries
-            index = offset >> self.cluster_bits & (1 << self.header.l2_bits) - 1
+            index = offset >> bits & self._l2_mask
             first = entries[index]
-            clusters = (end - 1 >> self.cluster_bits) - (offset >> self.cluster_bits)
+            clusters = (end - 1 >> bits) - (offset >> bits)
             if first & (ZERO | COMPRESSED) or not first & OFFSET_MASK:
                 zero = first & ZERO and not first & COMPRESSED and not write and not clusters
                 host = None
@@ -108,11 +108,11 @@ class Writer(Reader):
                 if first & mask or (write and not first & COPIED):
                     return None
                 for i in range(1, clusters + 1):
-                    if entries[index + i] != first + (i << self.cluster_bits):
+                    if entries[index + i] != first + (i << bits):
                         return None
                 host = (first & OFFSET_MASK) + (offset & mask)
                 if write and not self.external:
-                    start = host >> self.cluster_bits
+                    start = host >> bits
                     if start + clusters >= self.refcounts.end or not self.reserved.isdisjoint(range(start, start + clusters + 1)):
                         return None  # the long way reports it
             if write:

@@ -1,0 +1,198 @@
+"""One client of the NBD server, on a thread: sockets that block, and a poll only while the disk is at work.
+
+A request that the channel finishes inline is answered at once; others when the channel's event descriptor says so. Replies go
+out in batches of about a MiB. A connection holds at most 128 requests and 64 MiB; it reads no further before some are answered.
+
+Not here: who accepts the client and cuts it off (`server`), and the wire format (`protocol`).
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import ssl
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from . import protocol as p
+
+if TYPE_CHECKING:
+    from .server import Export
+
+_HANDSHAKE_SECONDS = 30
+_MAX_REQUESTS = 128
+_MAX_BYTES = 64 << 20
+_READ = 1 << 18
+_BATCH = 1 << 20  # bytes of replies that are gathered before they are sent
+_CARRY = (p.CMD_READ, p.CMD_WRITE)  # data, which are held while they run
+_CHANGE = (p.CMD_WRITE, p.CMD_TRIM, p.CMD_WRITE_ZEROES)
+
+
+class Connection:
+    """Owns its socket. Everything is on the thread that calls run()."""
+
+    def __init__(self, sock: socket.socket, export: Export) -> None:
+        self._sock = sock
+        self._export = export
+        self._input = bytearray()
+        self._output: list[bytes | bytearray] = []
+        self._held = 0  # bytes of the requests that run
+        self._running = 0
+        self._structured = False
+        self._room = 0  # in front of the data in a reply
+        self._chosen: list[int] = []
+
+    def run(self) -> None:
+        """Serve the client until it leaves, breaks the protocol or is cut off."""
+        try:
+            with suppress(p.ProtocolError, OSError):  # of which TLS errors and timeouts are kinds
+                self._handshake()
+                self._sock.settimeout(None)
+                channel = self._export.disk.channel()
+                try:
+                    self._requests(channel)
+                finally:
+                    channel.close()
+        finally:
+            self._sock.close()
+
+    def _handshake(self) -> None:
+        end = time.monotonic() + _HANDSHAKE_SECONDS
+        handshake = self._export.handshake()
+
+        def send() -> None:
+            if handshake.output:
+                self._sock.sendall(handshake.output)
+                handshake.output.clear()
+
+        send()
+        while not handshake.done:
+            self._sock.settimeout(max(end - time.monotonic(), 0.001))
+            data = self._sock.recv(_READ)
+            if not data:
+                raise p.ProtocolError("the client left")
+            try:
+                handshake.feed(data)
+            finally:
+                send()
+            if handshake.start_tls and self._export.tls is not None:
+                # Without a polite end: clients close the socket, and a reply that is cut off shows in its length.
+                self._sock = self._export.tls.wrap_socket(self._sock, server_side=True, suppress_ragged_eofs=True)
+                handshake.secured()
+        self._structured = handshake.structured
+        self._room = p.read_room(structured=self._structured)
+        self._chosen = handshake.chosen
+        self._input += handshake.rest()
+
+    def _requests(self, channel: Any) -> None:
+        sock = self._sock
+        receive, disk = sock.recv, channel.completion_fd
+        either, only_disk = select.poll(), select.poll()
+        either.register(sock, select.POLLIN)
+        for poll in (either, only_disk):
+            poll.register(disk, select.POLLIN)
+        while True:
+            more = True
+            while more:
+                more = self._take_requests(channel)
+                channel.submit()
+                if self._output:
+                    pieces, self._output = self._output, []
+                    sock.sendall(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            if self._running:
+                full = self._running >= _MAX_REQUESTS or self._held > _MAX_BYTES
+                # What TLS has decrypted already is not the socket's any more.
+                waits = not (isinstance(sock, ssl.SSLSocket) and sock.pending())
+                ready = dict((only_disk if full else either).poll(None if waits or full else 0))
+                if disk in ready:
+                    for token, result in channel.completions():
+                        self._running -= 1
+                        self._held -= token[0].length if token[0].kind in _CARRY else 0
+                        self._finished(channel, token[0], token[1], result, flushed=len(token) == 3)
+                if full or (waits and sock.fileno() not in ready):
+                    continue
+            data = receive(_READ)
+            if not data:
+                return
+            self._input += data
+
+    def _take_requests(self, channel: Any) -> bool:
+        """Begin the requests that have come. Returns whether to come again when the replies so far have been sent."""
+        data, at, size = self._input, 0, p.REQUEST.size
+        room, queued = self._room, 0
+        try:
+            while len(data) - at >= size and self._running < _MAX_REQUESTS and self._held <= _MAX_BYTES:
+                if queued > _BATCH:
+                    return True
+                request = p.parse_request(data, at)
+                _, kind, _, offset, length = request
+                reply = None
+                if kind == p.CMD_READ and length <= p.MAX_PAYLOAD:
+                    at += size
+                    # In the place that it has in the reply: nothing is copied but by the socket.
+                    reply = bytearray(room + length)
+                    result = channel.readv(offset, [memoryview(reply)[room:]], (request, reply)) if length else 0
+                    queued += length
+                elif kind == p.CMD_BLOCK_STATUS and self._chosen and length and offset + length <= self._export.disk.size:
+                    at += size
+                    pieces = self._block_status(request)
+                    self._output += pieces
+                    queued += sum(map(len, pieces))
+                    continue
+                else:
+                    payload = length if kind == p.CMD_WRITE else 0
+                    if len(data) - at - size < payload:
+                        return False
+                    start, at = at + size, at + size + payload
+                    result = self._start(channel, request, data[start:at] if payload else b"")
+                if result is None:
+                    self._running += 1
+                    self._held += length if kind in _CARRY else 0
+                else:
+                    self._finished(channel, request, reply, result)
+            return False
+        finally:
+            del data[:at]
+
+    def _start(self, channel: Any, request: p.Request, payload: bytes | bytearray) -> int | None:
+        """Begin anything but a read and a block status, and return the channel's result."""
+        _, kind, _, offset, length = request
+        token = (request, None)
+        result: int | None = -errno.EINVAL
+        if kind == p.CMD_WRITE:
+            result = channel.writev(offset, [memoryview(payload)], token) if length else 0
+        elif kind == p.CMD_FLUSH:
+            result = channel.flush(token)
+        elif kind == p.CMD_TRIM:
+            result = channel.discard(offset, length, token)
+        elif kind == p.CMD_WRITE_ZEROES:
+            result = channel.write_zeroes(offset, length, token, not request.flags & p.CMD_FLAG_NO_HOLE)
+        elif kind == p.CMD_DISC:
+            raise p.ProtocolError("the client said goodbye")
+        return result
+
+    def _finished(self, channel: Any, request: p.Request, reply: bytearray | None, result: int, flushed: bool = False) -> None:
+        """Answer a request that is done, or flush first what was to be on the disk by then."""
+        if not result:
+            if reply is not None:
+                p.answer_read(request, reply, structured=self._structured)
+                self._output.append(reply)
+                return
+            if request.flags & p.CMD_FLAG_FUA and request.kind in _CHANGE and not flushed:
+                flushing = channel.flush((request, None, True))
+                if flushing is None:
+                    self._running += 1
+                    self._held += request.length if request.kind in _CARRY else 0
+                    return
+                result = flushing
+        self._output += p.answer(request, result, structured=self._structured)
+
+    def _block_status(self, request: p.Request) -> list[bytes | bytearray]:
+        limit = 1 if request.flags & p.CMD_FLAG_REQ_ONE else 1024
+        try:
+            answers = [(i, self._export.status[i](request.offset, request.length, limit)) for i in self._chosen]
+            return p.answer_status(request, answers)
+        except Exception:  # an image that is found wrong: the client hears of an I/O error
+            return p.answer(request, -errno.EIO, structured=True)
