@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ def post(event: MachineEvent) -> None:
     raise AssertionError(f"nobody asked for {event}")
 
 
-def machine(folder: Path, drive: str) -> VirtualMachine:
-    options = ["-mod-test", str(folder / "unused"), "-drive", f"id=d,direct=off,{drive}"]
+def machine(folder: Path, drive: str, *words: str) -> VirtualMachine:
+    options = ["-mod-test", str(folder / "unused"), "-drive", f"id=d,direct=off,{drive}", *words]
     return VirtualMachine(parse([*options, "-device", "virtio-blk-device,drive=d,id=d"]), post)
 
 
@@ -68,3 +69,51 @@ def test_a_qcow2_image_is_locked_for_as_long_as_the_machine_has_it(tmp_path: Pat
     with machine(tmp_path, f"file={tmp_path}/disk,format=qcow2"), pytest.raises(VmError, match=r"-drive id=d: .*lock"):
         machine(tmp_path, f"file={tmp_path}/disk,format=qcow2")
     machine(tmp_path, f"file={tmp_path}/disk,format=qcow2").close()
+
+
+@pytest.fixture
+def encrypted(tmp_path: Path) -> Path:
+    """An image of qemu-img's making, with `geheim` as its passphrase and a sector of 1s."""
+    path = tmp_path / "luks"
+    secret = ["--object", "secret,id=s,data=geheim"]
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    subprocess.run(["qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", options, str(path), str(SIZE)], check=True)
+    where = f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"
+    subprocess.run(["qemu-io", *secret, "-c", "write -P 1 0 512", "--image-opts", where], check=True, capture_output=True)
+    return path
+
+
+@pytest.mark.parametrize("secret", ["data=geheim", "file=SECRET", "data=Z2VoZWlt,format=base64"])
+def test_an_encrypted_image_is_read_with_the_secret_that_the_drive_names(tmp_path: Path, encrypted: Path, secret: str) -> None:
+    (tmp_path / "secret").write_bytes(b"geheim")
+    words = ["-object", f"secret,id=s,{secret.replace('SECRET', str(tmp_path / 'secret'))}"]
+    with machine(tmp_path, f"file={encrypted},format=qcow2,encrypt.key-secret=s", *words) as vm:
+        channel, data = vm.disks["d"].channel(), bytearray(512)
+        result = channel.readv(0, [memoryview(data)], "token")
+        if result is None:
+            channel.drain()
+        channel.close()
+        assert data == b"\1" * 512
+
+
+@pytest.mark.parametrize(
+    ("secret", "problem"),
+    [
+        ("data=falsch", "passphrase"),
+        ("data=!,format=base64", "secret s: no base64"),
+        ("file=/nonexistent", "secret s: /nonexistent: No such file or directory"),
+        ("file=/dev/zero", "secret s: /dev/zero: expected at most 65536 bytes"),
+    ],
+)
+def test_a_secret_that_does_not_open_the_image_is_refused_by_name(
+    tmp_path: Path, encrypted: Path, secret: str, problem: str
+) -> None:
+    before = descriptors()
+    with pytest.raises(VmError, match=f"-drive id=d: .*{problem}"):
+        machine(tmp_path, f"file={encrypted},format=qcow2,encrypt.key-secret=s", "-object", f"secret,id=s,{secret}")
+    assert descriptors() == before
+
+
+def test_an_encrypted_image_without_a_secret_is_refused(tmp_path: Path, encrypted: Path) -> None:
+    with pytest.raises(VmError, match=r"-drive id=d: .*(encrypted|passphrase)"):
+        machine(tmp_path, f"file={encrypted},format=qcow2")

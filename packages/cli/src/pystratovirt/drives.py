@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from block_qcow2.disk import Disk
     from pystratovirt.cmdline.backends import Drive
+    from pystratovirt.cmdline.secrets import Secret
+
+SECRET_MAX = 64 << 10  # bytes of a file with a passphrase
 
 
-def open_image(drive: Drive) -> Disk:
-    """Open and lock an image. Raises BlockError, and has nothing open then."""
+def open_image(drive: Drive, secrets: Mapping[str, Secret]) -> Disk:
+    """Open and lock an image; its passphrase is one of `secrets`. Raises BlockError, and has nothing open then."""
     from block_qcow2 import open_disk
 
     disk = open_disk(
@@ -24,6 +30,7 @@ def open_image(drive: Drive) -> Disk:
         allow=drive.external_files,
         l2_cache_bytes=drive.l2_cache_size or 0,
         refcount_cache_bytes=drive.refcount_cache_size or 0,
+        passphrase=_passphrase(secrets[drive.key_secret]) if drive.key_secret is not None else None,
     )
     try:
         # From here to the end, pauses included: StratoVirt lets go of a paused machine's images, and whoever opens one then has
@@ -33,3 +40,29 @@ def open_image(drive: Drive) -> Disk:
         disk.close()
         raise
     return disk
+
+
+def _passphrase(secret: Secret) -> bytes:
+    """What a secret stands for. Raises BlockError."""
+    from block_qcow2.errors import OpenError
+
+    name = f"secret {secret.id}"
+    if secret.data is not None:
+        found = secret.data.encode("utf-8", "surrogateescape")
+    else:
+        assert secret.file is not None  # one of the two is given
+        try:
+            with Path(secret.file).open("rb") as file:
+                found = file.read(SECRET_MAX + 1)
+        except OSError as error:
+            raise OpenError(f"{name}: {secret.file}: {error.strerror}") from None
+        if len(found) > SECRET_MAX:
+            raise OpenError(f"{name}: {secret.file}: expected at most {SECRET_MAX} bytes")
+    if secret.format == "base64":
+        import binascii
+
+        try:
+            return binascii.a2b_base64(found.strip(), strict_mode=True)
+        except binascii.Error as error:
+            raise OpenError(f"{name}: no base64: {error}") from None
+    return found

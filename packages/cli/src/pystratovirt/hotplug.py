@@ -90,7 +90,7 @@ class HotPlug:
                     "Is it used more than once or another process using the same file?"
                 )
         try:
-            disk = open_image(drive)
+            disk = open_image(drive, self._vm.config.secrets)
         except ImageInUseError:
             raise HotPlugError(
                 f"Failed to get {'read' if drive.readonly else 'write'} lock on file: {drive.file}. "

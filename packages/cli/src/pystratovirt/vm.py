@@ -208,7 +208,7 @@ class VirtualMachine:
         from pystratovirt.drives import open_image
 
         try:
-            disk = open_image(drive)
+            disk = open_image(drive, self.config.secrets)
         except BlockError as error:
             raise VmError(f"-drive id={drive.id}: {error}") from None
         self.drives[drive.id], self.disks[drive.id] = drive, disk

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from .numa import MemoryBackend
+    from .secrets import Secret
 
-    Object: TypeAlias = "IoThread | RngRandom | MemoryBackend"
+    Object: TypeAlias = "IoThread | RngRandom | Secret | MemoryBackend"
 
 MAX_IOTHREADS = 8
 MAX_IOPS = 1_000_000
@@ -60,6 +61,13 @@ class Drive(Parameters):
         doc="qcow2: whether the backing or data file that the image names may be opened",
         note="not in StratoVirt, which opens them; leave it at `deny` for images of others",
     )
+    key_secret: str | None = key(
+        Reference("secret", shared=True),
+        default=None,
+        name="encrypt.key-secret",
+        doc="qcow2: the -object secret with the passphrase of an encrypted image",
+        note="not in StratoVirt",
+    )
     media: str = key(
         Choice("disk", "cdrom"),
         default="disk",
@@ -82,7 +90,7 @@ class Drive(Parameters):
         if self.aio == "off" and self.direct:
             raise BadKey("aio=off", "needs direct=off")
         if self.format != "qcow2":
-            for name in ("l2-cache-size", "refcount-cache-size", "external-files"):
+            for name in ("l2-cache-size", "refcount-cache-size", "external-files", "encrypt.key-secret"):
                 found = self.keys[name]
                 value = getattr(self, found.attribute)
                 if value != found.default:
@@ -114,6 +122,7 @@ OBJECTS: Mapping[str, type[Object]] = cast(
         {
             "iothread": ("backends", "IoThread"),
             "rng-random": ("backends", "RngRandom"),
+            "secret": ("secrets", "Secret"),
             "memory-backend-ram": ("numa", "MemoryBackendRam"),
             "memory-backend-file": ("numa", "MemoryBackendFile"),
             "memory-backend-memfd": ("numa", "MemoryBackendMemfd"),

@@ -5,7 +5,7 @@ Not here: the file system (see `files`), argv itself (see `lexer`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from pystratovirt.slots import place
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .drivers.base import Device
     from .netdevs import Connected
     from .numa import MemoryBackend, NumaEntry
+    from .secrets import Secret
 
 P = TypeVar("P", bound=Parameters)
 
@@ -87,6 +88,7 @@ def build(argv: Sequence[str]) -> Config:
         drives=users.drives,
         iothreads=users.iothreads,
         rngs=users.rngs,
+        secrets=users.secrets,
         memory_backends=users.memory_backends,
         numa=tuple(numa),
         chardevs=users.chardevs,
@@ -193,6 +195,7 @@ class _Users:
         self.drives: dict[str, Drive] = {}
         self.iothreads: dict[str, IoThread] = {}
         self.rngs: dict[str, RngRandom] = {}
+        self.secrets: dict[str, Secret] = {}
         self.memory_backends: dict[str, MemoryBackend] = {}
         self.chardevs: dict[str, Chardev] = {}
         self.netdevs: dict[str, Connected] = {}
@@ -201,6 +204,8 @@ class _Users:
             self._drive(text)
         for text in given.get("object", ()):
             self._object(text)
+        for drive in self.drives.values():
+            self._secret_of(drive)
         for text in given.get("chardev", ()):
             self.add_chardev("-chardev", text)
         for text in given.get("netdev", ()):
@@ -218,6 +223,13 @@ class _Users:
                 )
         self.drives[drive.id] = drive
 
+    def _secret_of(self, drive: Drive) -> None:
+        name = drive.key_secret
+        if name is not None:
+            where = f"id={show(drive.id)}: encrypt.key-secret={show(name)}"
+            kind = cast("Reference", drive.keys["encrypt.key-secret"].kind)
+            self.use("-drive", where, kind, name, f"drive {show(drive.id)}")
+
     def _object(self, text: str) -> None:
         made: Object = _choose("-object", text, OBJECTS, "type").parse("-object", text)
         if isinstance(made, IoThread):
@@ -228,9 +240,12 @@ class _Users:
         elif isinstance(made, RngRandom):
             _new("-object", made.id, self.rngs, "rng-random: ")
             self.rngs[made.id] = made
+        elif made.selector == "secret":
+            _new("-object", made.id, self.secrets, "secret: ")
+            self.secrets[made.id] = cast("Secret", made)
         else:
             _new("-object", made.id, self.memory_backends, f"{made.selector}: ")
-            self.memory_backends[made.id] = made
+            self.memory_backends[made.id] = cast("MemoryBackend", made)
 
     def add_chardev(self, option: str, text: str) -> Chardev:
         """Add the chardev that `text` describes."""
@@ -256,6 +271,7 @@ class _Users:
             "drive": self.drives,
             "iothread": self.iothreads,
             "rng-random": self.rngs,
+            "secret": self.secrets,
             "chardev": self.chardevs,
             "netdev": self.netdevs,
             "memory backend": self.memory_backends,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .drivers.base import Device
     from .netdevs import Connected
     from .numa import MemoryBackend, NumaEntry
+    from .secrets import Secret
 
 
 class Config(Record):
@@ -37,6 +38,7 @@ class Config(Record):
     drives: Mapping[str, Drive] = {}  # a Mapping: nobody writes to it
     iothreads: Mapping[str, IoThread] = {}
     rngs: Mapping[str, RngRandom] = {}
+    secrets: Mapping[str, Secret] = {}
     memory_backends: Mapping[str, MemoryBackend] = {}
     numa: tuple[NumaEntry, ...] = ()  # `memory` is as they say already
     chardevs: Mapping[str, Chardev] = {}

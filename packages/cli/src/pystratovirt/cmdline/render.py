@@ -43,7 +43,10 @@ def render(config: Config) -> list[str]:
     chardevs = [chardev for chardev in config.chardevs.values() if chardev is not config.serial or chardev.id != SERIAL_ID]
     groups: list[tuple[str, list[Parameters]]] = [
         ("-drive", [*config.drives.values()]),
-        ("-object", [*config.iothreads.values(), *config.rngs.values(), *config.memory_backends.values()]),
+        (
+            "-object",
+            [*config.iothreads.values(), *config.rngs.values(), *config.secrets.values(), *config.memory_backends.values()],
+        ),
         ("-numa", [*config.numa]),
         ("-chardev", [*chardevs]),
         ("-netdev", [*config.netdevs.values()]),
