@@ -199,12 +199,12 @@ def both_networks_carry_frames_both_ways(vmm: Vmm) -> None:
         for words in ("", "-R"):
             with subprocess.Popen(["iperf3", "-s", "-1", "-B", host], stdout=subprocess.DEVNULL) as server:
                 try:
-                    text = vmm.run(f"/usr/bin/iperf3 -J -n 2M -c {peer} {words} <&9", 300)
+                    text = vmm.run(f"/usr/bin/iperf3 -J -t 5 -c {peer} {words} <&9", 300)
                     assert server.wait(WAIT) == 0
                 finally:
                     server.kill()
             end = json.loads(text[text.index("{") : text.rindex("}") + 1])["end"]
-            assert end["sum_received"]["bytes"] >= 2 << 20
+            assert end["sum_received"]["bytes"] >= 256 << 10  # far more than a window: the other side must have answered
 
 
 def every_port_carries_bytes_both_ways(vmm: Vmm, client: Qmp, folder: Path, tcp: int) -> None:

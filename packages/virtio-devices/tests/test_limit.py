@@ -58,11 +58,42 @@ def test_a_rest_is_worth_a_burst_and_no_more(rests: list[int]) -> None:
             pass
         clock.time += delay + SECOND // 2  # comes back late ...
         assert bucket.take(1) == 0
-        clock.time += SECOND // 10 + 1 + rest  # ... and has had enough
+        clock.time += SECOND + 1 + rest  # ... and has had enough
         began, count = clock.time, 0
         while not bucket.take(1):
             count += 1
         assert count <= 11 + (clock.time - began) * 100 // SECOND
+
+
+@given(work=st.sampled_from(range(25)), stall=st.sampled_from(range(1000)))  # milliseconds; integers() would prefer small ones
+def test_who_comes_late_and_is_slow_gets_the_whole_rate_all_the_same(work: int, stall: int) -> None:
+    clock = HandClock()
+    bucket = LeakyBucket(clock, 40, SECOND // 10)
+    passed = 0
+    while clock.time < 30 * SECOND:
+        if delay := bucket.take(1):
+            clock.time += delay + stall * 1_000_000
+        else:
+            passed += 1
+            clock.time += work * 1_000_000  # less than the 25 ms that a unit has
+    assert 40 * (clock.time - 2 * SECOND) // SECOND <= passed <= 40 * clock.time // SECOND + 6
+
+
+@given(gap=st.integers(26_000_000, SECOND - 1), rest=st.integers(0, SECOND - 1))
+def test_what_is_left_of_being_late_never_becomes_more(gap: int, rest: int) -> None:
+    clock = HandClock()
+    bucket = LeakyBucket(clock, 40, SECOND // 10)
+    while not (delay := bucket.take(1)):
+        pass
+    clock.time += delay + SECOND // 2
+    for _ in range(100):  # slower than the limit
+        assert bucket.take(1) == 0
+        clock.time += gap
+    clock.time += rest
+    count = 0
+    while not bucket.take(1):
+        count += 1
+    assert count <= 5 + 20  # a burst, and half a second
 
 
 def test_what_is_charged_is_paid_before_the_next_one_passes() -> None:

@@ -21,7 +21,8 @@ class LeakyBucket:
     passes and raises it. With a burst of a second this is StratoVirt's rule (reference virtio, section 5.6).
 
     Who was told to wait and comes late, because the host was busy, finds what drained meanwhile, up to a second's worth: else a
-    busy host would make every limit a lower one. Who comes after a rest finds no more than the burst.
+    busy host would make every limit a lower one. He may take his time over it, and it never becomes more. Who comes after a
+    second's rest finds no more than the burst.
     """
 
     def __init__(self, clock: Clock, rate: int, burst: int = _SECOND) -> None:
@@ -34,8 +35,8 @@ class LeakyBucket:
         # When the bucket will be empty, in nanoseconds times rate, as all times here: whole numbers, so rounding loses nothing.
         self._empty_at = 0
         self._told = -1  # for when somebody was told to come back; -1: nobody
-        self._late = 0  # by how much he did
-        self._late_until = 0  # how long who waited with him is believed to have been late as well
+        self._late = 0  # how much of what drained because he came late is still there
+        self._late_until = 0  # unless nobody comes until then
         self._lock = threading.Lock()
 
     def take(self, units: int) -> int:
@@ -49,7 +50,7 @@ class LeakyBucket:
                 return -(-(free_at - now) // rate)
             if self._told >= 0:
                 self._late = min(now - self._told, rate * _SECOND)
-                self._late_until = now + self._burst
+                self._late_until = now + rate * _SECOND
                 self._told = -1
             self._raise(now, units)
             return 0
@@ -60,5 +61,10 @@ class LeakyBucket:
             self._raise(self._clock.now() * self._rate, units)
 
     def _raise(self, now: int, units: int) -> None:
-        floor = now - self._late if now <= self._late_until else now
-        self._empty_at = max(self._empty_at, floor) + units * _SECOND
+        if now > self._late_until:
+            self._late = 0
+        self._empty_at = max(self._empty_at, now - self._late)
+        if self._late:
+            self._late = min(self._late, max(now - self._empty_at, 0))
+            self._late_until = now + self._rate * _SECOND
+        self._empty_at += units * _SECOND
