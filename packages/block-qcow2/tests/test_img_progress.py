@@ -46,6 +46,15 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_reader_who_leaves_stops_nothing_half_way(images: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "block_qcow2.img", "snapshot", "-p", "-c", "one", "base"]
+    assert subprocess.run(command, cwd=images, stderr=writer, check=False).returncode == 0
+    os.close(writer)
+    assert "one" in qemu_img("snapshot", "-l", images / "base")
+
+
 LONG = [
     ["convert", "-O", "qcow2", "raw", "out"],
     ["convert", "-C", "raw", "out"],

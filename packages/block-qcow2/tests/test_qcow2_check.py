@@ -210,6 +210,26 @@ def test_a_file_that_is_nearly_all_hole_costs_what_is_in_it(tmp_path: Path, nump
     assert (result.corruptions, result.leaks, result.image_end_offset) == (2, 0, 4 << 40)  # a count and its flag
 
 
+def test_snapshots_of_a_file_that_is_nearly_all_hole_look_at_what_is_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "hole.qcow2"
+    create_image(path, SIZE, options=Options(cluster_size=512))
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"x" * 65536)
+    os.truncate(path, 1 << 40)
+    with open_image(path, read_only=False) as image:
+        looked: list[int] = []
+        block = image.refcounts._block
+        image.refcounts._block = lambda index: looked.append(index) or block(index)
+        Snapshots(image).create("one")
+        assert len(looked) < 2000, "of 8,388,608 blocks"
+        image.write(0, b"y" * 65536)
+        table = Snapshots(image)
+        table.apply(table.list[0])
+        assert image.read(0, 65536) == b"x" * 65536
+    with open_image(path) as image:  # qemu-img finds the file too large
+        assert check(image).clean
+
+
 def test_more_clusters_than_can_be_counted_are_refused_by_number(image_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counts, "CLUSTERS_MAX", 100)
     with (

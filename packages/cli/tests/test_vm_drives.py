@@ -83,10 +83,11 @@ def encrypted(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("secret", ["data=geheim", "file=SECRET", "data=Z2VoZWlt,format=base64"])
+@pytest.mark.parametrize("secret", ["data=geheim", "file=SECRET", "data=Z2VoZWlt,format=base64", "file=LINES,format=base64"])
 def test_an_encrypted_image_is_read_with_the_secret_that_the_drive_names(tmp_path: Path, encrypted: Path, secret: str) -> None:
-    (tmp_path / "secret").write_bytes(b"geheim")
-    words = ["-object", f"secret,id=s,{secret.replace('SECRET', str(tmp_path / 'secret'))}"]
+    (tmp_path / "SECRET").write_bytes(b"geheim")
+    (tmp_path / "LINES").write_bytes(b"Z2Vo\nZWlt\n")
+    words = ["-object", f"secret,id=s,{secret.replace('file=', f'file={tmp_path}/')}"]
     with machine(tmp_path, f"file={encrypted},format=qcow2,encrypt.key-secret=s", *words) as vm:
         channel, data = vm.disks["d"].channel(), bytearray(512)
         result = channel.readv(0, [memoryview(data)], "token")

@@ -62,7 +62,7 @@ def _passphrase(secret: Secret) -> bytes:
         import binascii
 
         try:
-            return binascii.a2b_base64(found.strip(), strict_mode=True)
+            return binascii.a2b_base64(b"".join(found.split()), strict_mode=True)
         except binascii.Error as error:
             raise OpenError(f"{name}: no base64: {error}") from None
     return found

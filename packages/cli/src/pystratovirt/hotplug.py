@@ -89,8 +89,11 @@ class HotPlug:
                     f"Failed to add drive {drive.file}, file can only be shared with read_only. "
                     "Is it used more than once or another process using the same file?"
                 )
+        secrets = self._vm.config.secrets
+        if drive.key_secret is not None and drive.key_secret not in secrets:
+            raise HotPlugError(f"encrypt.key-secret: no -object secret has the id {drive.key_secret}")
         try:
-            disk = open_image(drive, self._vm.config.secrets)
+            disk = open_image(drive, secrets)
         except ImageInUseError:
             raise HotPlugError(
                 f"Failed to get {'read' if drive.readonly else 'write'} lock on file: {drive.file}. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Self
 
 
@@ -40,11 +41,15 @@ class Progress:
     def _show(self, share: float) -> None:
         if share != self._share:
             self._share = share
-            print(f"    ({share:.2f}/100%)", end="\r", file=sys.stderr, flush=True)
+            try:
+                print(f"    ({share:.2f}/100%)", end="\r", file=sys.stderr, flush=True)
+            except OSError:  # nobody is there to see it, which is no reason to stop half-way
+                self._shown = False
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self._asked and self._share < 0:
+        if not self._shown or (not self._asked and self._share < 0):
             return
         if kind is None:
             self._show(100.0)
-        print(file=sys.stderr)
+        with suppress(OSError):
+            print(file=sys.stderr)

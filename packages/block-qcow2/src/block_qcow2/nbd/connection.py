@@ -9,19 +9,25 @@ Not here: who accepts the client and cuts it off (`server`), and the wire format
 from __future__ import annotations
 
 import errno
+import math
 import select
 import socket
 import ssl
+import struct
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from ..errors import BlockError
 from . import protocol as p
 
 if TYPE_CHECKING:
     from .server import Export
 
 _HANDSHAKE_SECONDS = 30
+_TLS_SECONDS = 10  # of it, for encryption
+_LOOK = 1  # seconds of waiting for the client after which a thread looks whether it should end
+_TIMEVAL = struct.pack("ll", _LOOK, 0)
 _MAX_REQUESTS = 128
 _MAX_BYTES = 64 << 20
 _READ = 1 << 18
@@ -31,7 +37,10 @@ _CHANGE = (p.CMD_WRITE, p.CMD_TRIM, p.CMD_WRITE_ZEROES)
 
 
 class Connection:
-    """Owns its socket. Everything is on the thread that calls run()."""
+    """Owns its socket. Everything is on the thread that calls run(), but for `stopped`, which anybody may set.
+
+    Shutting a socket down does not wake who is writing to it (unix(7) sockets), so nobody waits for a client for long at a time.
+    """
 
     def __init__(self, sock: socket.socket, export: Export) -> None:
         self._sock = sock
@@ -43,13 +52,23 @@ class Connection:
         self._structured = False
         self._room = 0  # in front of the data in a reply
         self._chosen: list[int] = []
+        self._deadline = time.monotonic() + _HANDSHAKE_SECONDS
+        self.began = self.stopped = False
 
     def run(self) -> None:
         """Serve the client until it leaves, breaks the protocol or is cut off."""
+        self.began = True
         try:
-            with suppress(p.ProtocolError, OSError):  # of which TLS errors and timeouts are kinds
+            # TLS errors and timeouts are OSErrors. Who runs this machine out of memory or descriptors loses his connection.
+            with suppress(p.ProtocolError, OSError, BlockError, MemoryError):
+                self._sock.settimeout(_LOOK)
                 self._handshake()
-                self._sock.settimeout(None)
+                self._deadline = math.inf
+                if not isinstance(self._sock, ssl.SSLSocket):
+                    # The kernel's own time limits: Python's would cost a poll each time.
+                    self._sock.settimeout(None)
+                    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                        self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL)
                 channel = self._export.disk.channel()
                 try:
                     self._requests(channel)
@@ -58,19 +77,39 @@ class Connection:
         finally:
             self._sock.close()
 
+    def _receive(self) -> bytes:
+        """Wait for bytes of the client; none at its end."""
+        while True:
+            try:
+                return self._sock.recv(_READ)
+            except (BlockingIOError, TimeoutError):
+                self._look()
+
+    def _send(self, data: bytes | bytearray) -> None:
+        with memoryview(data) as view:
+            at = 0
+            while at < len(view):
+                try:
+                    at += self._sock.send(view[at:])
+                except (BlockingIOError, TimeoutError):
+                    self._look()
+
+    def _look(self) -> None:
+        if self.stopped or time.monotonic() > self._deadline:
+            raise p.ProtocolError("cut off")
+
     def _handshake(self) -> None:
-        end = time.monotonic() + _HANDSHAKE_SECONDS
         handshake = self._export.handshake()
 
         def send() -> None:
-            if handshake.output:
-                self._sock.sendall(handshake.output)
-                handshake.output.clear()
+            data = bytes(handshake.output)
+            handshake.output.clear()
+            self._send(data)
 
         send()
         while not handshake.done:
-            self._sock.settimeout(max(end - time.monotonic(), 0.001))
-            data = self._sock.recv(_READ)
+            data = self._receive()
+            self._look()
             if not data:
                 raise p.ProtocolError("the client left")
             try:
@@ -78,8 +117,10 @@ class Connection:
             finally:
                 send()
             if handshake.start_tls and self._export.tls is not None:
+                self._sock.settimeout(_TLS_SECONDS)
                 # Without a polite end: clients close the socket, and a reply that is cut off shows in its length.
                 self._sock = self._export.tls.wrap_socket(self._sock, server_side=True, suppress_ragged_eofs=True)
+                self._sock.settimeout(_LOOK)
                 handshake.secured()
         self._structured = handshake.structured
         self._room = p.read_room(structured=self._structured)
@@ -88,7 +129,7 @@ class Connection:
 
     def _requests(self, channel: Any) -> None:
         sock = self._sock
-        receive, disk = sock.recv, channel.completion_fd
+        receive, disk = self._receive, channel.completion_fd
         either, only_disk = select.poll(), select.poll()
         either.register(sock, select.POLLIN)
         for poll in (either, only_disk):
@@ -100,7 +141,10 @@ class Connection:
                 channel.submit()
                 if self._output:
                     pieces, self._output = self._output, []
-                    sock.sendall(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+                    # Few system calls for small replies, no second copy of large ones.
+                    small = len(pieces) > 1 and sum(map(len, pieces)) <= 2 * _BATCH
+                    for piece in [b"".join(pieces)] if small else pieces:
+                        self._send(piece)
             if self._running:
                 full = self._running >= _MAX_REQUESTS or self._held > _MAX_BYTES
                 # What TLS has decrypted already is not the socket's any more.
@@ -113,7 +157,7 @@ class Connection:
                         self._finished(channel, token[0], token[1], result, flushed=len(token) == 3)
                 if full or (waits and sock.fileno() not in ready):
                     continue
-            data = receive(_READ)
+            data = receive()
             if not data:
                 return
             self._input += data

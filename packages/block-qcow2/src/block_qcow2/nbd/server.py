@@ -116,8 +116,14 @@ async def serve(listener: Any, export: Export) -> None:
 
 async def _serve_client(client: socket.socket, export: Export, limiter: anyio.CapacityLimiter) -> None:
     # For the end: the thread may be in the middle of anything with a TLS socket, which is not to be touched from here.
-    with client.dup() as line:
-        client.setblocking(True)
+    try:
+        line = client.dup()
+    except OSError:  # no descriptors left
+        client.close()
+        export.served -= 1
+        return
+    connection = Connection(client, export)
+    with line:
         with suppress(OSError):  # a unix socket has no such option
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -125,13 +131,20 @@ async def _serve_client(client: socket.socket, export: Export, limiter: anyio.Ca
             try:
                 await anyio.sleep_forever()
             finally:
+                connection.stopped = True
                 with suppress(OSError):
-                    line.shutdown(socket.SHUT_RDWR)  # whatever the thread waits for ends
+                    line.shutdown(socket.SHUT_RDWR)  # most of what the thread may wait for ends at once
 
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(hang_up)
-                await anyio.to_thread.run_sync(Connection(client, export).run, limiter=limiter)
+                try:
+                    await anyio.to_thread.run_sync(connection.run, limiter=limiter)
+                except RuntimeError:
+                    if connection.began:
+                        raise
+                    # The system has no room for another thread; the client has to try again.
                 group.cancel_scope.cancel()
         finally:
+            client.close()  # whose thread has ended, or never began
             export.served -= 1

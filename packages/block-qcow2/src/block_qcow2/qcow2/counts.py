@@ -81,6 +81,13 @@ class Counts:
         for number in sorted(self._touched):
             yield slice(number << _CHUNK_BITS, min((number + 1) << _CHUNK_BITS, self.clusters))
 
+    def blocks(self, bits: int) -> list[int]:
+        """The numbers of the pieces of 2**bits clusters in which anything was counted, ascending."""
+        found: set[int] = set()
+        for chunk in self._chunks():
+            found.update(range(chunk.start >> bits, (chunk.stop - 1 >> bits) + 1))
+        return sorted(found)
+
     def set_disk(self, first: int, block: bytes | bytearray) -> None:
         """A refcount block, which counts clusters from `first`."""
         order, np = self.header.refcount_order, self._np
@@ -184,7 +191,7 @@ class Counts:
             if not offset or external:
                 if bitmaps is not None and not (offset or (external and entry & COPIED)) and bitmaps[i] & 0xFFFFFFFF:
                     wrong_bitmap.append((i, entry))
-                clusters += bool(entry & (OFFSET_MASK | COPIED))
+                clusters += external and bool(entry & (OFFSET_MASK | COPIED))
                 continue
             clusters += 1
             if offset & mask:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ class Qcow2Disk:
         self._data = _DataDisk(image, aio)
         self._locked: list[Any] = []
         self._channels: list[Qcow2Channel] = []
+        self._opening = threading.Lock()  # channels are opened by the threads that use them
 
     @property
     def size(self) -> int:
@@ -67,7 +69,8 @@ class Qcow2Disk:
 
     def channel(self) -> Channel:
         channel = Qcow2Channel(self, self._data.channel())
-        self._channels = [c for c in self._channels if c.completion_fd >= 0] + [channel]
+        with self._opening:
+            self._channels = [c for c in self._channels if c.completion_fd >= 0] + [channel]
         return channel
 
     def lock(self) -> None:

@@ -120,11 +120,11 @@ class Refcounts:
             self.hint = freed[0]
         return freed
 
-    def add_many(self, references: Any, delta: int) -> None:
-        """Add `delta` times `references[c]` to the count of every cluster c. Nothing changes if one would leave its range."""
-        bits = self.block_bits
+    def add_many(self, counts: Counts, delta: int) -> None:
+        """Add `delta` times `counts.found[c]` to the count of every cluster c. Nothing changes if one would leave its range."""
+        bits, references = self.block_bits, counts.found
         plan: list[tuple[int, array[int]]] = []
-        for index in range(-(-len(references) >> bits)):
+        for index in counts.blocks(bits):
             part = references[index << bits : (index + 1) << bits]
             if not any(part) if isinstance(part, memoryview) else not part.any():
                 continue

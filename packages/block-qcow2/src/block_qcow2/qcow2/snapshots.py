@@ -330,6 +330,7 @@ class _Transition:
         clusters = max(-(-len(l1) * 8 >> self.image.cluster_bits), 1)
         self._new_l1_at = self._allocate(clusters) << self.image.cluster_bits
         self._new_size = size
+        self._expected += sum(map(bool, l1))  # what was active loses its references, too
         self._l1 = array("Q", [e & ~COPIED for e in l1])
 
     def count(self, l1: array[int], delta: int) -> None:
@@ -401,7 +402,7 @@ def add_references(image: Qcow2Image, l1: array[int], delta: int, seen: Callable
             raise image._corrupt(f"L2 table at {offset:#x}, entry {index}: cluster at {bad & OFFSET_MASK:#x}")
     with image._lock:
         try:
-            image.refcounts.add_many(counts.found, delta)
+            image.refcounts.add_many(counts, delta)
         except ImageCorruptError as e:
             if delta < 0:
                 raise

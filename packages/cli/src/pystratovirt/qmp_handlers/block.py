@@ -142,7 +142,7 @@ def _node(vm: VirtualMachine, name: str) -> dict[str, Any]:
         "cache": {"direct": drive.direct, "no-flush": False, "writeback": True},
         "detect_zeroes": drive.detect_zeroes,
         "drv": drive.format,
-        "encrypted": False,
+        "encrypted": drive.key_secret is not None,
         "file": drive.file,
         "image": {"filename": drive.file, "format": drive.format, "virtual-size": disk.size},
         "iops": drive.iops_total or 0,

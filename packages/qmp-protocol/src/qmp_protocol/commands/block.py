@@ -60,6 +60,11 @@ class BlockdevAdd(Command[Empty], name="blockdev-add"):
     )
     l2_cache_size: str | None = member("l2-cache-size", default=None, doc="qcow2: a number with K, M or G (none: M), at most 32M")
     refcount_cache_size: str | None = member("refcount-cache-size", default=None, doc="qcow2: as `l2-cache-size`")
+    encrypt_key_secret: str | None = member(
+        "encrypt.key-secret",
+        default=None,
+        doc="qcow2: the command line's -object secret with the passphrase of an encrypted image; not in StratoVirt",
+    )
     backing: str | None = member(default=None, doc="accepted, not used")
     id: str | None = member(default=None, doc="accepted, not used")
     options: str | None = member(default=None, doc="accepted, not used")
