@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +74,14 @@ def test_text_that_is_no_unicode_goes_out_escaped() -> None:
     assert decode_response(loads(encode(Error("GenericError", name)))) == Error("GenericError", shown)
     event = Event("STOP", {"a": (name,)}, Timestamp(1, 2))
     assert decode_response(loads(encode(event))) == Event("STOP", {"a": [shown]}, Timestamp(1, 2))
+
+
+def test_mappings_of_other_types_are_carried_like_dictionaries() -> None:
+    proxy = MappingProxyType({"b": 1, "a": MappingProxyType({"c": 2})})
+    assert encode(Return(proxy, "x")) == b'{"return":{"a":{"c":2},"b":1},"id":"x"}\r\n'
+    assert encode(Return(proxy)) == b'{"return":{"a":{"c":2},"b":1}}\r\n'
+    assert encode(Execute("stop", proxy)) == b'{"execute":"stop","arguments":{"b":1,"a":{"c":2}}}\r\n'
+    assert encode(Event("STOP", proxy, Timestamp(1, 2))).startswith(b'{"event":"STOP","data":{"b":1,"a":{"c":2}},')
 
 
 def test_messages_are_frozen() -> None:

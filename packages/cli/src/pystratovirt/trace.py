@@ -215,7 +215,7 @@ class _Watched:
         def traced(*args: Any, **options: Any) -> Any:
             shown = ""
             for point, request in self.wanted:
-                if request and all(getattr(arg, "name", "") != request for arg in args):
+                if request and all(getattr(arg, "name", "") != request for arg in (*args[first:], *options.values())):
                     continue
                 if not shown:
                     values = [*zip(names, args[first:], strict=False), *options.items()]

@@ -113,13 +113,19 @@ def encode(message: Message) -> bytes:
             return b'{"return":%b,"id":%b}\r\n' % (_dumps(value, None, _SORTED), _dumps(id_))
         return _dumps(_body(message)) + b"\r\n"
     except TypeError:
-        try:
-            printable = _printable(message)
-            if printable == message:
-                raise
-        except RecursionError:
-            raise TypeError("nested too deeply") from None
-        return encode(printable)
+        pass
+    try:
+        return _encode_printable(_printable(message))
+    except RecursionError:
+        raise TypeError("nested too deeply") from None
+
+
+def _encode_printable(message: Message) -> bytes:
+    """Encode what orjson would not take as it was: other mappings than dict, lone surrogates."""
+    if isinstance(message, Return):
+        line = b'{"return":' + _dumps(message.value, None, _SORTED)
+        return line + (b"}\r\n" if message.id is ABSENT else b',"id":%b}\r\n' % _dumps(message.id))
+    return _dumps(_body(message)) + b"\r\n"
 
 
 def _printable(value: Any) -> Any:
@@ -136,6 +142,9 @@ def _printable(value: Any) -> Any:
 
 
 def _body(message: Message) -> dict[str, object]:
+    if isinstance(message, Execute):
+        members = {"execute": message.command, "arguments": message.arguments, "id": message.id}
+        return {name: value for name, value in members.items() if value is not ABSENT}
     if isinstance(message, Event):
         seconds, microseconds = message.timestamp
         stamp = {"seconds": seconds, "microseconds": microseconds}
