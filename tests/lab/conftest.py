@@ -86,11 +86,21 @@ def _claim(path: Path) -> bool:
     return True
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write down what is known, so that the end of the lab host does not take it along."""
-    if (out := os.environ.get("LAB_OUT")) and (report.when == "teardown" or not report.passed):
-        with Path(out, suite.OUTCOMES).open("a") as file:
-            file.write(f"{report.outcome} {report.nodeid}\n")
+class _Outcomes:
+    """Writes down what is known, so that the end of the lab host does not take it along.
+
+    A plugin of its own: the hooks of this file are not asked about the tests of packages, which run in the lab too.
+    """
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if (out := os.environ.get("LAB_OUT")) and (report.when == "teardown" or not report.passed):
+            with Path(out, suite.OUTCOMES).open("a") as file:
+                file.write(f"{report.outcome} {report.nodeid}\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Listen to every test."""
+    config.pluginmanager.register(_Outcomes())
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
