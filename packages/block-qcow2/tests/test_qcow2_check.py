@@ -230,6 +230,23 @@ def test_snapshots_of_a_file_that_is_nearly_all_hole_look_at_what_is_in_it(tmp_p
         assert check(image).clean
 
 
+def test_counts_of_a_file_that_is_nearly_all_hole_are_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "hole.qcow2"
+    create_image(path, SIZE, options=Options())
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"x" * 65536)
+        table = image.header.refcount_table_offset
+    with path.open("r+b") as file:
+        file.seek(table)
+        file.write((0x123400).to_bytes(8, "big"))  # a refcount block that cannot be
+    os.truncate(path, 1 << 38)
+    with open_image(path, read_only=False, for_repair=True) as image:
+        check(image, repair="all")
+    is_clean(path)
+    with open_image(path) as image:
+        assert image.read(0, 65536) == b"x" * 65536
+
+
 def test_more_clusters_than_can_be_counted_are_refused_by_number(image_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counts, "CLUSTERS_MAX", 100)
     with (

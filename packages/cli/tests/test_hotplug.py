@@ -583,6 +583,8 @@ class TestOtherCommands:
             ({"driver": "qcow2", "refcount-cache-size": "x"}, "Invalid refcount cache size: x: not a size"),
             ({"node-name": ""}, "node-name: empty"),
             ({"driver": "raw", "external-files": "allow"}, "external-files=allow: only for a qcow2 image"),
+            ({"driver": "raw", "encrypt.key-secret": "s"}, "encrypt.key-secret=s: only for a qcow2 image"),
+            ({"driver": "qcow2", "encrypt.key-secret": "s"}, "encrypt.key-secret: no -object secret has the id s"),
             ({"throttling.bps-total": (1 << 40) + 1}, "expected u64 from 0 to 1099511627776 (member `throttling.bps-total`)"),
             ({"file": {"filename": "/a\0b"}}, "filename: contains a NUL character"),
         ],

@@ -78,10 +78,11 @@ def rebuild(image: Qcow2Image, counts: Counts, bad_blocks: set[int], *, keep: bo
             break
         blocks, clusters = max(need[0], blocks), max(need[1], clusters)
     table = array("Q", [(start + i) << bits for i in range(blocks)]) + array("Q", bytes((clusters << bits) - 8 * blocks))
-    empty = refcounts._empty_block()
+    empty, counted = refcounts._empty_block(), set(counts.blocks(refcounts.block_bits))
     for i in range(blocks):
         block = array(empty.typecode, empty)
-        for c in range(i * per_block, min((i + 1) * per_block, start)):
+        # A file can be nearly all hole: there is nothing to look for where nothing was counted.
+        for c in range(i * per_block, min((i + 1) * per_block, start)) if i in counted else ():
             number = int(found[c])
             if keep:
                 number = max(number, int(counts.disk[c]))
