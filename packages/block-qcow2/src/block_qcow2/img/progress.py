@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 
@@ -45,6 +47,7 @@ class Progress:
                 print(f"    ({share:.2f}/100%)", end="\r", file=sys.stderr, flush=True)
             except OSError:  # nobody is there to see it, which is no reason to stop half-way
                 self._shown = False
+                sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 -- for good; else what is still in its buffer makes the exit status 120
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._shown or (not self._asked and self._share < 0):
