@@ -10,6 +10,7 @@ Not here: what is downloaded (debian.py) and who asks (cli.py).
 from __future__ import annotations
 
 import os
+import re
 import resource
 import secrets
 import selectors
@@ -40,6 +41,8 @@ COMMAND_LINE = "console=ttyS0 panic=-1 quiet mitigations=off cryptomgr.notests t
 PORTS = ("stdout", "stderr", "stdin", "control", "dmesg")  # virtio-serial ports 1 to 5; inside.sh has the other ends
 _FORWARD_PORT = 10  # and up: one for each forwarded socket
 _CONSOLE_KEPT = 64 * 1024  # bytes of the lab host's own console, for the message when it dies
+_LAST_WORDS = 25  # lines of that, or from where the kernel says what went wrong, which a long trace may follow
+_TROUBLE = re.compile(r"sysrq: |BUG: |Oops|Kernel panic|Out of memory|general protection fault", re.IGNORECASE)
 _CHUNK = 64 * 1024
 _LOOK = 1.0  # seconds between two looks at the clock and at who started us
 
@@ -335,7 +338,9 @@ class _Host:
         for child in self._children:
             child.kill()
         text = b"".join([*(child.output() for child in self._children), self._console]).decode(errors="replace")
-        return "\n".join(f"    {line}" for line in text.replace("\r", "").splitlines()[-25:])
+        lines = text.replace("\r", "").splitlines()
+        start = next((i for i, line in enumerate(lines) if _TROUBLE.search(line)), len(lines))
+        return "\n".join(f"    {line}" for line in lines[max(0, min(start, len(lines) - _LAST_WORDS)) :])
 
     def _port(self, name: str) -> int:
         """A socket pair whose one end this process watches; returns the other end's descriptor, for QEMU."""

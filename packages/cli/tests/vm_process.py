@@ -53,8 +53,9 @@ class Client:
     def send(self, text: str, fds: Sequence[int] = ()) -> None:
         passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         data = text.encode()
-        data = data[self.socket.sendmsg([data], passed) :]
-        self.socket.sendall(data)
+        # Who answers and goes at once is gone by now, and even a send of nothing to a closed socket is a broken pipe.
+        if rest := data[self.socket.sendmsg([data], passed) :]:
+            self.socket.sendall(rest)
 
     def run(self, command: str, arguments: Any = None) -> Any:
         """Run a command and return its reply; events before it are dropped."""
