@@ -86,6 +86,30 @@ def test_everything_can_be_switched_on_and_off(registry: Registry) -> None:
     assert {target: _original(target) for target in before} == before
 
 
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("device_home:Device.gone", "AttributeError: .*gone"),
+        ("no_such_module:Device.write", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("builtins:len", "AttributeError: .*__code__"),
+    ],
+)
+def test_points_of_a_pattern_are_switched_all_or_none(registry: Registry, target: str, reason: str) -> None:
+    original = Device.write
+    broken = Registry(
+        [TracePoint("good", ("device_home:Device.write",)), TracePoint("bad", ("device_home:Device.write", target))]
+    )
+    for pattern in ("", "bad"):
+        with pytest.raises(TraceError, match=f"^bad cannot be switched: {reason}"):
+            broken.set_states(pattern, True)
+        assert broken.states("") == [("good", False), ("bad", False)]
+        assert Device.write is original
+    broken.set_states("good", True)
+    assert Device.write is not original
+    broken.close()
+    assert Device.write is original
+
+
 def test_a_file_of_patterns_switches_points_on(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "t").write_text("  rtc_[rw].*\n\n   \nserial_read\n")
     registry.enable_from_file(str(tmp_path / "t"))

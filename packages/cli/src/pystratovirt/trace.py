@@ -24,7 +24,7 @@ from qmp_protocol.schema import Struct
 
 
 class TraceError(ValueError):
-    """A pattern or a file of patterns that cannot be used; one line."""
+    """A pattern, a file of patterns or a point that cannot be used; one line."""
 
 
 class TracePoint(NamedTuple):
@@ -146,12 +146,17 @@ class Registry:
         return [(name, name in self._on) for name in self._points if found_in(name)]
 
     def set_states(self, pattern: str, enable: bool) -> None:
-        """Switch each point whose name has a match of `pattern` anywhere. No match is no error. Raises TraceError."""
+        """Switch each point whose name has a match of `pattern` anywhere. No match is no error.
+
+        Raises TraceError, and then has switched nothing.
+        """
         found_in = _compile(pattern)
         with self._lock:
-            for name, point in self._points.items():
-                if found_in(name):
-                    self._switch(point, enable)
+            points = [each for name, each in self._points.items() if found_in(name) and enable != (name in self._on)]
+            # What can fail (a module that cannot be loaded, a method that is not there) comes before the first one is wrapped.
+            self._watched |= self._unwatched(points)
+            for point in points:
+                self._switch(point, enable)
 
     def enable_from_file(self, path: str) -> None:
         """Switch on what the patterns in a file match, one a line; blank lines count for nothing. Raises TraceError."""
@@ -170,14 +175,24 @@ class Registry:
         """Switch everything off."""
         self.set_states("", False)
 
+    def _unwatched(self, points: Iterable[TracePoint]) -> dict[str, _Watched]:
+        """Find the places of `points` that none stands for yet. Raises TraceError."""
+        found: dict[str, _Watched] = {}
+        for point in points:
+            for place in (target.partition("?")[0] for target in point.targets):
+                if place in self._watched or place in found:
+                    continue
+                try:
+                    found[place] = _Watched(place, self._write)
+                except Exception as error:  # loading a module may raise anything
+                    reason = _one_line(f"{type(error).__name__}: {error}")
+                    raise TraceError(f"{point.name} cannot be switched: {reason}") from None
+        return found
+
     def _switch(self, point: TracePoint, enable: bool) -> None:
-        if enable == (point.name in self._on):
-            return
         for target in point.targets:
             place, _, request = target.partition("?")
-            watched = self._watched.get(place)
-            if watched is None:
-                watched = self._watched[place] = _Watched(place, self._write)
+            watched = self._watched[place]
             watched.switch(point.name, request, enable)
             if not watched.wanted:
                 del self._watched[place]
@@ -192,6 +207,9 @@ class _Watched:
         self._write = write
         self._kept = vars(self._owner).get(self._name)  # None: inherited
         self._original = getattr(self._owner, self._name)
+        code = self._original.__code__
+        self._first = int(isinstance(self._owner, type))  # leaves out self
+        self._names = code.co_varnames[self._first : code.co_argcount]
         self.wanted: tuple[tuple[str, str], ...] = ()  # (point, request); replaced and never changed, for other threads
 
     def switch(self, point: str, request: str, enable: bool) -> None:
@@ -206,10 +224,7 @@ class _Watched:
             delattr(self._owner, self._name)
 
     def _wrapper(self) -> Callable[..., Any]:
-        original, write = self._original, self._write
-        code = original.__code__
-        first = int(isinstance(self._owner, type))  # leaves out self
-        names = code.co_varnames[first : code.co_argcount]
+        original, write, first, names = self._original, self._write, self._first, self._names
 
         @functools.wraps(original)
         def traced(*args: Any, **options: Any) -> Any:
