@@ -1,7 +1,8 @@
 """One client of the NBD server, on a thread: sockets that block, and a poll only while the disk is at work.
 
 A request that the channel finishes inline is answered at once; others when the channel's event descriptor says so. Replies go
-out in batches of about a MiB. A connection holds at most 128 requests and 64 MiB; it reads no further before some are answered.
+out in batches of about a MiB. A connection holds at most 128 requests and its part of the export's memory (`budget`); it reads
+no further before some replies are sent.
 
 Not here: who accepts the client and cuts it off (`server`), and the wire format (`protocol`).
 """
@@ -29,10 +30,9 @@ _TLS_SECONDS = 10  # of it, for encryption
 _LOOK = 1  # seconds of waiting for the client after which a thread looks whether it should end
 _TIMEVAL = struct.pack("ll", _LOOK, 0)
 _MAX_REQUESTS = 128
-_MAX_BYTES = 64 << 20
 _READ = 1 << 18
 _BATCH = 1 << 20  # bytes of replies that are gathered before they are sent
-_CARRY = (p.CMD_READ, p.CMD_WRITE)  # data, which are held while they run
+_CARRY = (p.CMD_READ, p.CMD_WRITE)  # data, which are held until the reply is sent
 _CHANGE = (p.CMD_WRITE, p.CMD_TRIM, p.CMD_WRITE_ZEROES)
 
 
@@ -47,7 +47,11 @@ class Connection:
         self._export = export
         self._input = bytearray()
         self._output: list[bytes | bytearray] = []
-        self._held = 0  # bytes of the requests that run
+        # Bytes: of the requests that came and whose replies are not sent, of those that are answered, of a write that comes in.
+        self._held = self._answered = self._coming = 0
+        self._part = export.budget.part
+        self._turn: float | None = None  # when it is over; None: there is no request that is larger than our part
+        self._full = False  # the next request has to wait for room
         self._running = 0
         self._structured = False
         self._room = 0  # in front of the data in a reply
@@ -75,15 +79,21 @@ class Connection:
                 finally:
                     channel.close()
         finally:
+            if self._turn is not None:
+                self._export.budget.give_turn_back()
             self._sock.close()
 
     def _receive(self) -> bytes:
         """Wait for bytes of the client; none at its end."""
         while True:
             try:
-                return self._sock.recv(_READ)
+                data = self._sock.recv(_READ)
             except (BlockingIOError, TimeoutError):
                 self._look()
+                continue
+            if self._turn is not None:
+                self._look()  # who sends a byte now and then may not hold up others either
+            return data
 
     def _send(self, data: bytes | bytearray) -> None:
         with memoryview(data) as view:
@@ -93,10 +103,16 @@ class Connection:
                     at += self._sock.send(view[at:])
                 except (BlockingIOError, TimeoutError):
                     self._look()
+                    continue
+                if self._turn is not None:
+                    self._look()
 
     def _look(self) -> None:
-        if self.stopped or time.monotonic() > self._deadline:
+        now = time.monotonic()
+        if self.stopped or now > self._deadline:
             raise p.ProtocolError("cut off")
+        if self._turn is not None and now > self._turn and self._export.budget.wanted():
+            raise p.ProtocolError("a client that holds up others")
 
     def _handshake(self) -> None:
         handshake = self._export.handshake()
@@ -145,15 +161,15 @@ class Connection:
                     small = len(pieces) > 1 and sum(map(len, pieces)) <= 2 * _BATCH
                     for piece in [b"".join(pieces)] if small else pieces:
                         self._send(piece)
+                    self._sent()
             if self._running:
-                full = self._running >= _MAX_REQUESTS or self._held > _MAX_BYTES
+                full = self._full or self._running >= _MAX_REQUESTS
                 # What TLS has decrypted already is not the socket's any more.
                 waits = not (isinstance(sock, ssl.SSLSocket) and sock.pending())
                 ready = dict((only_disk if full else either).poll(None if waits or full else 0))
                 if disk in ready:
                     for token, result in channel.completions():
                         self._running -= 1
-                        self._held -= token[0].length if token[0].kind in _CARRY else 0
                         self._finished(channel, token[0], token[1], result, flushed=len(token) == 3)
                 if full or (waits and sock.fileno() not in ready):
                     continue
@@ -162,16 +178,37 @@ class Connection:
                 return
             self._input += data
 
+    def _sent(self) -> None:
+        """The replies so far are the client's now, and their memory is free."""
+        self._held -= self._answered
+        self._answered = 0
+        if self._turn is not None and not self._held:
+            self._turn = None
+            self._export.budget.give_turn_back()
+
+    def _has_room(self, length: int) -> bool:
+        """Whether there is room for a request's data, perhaps after waiting for it; if not, replies have to be sent before."""
+        if self._held + length > self._part:
+            if self._held or self._running or self._output:
+                return False
+            self._turn = self._export.budget.take_turn(self._look)
+        self._held += length
+        return True
+
     def _take_requests(self, channel: Any) -> bool:
         """Begin the requests that have come. Returns whether to come again when the replies so far have been sent."""
         data, at, size = self._input, 0, p.REQUEST.size
         room, queued = self._room, 0
+        self._full = False
         try:
-            while len(data) - at >= size and self._running < _MAX_REQUESTS and self._held <= _MAX_BYTES:
+            while len(data) - at >= size and self._running < _MAX_REQUESTS:
                 if queued > _BATCH:
                     return True
                 request = p.parse_request(data, at)
                 _, kind, _, offset, length = request
+                if kind in _CARRY and length <= p.MAX_PAYLOAD and not self._coming and not self._has_room(length):
+                    self._full = True
+                    return bool(self._output)
                 reply = None
                 if kind == p.CMD_READ and length <= p.MAX_PAYLOAD:
                     at += size
@@ -188,12 +225,13 @@ class Connection:
                 else:
                     payload = length if kind == p.CMD_WRITE else 0
                     if len(data) - at - size < payload:
+                        self._coming = payload
                         return False
+                    self._coming = 0
                     start, at = at + size, at + size + payload
                     result = self._start(channel, request, data[start:at] if payload else b"")
                 if result is None:
                     self._running += 1
-                    self._held += length if kind in _CARRY else 0
                 else:
                     self._finished(channel, request, reply, result)
             return False
@@ -205,7 +243,9 @@ class Connection:
         _, kind, _, offset, length = request
         token = (request, None)
         result: int | None = -errno.EINVAL
-        if kind == p.CMD_WRITE:
+        if kind in (p.CMD_WRITE, p.CMD_WRITE_ZEROES) and offset + length > self._export.disk.size:
+            result = -errno.ENOSPC  # what the protocol wants instead
+        elif kind == p.CMD_WRITE:
             result = channel.writev(offset, [memoryview(payload)], token) if length else 0
         elif kind == p.CMD_FLUSH:
             result = channel.flush(token)
@@ -219,8 +259,10 @@ class Connection:
 
     def _finished(self, channel: Any, request: p.Request, reply: bytearray | None, result: int, flushed: bool = False) -> None:
         """Answer a request that is done, or flush first what was to be on the disk by then."""
+        held = request.length if request.kind in _CARRY and request.length <= p.MAX_PAYLOAD else 0
         if not result:
             if reply is not None:
+                self._answered += held
                 p.answer_read(request, reply, structured=self._structured)
                 self._output.append(reply)
                 return
@@ -228,9 +270,9 @@ class Connection:
                 flushing = channel.flush((request, None, True))
                 if flushing is None:
                     self._running += 1
-                    self._held += request.length if request.kind in _CARRY else 0
                     return
                 result = flushing
+        self._answered += held
         self._output += p.answer(request, result, structured=self._structured)
 
     def _block_status(self, request: p.Request) -> list[bytes | bytearray]:

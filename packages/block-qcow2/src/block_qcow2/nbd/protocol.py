@@ -48,7 +48,7 @@ _MAX_OPTION = 64 << 10
 _MAX_OPTIONS = 64  # of one handshake
 
 _ERRORS = {errno.EPERM: 1, errno.EROFS: 1, errno.EIO: 5, errno.ENOMEM: 12, errno.EINVAL: 22, errno.ENOSPC: 28, errno.EDQUOT: 28}
-_ERRORS |= {errno.EOVERFLOW: 75, errno.EOPNOTSUPP: 95, errno.ESHUTDOWN: 108}
+_ERRORS |= {errno.EFBIG: 28, errno.EOVERFLOW: 75, errno.EOPNOTSUPP: 95, errno.ESHUTDOWN: 108}
 
 
 class ProtocolError(Exception):

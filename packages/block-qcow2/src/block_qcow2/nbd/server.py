@@ -17,9 +17,12 @@ from typing import Any
 import anyio
 
 from . import protocol as p
+from .budget import Budget
 from .connection import Connection
 
 _ACCEPT_AGAIN = 0.1  # seconds until another try, when there are no descriptors left
+# A client whose machine or network has gone says nothing: after two minutes without any answer its place is free.
+_TCP = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
 Status = Callable[[int, int, int], list[tuple[int, int]]]
 
@@ -62,6 +65,7 @@ class Export:
         self.tls = tls
         self.name = name
         self.connections = connections
+        self.budget = Budget(connections)
         self.flags = p.HAS_FLAGS | p.CAN_MULTI_CONN | p.SEND_DF
         if disk.read_only:
             self.flags |= p.READ_ONLY
@@ -124,8 +128,10 @@ async def _serve_client(client: socket.socket, export: Export, limiter: anyio.Ca
         return
     connection = Connection(client, export)
     with line:
-        with suppress(OSError):  # a unix socket has no such option
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with suppress(OSError):  # a unix socket has no such options
+            for option, value in _TCP:
+                client.setsockopt(socket.IPPROTO_TCP, option, value)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
         async def hang_up() -> None:
             try:
