@@ -172,7 +172,9 @@ def test_a_line_of_json_is_sent_as_it_is_or_refused(inside: Any, depth: int) -> 
     assert isinstance(Framer().feed(encode(Execute(command, arguments, "1")))[0], dict)
 
 
-@pytest.mark.parametrize("line", ["[]", "1", '{"execute":1}', "{", '{"execute":"stop","arguments":{"a":1e999}}'])
+@pytest.mark.parametrize(
+    "line", ["[]", "1", '{"execute":1}', "{", '{"execute":"stop","arguments":{"a":1e999}}', '{"execute":"stop","argument":{}}']
+)
 def test_a_line_of_json_that_is_no_command_is_refused(line: str) -> None:
     with pytest.raises(ArgumentError):
         from_json(line)

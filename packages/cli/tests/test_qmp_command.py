@@ -180,8 +180,17 @@ def test_a_peer_that_is_silent_is_status_4(tmp_path: Path, capsys: pytest.Captur
 def test_a_server_that_is_busy_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with listen_unix(tmp_path / "s", backlog=0), socket.socket(socket.AF_UNIX) as first:
         first.connect(str(tmp_path / "s"))  # no room to wait is left
-        assert main(["-s", str(tmp_path / "s"), "-t", "0.05", "stop"]) == 3
-    assert capsys.readouterr().err.endswith("Resource temporarily unavailable\n")
+        assert main(["-s", str(tmp_path / "s"), "-t", "0.05", "stop"]) == 4
+    assert capsys.readouterr().err.endswith("s: no connection in time\n")
+
+
+def test_a_host_that_does_not_answer_is_status_4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unanswered(*_: object) -> None:
+        raise TimeoutError(110, "Connection timed out")
+
+    monkeypatch.setattr(socket, "create_connection", unanswered)
+    assert main(["-s", "192.0.2.1:4444", "stop"]) == 4
+    assert capsys.readouterr().err == "qmp: 192.0.2.1:4444: no connection in time\n"
 
 
 def test_a_wait_for_an_event_can_follow_a_command(machine: Machine, output: Any) -> None:
@@ -250,6 +259,30 @@ def test_the_human_monitors_text_cannot_steer_the_terminal(machine: Machine, cap
     assert capsys.readouterr().out == "List of snapshots present on all disks:\n\\x1b[2JNone\n"
 
 
+@pytest.mark.parametrize("words", [["hmp", "--", "info", "block", "-v"], ["--", "hmp", "info", "block", "-v"]])
+def test_words_behind_two_dashes_may_begin_with_one(machine: Machine, words: list[str]) -> None:
+    assert main(words) == 0
+    assert machine.lines == ["info block -v"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_json_whatever_standard_output_can_hold(machine: Machine, encoding: str) -> None:
+    text = "ä€\U0001f600"
+    machine.server.register("query-status", lambda _, call: {"status": text})
+    machine.server.register("human-monitor-command", lambda _, call: text)
+    told = {}
+    for words in (["query-status"], ["hmp", "info"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "pystratovirt.qmpshell", "-s", machine.address, *words],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            check=True,
+        )
+        told[words[0]] = done.stdout.decode(encoding)
+    assert json.loads(told["query-status"]) == {"status": text}
+    assert json.loads(f'"{told["hmp"].strip()}"') == text
+
+
 def test_commands_can_come_from_standard_input(machine: Machine, output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "# a comment\nquery-status\n\nblockdev-add node-name='a b' file.driver=file file.filename=/x\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(script))
@@ -284,6 +317,10 @@ def test_a_script_takes_what_the_shell_takes(
     [
         ('{"execute":', "line 2: not JSON: "),
         ('{"run":"stop"}', 'line 2: an object with "execute" is wanted'),
+        (
+            '{"execute":"device_del","argument":{}}',
+            "line 2: argument: no such member of a command; there are: execute, arguments",
+        ),
         ('{"execute":"balloon","arguments":{"value":18446744073709551616}}', "line 2: not JSON: 18446744073709551616 has more"),
         ("wait NOTHING", "line 2: wait: no event NOTHING"),
         ("balloon value=x", "line 2: value=x: a whole number is wanted"),

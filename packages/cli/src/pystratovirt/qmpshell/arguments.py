@@ -53,7 +53,7 @@ def parse(model: Model, command: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def from_json(line: str) -> tuple[str, Json | Absent]:
-    """Return the command and the arguments of a line `{"execute": …}`. Raises ArgumentError."""
+    """Return the command and the arguments of a line `{"execute": …}`. Raises ArgumentError. An `id` counts for nothing."""
     try:
         value = exactly(line)
     except ValueError as error:
@@ -61,6 +61,9 @@ def from_json(line: str) -> tuple[str, Json | Absent]:
     command = value.get("execute") if isinstance(value, dict) else None
     if not isinstance(command, str):
         raise ArgumentError('an object with "execute" is wanted')
+    for name in value:
+        if name not in ("execute", "arguments", "id"):
+            raise ArgumentError(f"{name}: no such member of a command; there are: execute, arguments, id")
     values: Json | Absent = value.get("arguments", ABSENT)
     _expect_sendable(command, values)
     return command, values

@@ -35,7 +35,10 @@ class QmpTimeout(QmpConnectionError):
 
 
 def connect_socket(address: str, timeout: float | None) -> socket.socket:
-    """Connect to `PATH`, `unix:PATH`, `HOST:PORT` or `tcp:HOST:PORT`. Raises QmpConnectionError that names the address."""
+    """Connect to `PATH`, `unix:PATH`, `HOST:PORT` or `tcp:HOST:PORT`, within `timeout` seconds if that is not None.
+
+    Raises QmpConnectionError that names the address; QmpTimeout when the peer neither takes nor refuses the connection.
+    """
     kind, _, rest = address.partition(":")
     try:
         if kind == "unix":
@@ -45,6 +48,8 @@ def connect_socket(address: str, timeout: float | None) -> socket.socket:
         if "/" not in address and address.rpartition(":")[2].isdecimal() and not Path(address).exists():
             return _connect_tcp(address, timeout)
         return _connect_unix(address, timeout)
+    except (TimeoutError, BlockingIOError):
+        raise QmpTimeout(f"{address}: no connection in time") from None
     except OSError as error:
         raise QmpConnectionError(f"{address}: {error.strerror or error}") from None
 

@@ -32,7 +32,7 @@ what to do:
   COMMAND [KEY=VALUE...]         run a command and print its result as JSON; dots go into objects (file.filename=/x)
   wait EVENT... [KEY=VALUE...]   wait for one of these events with these data, and print it
   schema [NAME]                  say what the server can do; without -s, what StratoVirt can
-  hmp WORD...                    run a line of the human monitor and print its text
+  hmp WORD...                    run a line of the human monitor and print its text; -- before words that begin with -
   completion bash|zsh|fish       print a script that completes on Tab
 
 exit status: 0 done, 1 the server answered with an error, 2 wrong usage, 3 no connection, 4 nothing came in time
@@ -48,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["__complete"]:
         return _complete(words[2:] if words[1:2] == ["--"] else words[1:])
-    options = _parser().parse_intermixed_args(words)
+    # argparse lets options stand between words, but not words that begin with "-" behind a "--".
+    end = words.index("--") if "--" in words else len(words)
+    options = _parser().parse_intermixed_args(words[:end])
+    options.words = [*options.words, *words[end + 1 :]]
+    render.escape_what_a_stream_lacks(sys.stdout)
     try:
         return _run(options)
     except Usage as error:

@@ -5,6 +5,8 @@ Not here: where it is written.
 
 from __future__ import annotations
 
+import codecs
+import io
 import re
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
@@ -28,6 +30,23 @@ _STEERING: Final = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
 _IN_JSON = re.compile(f"[{_STEERING}]")  # JSON itself escapes what is below 0x20
 _IN_TEXT = re.compile(f"[\x00-\x08\x0b-\x1f{_STEERING}]")
 _IN_LINE = re.compile(f"[\x00-\x1f{_STEERING}]")
+
+
+def escape_what_a_stream_lacks(stream: Any) -> None:
+    """Have text that the encoding of `stream` has no characters for written as JSON escapes, so that JSON stays JSON."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=_ESCAPE)
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)), error.end
+
+
+_ESCAPE: Final = "pystratovirt.json-escape"
+codecs.register_error(_ESCAPE, _escape)
 
 
 def to_text(value: Any, *, pretty: bool, colour: bool = False) -> str:
