@@ -196,7 +196,7 @@ def test_an_id_that_could_not_come_back_as_it_was_is_refused_in_words(id_: str, 
     [
         (b"{}", "missing field `execute`"),
         (b'{"exec-oob":"x"}', "missing field `execute`"),
-        (b'{"execute":1}', "invalid type: integer `1`, expected the name of a command (member `execute`)"),
+        (b'{"execute":1}', "invalid type: integer `1`, expected variant identifier (member `execute`)"),
         (b'{"execute":"stop","foo":1}', "unknown field `foo`, expected `arguments` or `id`"),
     ],
 )

@@ -76,6 +76,14 @@ def test_text_that_is_no_unicode_goes_out_escaped() -> None:
     assert decode_response(loads(encode(event))) == Event("STOP", {"a": [shown]}, Timestamp(1, 2))
 
 
+def test_members_whose_names_become_the_same_when_escaped_are_all_there() -> None:
+    name, escaped = "\udcff", "\\udcff"
+    for members in ({name: 1, escaped: 2}, {escaped: 2, name: 1}, {name: 1, escaped: 2, "\\\\udcff": 3}):
+        sent = loads(encode(Return(members)))["return"]
+        assert sent[escaped] == 2
+        assert sorted(sent.values()) == sorted(members.values())
+
+
 def test_mappings_of_other_types_are_carried_like_dictionaries() -> None:
     proxy = MappingProxyType({"b": 1, "a": MappingProxyType({"c": 2})})
     assert encode(Return(proxy, "x")) == b'{"return":{"a":{"c":2},"b":1},"id":"x"}\r\n'

@@ -133,12 +133,23 @@ def _printable(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, Mapping):
-        return {_printable(name): _printable(item) for name, item in value.items()}
+        return _printable_members(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(_printable, value))
     if isinstance(value, list | tuple):
         return [_printable(item) for item in value]
     return value
+
+
+def _printable_members(value: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the members of `value`, none of which takes the place of another whose name is already what its own becomes."""
+    members: dict[Any, Any] = {}
+    for name, item in value.items():
+        shown = _printable(name)
+        while shown != name and (shown in value or shown in members):
+            shown = f"\\{shown}"
+        members[shown] = _printable(item)
+    return members
 
 
 def _body(message: Message) -> dict[str, object]:
@@ -160,7 +171,8 @@ def _body(message: Message) -> dict[str, object]:
 def decode_request(value: Mapping[str, Json]) -> Execute | Malformed:
     """Turn an object that a client sent into its command. Never raises: what is wrong comes back as Malformed.
 
-    The texts are StratoVirt's. Members other than `execute`, `arguments` and `id` are refused, as its server does.
+    Members other than `execute`, `arguments` and `id` are refused, as StratoVirt's server does. The texts are its own as well,
+    with the member's name instead of line and column; those about an id are ours, since StratoVirt takes no other than a string.
 
     An id is any JSON value that can be sent back as it came: nested 128 deep at most, and of whole numbers those from -2^63 to
     2^64 - 1. Another one is refused, without an id.
@@ -182,7 +194,7 @@ def decode_request(value: Mapping[str, Json]) -> Execute | Malformed:
         arguments = value["arguments"]
         known += 1
     if type(command) is not str:
-        return Malformed(f"invalid type: {describe(command)}, expected the name of a command (member `execute`)", id_)
+        return Malformed(f"invalid type: {describe(command)}, expected variant identifier (member `execute`)", id_)
     if len(value) != known:
         unknown = next(name for name in value if name not in _REQUEST_MEMBERS)
         return Malformed(f"unknown field `{shorten(unknown)}`, expected `arguments` or `id`", id_)

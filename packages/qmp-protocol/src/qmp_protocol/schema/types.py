@@ -1,6 +1,8 @@
 """The types that a schema is written in: integers with bounds, text with a length, choices, lists and structures.
 
-A type checks a JSON value and converts it; its error texts begin as StratoVirt's do and end with the member's name.
+A type checks a JSON value and converts it; its error texts end with the member's name. What StratoVirt's parser refuses too (a
+wrong type, a number out of bounds, a word that is none of a choice) is said in its words; the rest, as a text that is too long,
+in our own.
 
 Not here: which command has which members (`qmp_protocol.commands`).
 """
