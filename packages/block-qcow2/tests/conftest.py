@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Everything runs where all extras are installed; nothing is skipped there.
     """
     for item in items:
-        if item.path.name in ("test_nbd.py", "test_nbd_stress.py", "test_qcow2_luks.py") or any(
+        if item.path.name.startswith(("test_nbd", "test_qcow2_luks")) or any(
             word in item.nodeid for word in ("zstd", "encrypted", "serve -k")
         ):
             item.add_marker(pytest.mark.extras)

@@ -131,6 +131,56 @@ def test_over_tcp_and_by_name(image: Path) -> None:
             assert server.wait(30) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_it_in_order(image: Path, tmp_path: Path, number: int) -> None:
+    """What clients wrote is written back, even if they did not flush, and the socket goes."""
+    where = str(tmp_path / "s")
+    command = [sys.executable, "-m", "block_qcow2.img", "serve", "-k", where, str(image)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, socket.socket(socket.AF_UNIX) as client:
+        assert server.stdout is not None
+        server.stdout.readline()
+        client.connect(where)
+        client.sendall(struct.pack(">IQII", 3, p.IHAVEOPT, p.OPT_EXPORT_NAME, 0))
+        client.sendall(p.REQUEST.pack(0x25609513, 0, p.CMD_WRITE, 1, 0, 4096) + b"y" * 4096)
+        receive(client, 18 + 10 + 16)
+        server.send_signal(number)
+        assert server.wait(30) == 0
+    assert not Path(where).exists()
+    with open_image(image) as opened:
+        assert opened.read(0, 4096) == b"y" * 4096
+
+
+def test_a_server_that_is_there_keeps_its_socket(start: Start, image: Path, tmp_path: Path) -> None:
+    where = start(image, "-r")
+    command = [sys.executable, "-m", "block_qcow2.img", "serve", "-k", where, "-r", str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"stratovirt-img: {where}: Address already in use\n")
+    assert json.loads(qemu_img("info", "--output", "json", url(where)))["virtual-size"] == SIZE
+
+
+@pytest.mark.parametrize("lost", [">/dev/full", ">&-"])
+def test_a_server_that_cannot_say_where_it_is_says_so_in_one_line(image: Path, tmp_path: Path, lost: str) -> None:
+    words = [sys.executable, "-m", "block_qcow2.img", "serve", "-k", str(tmp_path / "s"), str(image)]
+    with subprocess.Popen(["sh", "-c", f'exec "$@" {lost}', "sh", *words], stderr=subprocess.PIPE, text=True) as server:
+        if lost == ">&-":  # nobody wants to hear it: it serves
+            with socket.socket(socket.AF_UNIX) as client:
+                while client.connect_ex(str(tmp_path / "s")):
+                    assert server.poll() is None
+                assert receive(client, 8) == b"NBDMAGIC"
+            server.terminate()
+        _, said = server.communicate(timeout=60)
+    assert (server.returncode, said.count("\n")) == ((0, 0) if lost == ">&-" else (1, 1))
+
+
+def test_a_name_of_any_bytes_is_a_name(start: Start, image: Path) -> None:
+    where = start(image, "-x", "caf\udce9")
+    done = subprocess.run(["nbdinfo", "--list", "--json", url(where)], check=True, capture_output=True)
+    assert b"caf\xe9" in done.stdout or b"caf%E9" in done.stdout
+    long = [sys.executable, "-m", "block_qcow2.img", "serve", "-k", "never", "-x", "x" * 4097, str(image)]
+    said = subprocess.run(long, capture_output=True, text=True, check=False).stderr
+    assert said == "stratovirt-img: Invalid export name of 4097 bytes: expected up to 4096\n"
+
+
 def test_an_export_in_use_is_locked(start: Start, image: Path) -> None:
     start(image)
     assert "lock" in qemu_img("info", image, status=1)

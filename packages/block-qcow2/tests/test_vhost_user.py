@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from block_qcow2 import create_image, open_disk, open_image
+from block_qcow2 import create_image, open_disk, open_image, unix_socket
 from block_qcow2.errors import BlockError
 from block_qcow2.qcow2.create import Options
 from block_qcow2.vhost_user import protocol as p
@@ -70,7 +70,7 @@ class Server:
         ready = threading.Event()
 
         def run() -> None:
-            with server.listening(self.path) as listener:
+            with unix_socket.listening(self.path) as listener:
                 ready.set()
                 server.serve(self.disk, listener, stop=self._stop, report=self.complaints.append, **options)
 
@@ -561,13 +561,13 @@ def test_a_front_end_that_leaves_with_requests_in_flight(serve: Serve, image: Pa
 
 def test_a_socket_that_is_in_use_is_not_taken_and_a_stale_one_is(serve: Serve, tmp_path: Path) -> None:
     one = serve()
-    with pytest.raises(BlockError, match="in use"), server.listening(one.path):
+    with pytest.raises(BlockError, match="in use"), unix_socket.listening(one.path):
         pass
     assert Path(one.path).is_socket()
     stale = tmp_path / "stale"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(stale))
-    with server.listening(str(stale)):
+    with unix_socket.listening(str(stale)):
         assert stale.stat().st_mode & 0o777 == 0o600
     assert not stale.exists()
 

@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     from .interrupt import end_quietly
 
     end_quietly()
+    _open_streams()
     import sys
 
     from .command import run
@@ -23,3 +24,19 @@ def main(argv: list[str] | None = None) -> int:
     # File names are bytes: one that is not UTF-8 is printed as it is.
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     return run(sys.argv[1:])
+
+
+def _open_streams() -> None:
+    """Let streams that the caller closed lead nowhere: else an image is opened as one of them, and messages end up in it."""
+    import os
+    import sys
+
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # becomes the lowest that is free, which is this one
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)

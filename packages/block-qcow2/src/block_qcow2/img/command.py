@@ -62,7 +62,12 @@ def run(words: list[str]) -> int:
     """Run one command; return the exit status. What goes wrong is one line on standard error."""
     try:
         status = _run(words)
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            return fail(f"standard output: {e.strerror}")
     except BrokenPipeError:
         # Whoever read our output has gone: that is no news to anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -8,13 +8,15 @@ import select
 import signal
 import sys
 import time
+from contextlib import AsyncExitStack
 from importlib import import_module
 from typing import Any
 
 from .. import open_disk
 from ..errors import BlockError, UnsupportedFeatureError
 from ..images import RawImage
-from ..nbd.protocol import BASE_ALLOCATION, DIRTY_BITMAP, STATE_HOLE, STATE_ZERO
+from ..nbd.protocol import BASE_ALLOCATION, DIRTY_BITMAP, MAX_NAME, STATE_HOLE, STATE_ZERO
+from ..vhost_user.blk import SERIAL_MAX
 from . import args
 from .args import UsageError, parse
 from .basic import _one_path
@@ -67,8 +69,11 @@ def serve(words: list[str]) -> int:
             raise UsageError(f"-{'-' if len(name) > 1 else ''}{name} does not go with --type {kind}")
     queues = args.number(given.last("num-queues") or "16", "number of queues", 1, 64)
     serial = given.last("serial") or ""
-    if len(serial.encode()) > 20:
-        raise UsageError(f"Invalid serial number '{serial}': expected up to 20 bytes")
+    if len(os.fsencode(serial)) > SERIAL_MAX:
+        raise UsageError(f"Invalid serial number '{serial}': expected up to {SERIAL_MAX} bytes")
+    export_name = given.last("x") or ""
+    if len(os.fsencode(export_name)) > MAX_NAME:
+        raise UsageError(f"Invalid export name of {len(os.fsencode(export_name))} bytes: expected up to {MAX_NAME}")
     if kind == "vhost-user-blk" and not given.last("k"):
         raise UsageError("--type vhost-user-blk needs a socket: -k PATH")
     if kind == "nbd":
@@ -98,7 +103,7 @@ def serve(words: list[str]) -> int:
         status = {BASE_ALLOCATION: _status_of(disk)}
         for name in given.all("B"):
             status[DIRTY_BITMAP + name.encode("utf-8", "surrogateescape")] = _bitmap_status(disk, name)
-        export = server.Export(disk, status, name=given.last("x") or "", trim=given.flag("discard"), connections=shared, tls=tls)
+        export = server.Export(disk, status, name=export_name, trim=given.flag("discard"), connections=shared, tls=tls)
         anyio.run(_serve, anyio, server, export, given.last("k"), given.last("b") or "localhost", port)
     finally:
         disk.close()
@@ -120,16 +125,17 @@ def _tls(given: args.Given, server: Any) -> Any:
 
 
 def _serve_vhost_user(disk: Any, path: str, queues: int, serial: str) -> None:
+    from ..unix_socket import listening
     from ..vhost_user import server
 
     stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    before = {s: signal.signal(s, lambda *_: os.eventfd_write(stop, 1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, lambda *_: os.eventfd_write(stop, 1)) for s in _ends()}
 
     def report(text: str) -> None:
         args.warn(f"{path}: {text}")
 
     try:
-        with server.listening(path) as listener:
+        with listening(path) as listener:
             print(f"Serving {disk.path} on {path}", flush=True)
             server.serve(disk, listener, stop=stop, queues=queues, serial=serial, report=report)
     finally:
@@ -139,20 +145,25 @@ def _serve_vhost_user(disk: Any, path: str, queues: int, serial: str) -> None:
 
 
 async def _serve(anyio: Any, server: Any, export: Any, socket: str | None, host: str, port: int) -> None:
-    try:
-        async with server.listening(path=socket, host=host, port=port) as listener, anyio.create_task_group() as group:
-            group.start_soon(server.serve, listener, export)
-            if socket is not None:
-                where = socket
-            else:
-                where = f"{host}:{listener.extra(anyio.abc.SocketAttribute.local_port)}"
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                print(f"Serving {export.disk.path} on {where}", flush=True)
+    with anyio.open_signal_receiver(*_ends()) as signals:
+        async with AsyncExitStack() as stack:
+            try:
+                listeners = await stack.enter_async_context(server.listening(path=socket, host=host, port=port))
+            except OSError as e:
+                raise BlockError(f"{host}:{port}: {e.strerror or e}") from e
+            where = socket if socket is not None else f"{host}:{listeners[0].getsockname()[1]}"
+            # Before there are tasks: whoever was to read this may have gone.
+            print(f"Serving {export.disk.path} on {where}", flush=True)
+            async with anyio.create_task_group() as group:
+                group.start_soon(server.serve, listeners, export)
                 async for _ in signals:
                     break
-            group.cancel_scope.cancel()
-    except OSError as e:
-        raise BlockError(f"{socket or f'{host}:{port}'}: {e.strerror or e}") from e
+                group.cancel_scope.cancel()
+
+
+def _ends() -> list[signal.Signals]:
+    """The signals that end a server; one that is ignored (nohup) stays so."""
+    return [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
 
 
 def _status_of(disk: Any) -> Any:

@@ -43,6 +43,7 @@ STATE_HOLE, STATE_ZERO = 1, 2
 BASE_ALLOCATION = b"base:allocation"
 DIRTY_BITMAP = b"qemu:dirty-bitmap:"  # and the bitmap's name; QEMU docs/interop/nbd.txt
 STATE_DIRTY = 1
+MAX_NAME = 4096  # bytes of any string
 MAX_PAYLOAD = 32 << 20  # bytes: what the protocol wants a server to take at least
 _MAX_OPTION = 64 << 10
 _MAX_OPTIONS = 64  # of one handshake
@@ -84,7 +85,7 @@ class Handshake:
         """`contexts`: what block status can tell. `tls`: nothing is told or exported before the connection is encrypted."""
         self._contexts = contexts
         self._tls = tls  # and it is not encrypted yet
-        self._name = name.encode()
+        self._name = name.encode(errors="surrogateescape")
         self._size = size
         self._flags = flags
         self._block = block  # minimum, preferred, maximum, in bytes

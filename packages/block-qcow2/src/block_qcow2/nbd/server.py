@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
 
+from .. import unix_socket
 from . import protocol as p
 from .budget import Budget
 from .connection import Connection
 
+_BACKLOG = 128  # clients that have come and are not accepted yet
 _ACCEPT_AGAIN = 0.1  # seconds until another try, when there are no descriptors left
 # A client whose machine or network has gone says nothing: after two minutes without any answer its place is free.
 _TCP = ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
@@ -79,21 +81,18 @@ class Export:
 
 
 @asynccontextmanager
-async def listening(*, path: str | None = None, host: str = "localhost", port: int = 10809) -> AsyncIterator[Any]:
-    """A listener on a unix socket, which goes with it, or on TCP. OSError if the address is taken."""
+async def listening(*, path: str | None = None, host: str = "localhost", port: int = 10809) -> AsyncIterator[list[socket.socket]]:
+    """Listeners on a unix socket, which goes with it, or on TCP. OSError or BlockError if the address is taken."""
     if path is not None:
-        listener: Any = await anyio.create_unix_listener(path, mode=0o600)
-        try:
-            async with listener:
-                yield listener
-        finally:
-            Path(path).unlink(missing_ok=True)
+        with unix_socket.listening(path, backlog=_BACKLOG) as unix:
+            unix.setblocking(False)
+            yield [unix]
         return
     async with await anyio.create_tcp_listener(local_host=host, local_port=port) as tcp:
-        yield tcp
+        yield [each.extra(anyio.abc.SocketAttribute.raw_socket) for each in tcp.listeners]
 
 
-async def serve(listener: Any, export: Export) -> None:
+async def serve(listeners: Sequence[socket.socket], export: Export) -> None:
     """Serve until cancelled; then every client is cut off. A connection that breaks the protocol ends alone."""
     limiter = anyio.CapacityLimiter(export.connections)
     async with anyio.create_task_group() as group:
@@ -114,8 +113,8 @@ async def serve(listener: Any, export: Export) -> None:
                 else:
                     client.close()
 
-        for each in getattr(listener, "listeners", [listener]):
-            group.start_soon(accept, each.extra(anyio.abc.SocketAttribute.raw_socket))
+        for each in listeners:
+            group.start_soon(accept, each)
 
 
 async def _serve_client(client: socket.socket, export: Export, limiter: anyio.CapacityLimiter) -> None:

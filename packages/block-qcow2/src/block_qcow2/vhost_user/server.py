@@ -1,19 +1,16 @@
-"""The socket that front ends come to, and the loop that serves one of them: the next waits until it has gone.
+"""The loop that serves one front end: the next waits on the listening socket until it has gone.
 
 One thread does everything. A request that the disk answers at once never leaves it.
 
-Not here: what messages and requests mean (`session`, `blk`).
+Not here: the socket (`unix_socket`), what messages and requests mean (`session`, `blk`).
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import select
 import socket
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ..errors import BlockError
@@ -60,41 +57,6 @@ class Loop:
         self._epoll.close()
 
 
-@contextmanager
-def listening(path: str) -> Iterator[socket.socket]:
-    """A listener on a unix socket for this user only; the socket goes with it. BlockError if somebody listens there already."""
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        _remove_stale(path)
-        mask = os.umask(0o177)
-        try:
-            listener.bind(path)
-        except OSError as e:
-            raise BlockError(f"{path}: {e.strerror or e}") from e
-        finally:
-            os.umask(mask)
-        try:
-            listener.listen(1)
-            yield listener
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(path)  # noqa: PTH108
-    finally:
-        listener.close()
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on any more."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116
-            return
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(path)
-    except OSError as e:
-        if e.errno == errno.ECONNREFUSED:
-            os.unlink(path)  # noqa: PTH108
-
-
 def serve(
     disk: Any, listener: socket.socket, *, stop: int, queues: int = 1, serial: str = "", report: Callable[[str], None]
 ) -> None:
@@ -102,7 +64,7 @@ def serve(
 
     `queues`: what the front end may use at most. `serial`: what the guest reads as the disk's, up to 20 bytes.
     """
-    encoded = serial.encode()
+    encoded = serial.encode(errors="surrogateescape")
     if not 1 <= queues <= MAX_QUEUES or len(encoded) > SERIAL_MAX:
         raise ValueError(
             f"{queues} queues, expected 1 to {MAX_QUEUES}; a serial number of {len(encoded)} bytes, at most {SERIAL_MAX}"
