@@ -39,6 +39,12 @@ MiB = 1 << 20
         (["info", "no\nsuch\x1bfile"], "no\\nsuch\\x1bfile: No such file"),
         (["compare", "no\nfile", "raw"], "no\\nfile: No such file"),
         (["frob\nnicate"], "Command not found: frob\\nnicate"),
+        (["create", "x", "9" * 5000], "expected a number, with a suffix"),
+        (["bench", "-c", "1_000", "raw"], "Invalid request count '1_000': expected 1 to"),
+        (["create", "-f", "vdi", "x", "1M"], "Unknown format type 'vdi': expected raw, qcow2"),
+        (["map", "-f", "qcow", "raw"], "Unknown format type 'qcow': expected raw, qcow2, vdi"),
+        (["create", "-f", "qcow2", "-o", "clustersize=1", "x", "1M"], "Invalid parameter 'clustersize': '-o help' lists"),
+        (["create", "-o", "cluster_size=512", "x", "1M"], "does not support parameter 'cluster_size': expected extent_size_hint"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from block_qcow2 import create_image, open_image
+from block_qcow2 import create_image, open_image, read_secret
 from block_qcow2.qcow2.create import Options
 
 from .qemu import is_clean, qemu_img, qemu_io
@@ -295,3 +295,30 @@ def test_secrets_are_checked_where_they_are_not_needed(img: Any) -> None:
         name = ["b"] if words[0] == "bitmap" else []
         assert img(*words, *SECRET, "a", *name).status == 0
         assert "--object secret needs id=" in img(*words, "--object", "secret", "a", *name).err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--object", "secret,id=s,data=b3Blbg!=,format=base64"], "secret s: no base64: "),
+        (["--object", "secret,id=s,data=b3Blb,format=base64"], "secret s: no base64: "),
+        (["--object", "secret,id=s,data="], "secret s: is empty"),
+        (["--object", "secret,id=s,file=no/such"], "secret s: no/such: No such file or directory"),
+        (["--key-file", "no/such"], "--key-file: no/such: No such file or directory"),
+        (["--key-file", "/dev/zero"], "--key-file: /dev/zero: expected at most 65536 bytes"),
+        (["--key-file", "/dev/null"], "--key-file: is empty"),
+    ],
+)
+def test_secrets_that_are_none_are_refused_by_name(img: Any, words: list[str], says: str) -> None:
+    create_image("a", MiB)
+    said = img("map", *words, "a")
+    assert (said.status, said.out) == (1, "")
+    assert says in said.err
+
+
+def test_secrets_may_be_of_any_bytes_and_in_lines(tmp_path: Path) -> None:
+    assert read_secret("s", data="caf\udce9") == b"caf\xe9"
+    (tmp_path / "lines").write_text("b3Bl\nbg==\n")
+    assert read_secret("s", file=str(tmp_path / "lines"), format="base64") == b"open"
+    (tmp_path / "raw").write_bytes(b"open\n")
+    assert read_secret("s", file=str(tmp_path / "raw")) == b"open\n"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .qcow2.create import Options
     from .qcow2.image import Extent
     from .qcow2.snapshots import Snapshot
+    from .secret import read_secret
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "create_image",
     "open_disk",
     "open_image",
+    "read_secret",
 ]
 _HOMES = {
     "CheckResult": "qcow2.check",
@@ -42,6 +44,7 @@ _HOMES = {
     "Snapshot": "qcow2.snapshots",
     "create_image": "images",
     "open_image": "images",
+    "read_secret": "secret",
 }
 
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from ..errors import BlockError
 
 _SIZE = re.compile(r"\+?([0-9]+)(\.[0-9]+)?([bBkKmMgGtTpPeE]?)")
+_NUMBER = re.compile(r"[0-9]{1,20}")
+_DIGITS = 100  # of a size: more are a mistake, and Python refuses thousands of them in words of its own
 _SCALE = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _MAX = (1 << 63) - 1  # what a file offset can be
 
@@ -115,7 +117,7 @@ def _kind(spec: Mapping[str, str], name: str) -> str | None:
 def size(text: str, what: str = "size") -> int:
     """Bytes: digits, perhaps a fraction, perhaps one of b K M G T P E (1024-based)."""
     match = _SIZE.fullmatch(text)
-    if not match:
+    if not match or len(text) > _DIGITS:
         raise UsageError(f"Invalid {what} '{text}': expected a number, with a suffix of b, K, M, G, T, P or E if wanted")
     digits, fraction, suffix = match.groups()
     scale = 1 << _SCALE[suffix.lower()]
@@ -129,10 +131,7 @@ def size(text: str, what: str = "size") -> int:
 
 def number(text: str, what: str, low: int, high: int) -> int:
     """A whole number from `low` to `high`."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
+    value = int(text) if _NUMBER.fullmatch(text) else -1
     if not low <= value <= high:
         raise UsageError(f"Invalid {what} '{text}': expected {low} to {high}")
     return value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..images import READ_FORMATS
+from ..images import FORMATS, READ_FORMATS
 from ..prealloc import MODES
 from ..qcow2.create import Options
 from . import args
@@ -47,15 +47,17 @@ _MAX_EXTENT = (1 << 32) - 1  # linux/fs.h, fsx_extsize
 
 def read_format(name: str | None) -> str | None:
     """A format that can at least be read."""
-    if name not in (None, *READ_FORMATS):
-        raise UsageError(f"Unknown format type '{name}'")
-    return name
+    return _one_of(READ_FORMATS, name)
 
 
 def check_format(name: str | None) -> str | None:
     """A format that can be written."""
-    if name not in (None, "raw", "qcow2"):
-        raise UsageError(f"Unknown format type '{name}'")
+    return _one_of(FORMATS, name)
+
+
+def _one_of(formats: tuple[str, ...], name: str | None) -> str | None:
+    if name not in (None, *formats):
+        raise UsageError(f"Unknown format type '{name}': expected {', '.join(formats)}")
     return name
 
 
@@ -154,9 +156,9 @@ def _check_name(fmt: str, name: str) -> None:
         raise UsageError("encryption: qcow2's old AES is broken by design and not supported; encrypt.format=luks is")
     key = {"backing_format": "backing_fmt"}.get(name, name)
     if fmt == "qcow2" and key not in _HELP and key.replace("-", "_") not in _HELP:
-        raise UsageError(f"Invalid parameter '{name}'")
+        raise UsageError(f"Invalid parameter '{name}': '-o help' lists those of {fmt}")
     if fmt == "raw" and key not in _RAW:
-        raise UsageError(f"Format raw does not support parameter '{name}'")
+        raise UsageError(f"Format raw does not support parameter '{name}': expected {', '.join(_RAW)}")
 
 
 def _plain_options(pairs: dict[str, str]) -> Options:

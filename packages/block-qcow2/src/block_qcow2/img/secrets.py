@@ -1,16 +1,15 @@
 """Passphrases on a command line: --key-file FILE, or QEMU's --object secret,id=ID,(data=TEXT|file=FILE)[,format=raw|base64].
 
-Not here: what a passphrase opens.
+Not here: reading and decoding them (`secret`), what a passphrase opens.
 """
 
 from __future__ import annotations
 
-from ..errors import BlockError
+from ..secret import read_secret
 from .args import Given, UsageError, option_list
 
 # For the option table of every command that opens guest data.
 SECRETS = {"key-file": "value", "key-secret": "value", "object": "value"}
-_MAX = 4096  # bytes
 
 
 def passphrase(given: Given) -> bytes | None:
@@ -22,7 +21,7 @@ def passphrase(given: Given) -> bytes | None:
     if name is not None:
         if given.last("key-secret") is not None:
             raise UsageError("--key-file and --key-secret do not go together")
-        return _content(name, f"--key-file {name}")
+        return read_secret("--key-file", file=name)
     ident = given.last("key-secret")
     if ident is not None:
         return secret(given, ident)
@@ -57,26 +56,7 @@ def secrets(given: Given) -> dict[str, bytes]:
             raise UsageError(f"Invalid parameter '{min(unknown)}' of a secret")
         if ident in found:
             raise UsageError(f"the secret '{ident}' is given twice")
-        data = pairs["data"].encode() if "data" in pairs else _content(pairs["file"], f"--object secret,file={pairs['file']}")
-        if pairs.get("format") == "base64":
-            import base64
-
-            try:
-                data = base64.b64decode(data, validate=False)
-            except ValueError:
-                raise UsageError(f"the secret '{ident}' is not base64") from None
-        if not data:
-            raise UsageError(f"the secret '{ident}' is empty")
-        found[ident] = data
+        found[ident] = read_secret(
+            f"secret {ident}", data=pairs.get("data"), file=pairs.get("file"), format=pairs.get("format", "raw")
+        )
     return found
-
-
-def _content(path: str, what: str) -> bytes:
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123
-            data = file.read(_MAX + 1)
-    except OSError as e:
-        raise BlockError(f"{what}: {e.strerror}") from None
-    if not 0 < len(data) <= _MAX:
-        raise UsageError(f"{what}: {len(data)} bytes, expected 1 to {_MAX}")
-    return data
