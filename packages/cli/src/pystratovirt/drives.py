@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def _passphrase(secret: Secret) -> bytes:
     else:
         assert secret.file is not None  # one of the two is given
         try:
-            with Path(secret.file).open("rb") as file:
+            with open(secret.file, "rb") as file:  # noqa: PTH123 - pathlib is not imported at a start
                 found = file.read(SECRET_MAX + 1)
         except OSError as error:
             raise OpenError(f"{name}: {secret.file}: {error.strerror}") from None
