@@ -189,8 +189,8 @@ def test_encrypted_targets_and_sources_by_secrets(img: Any, source: bytes) -> No
         (["--object", "secret,id=s0"], "--object secret needs id="),
         (["--object", "tls,id=s0"], "expected secret"),
         (["--object", "secret,id=a,data=1", "--key-secret", "b"], "No secret with id 'b'; there are: a"),
-        (["--object", "secret,id=a,data=!,format=base64"], "empty"),
-        (["--key-file", "nowhere"], "--key-file nowhere: No such file"),
+        (["--object", "secret,id=a,data=!,format=base64"], "no base64"),
+        (["--key-file", "nowhere"], "--key-file: nowhere: No such file"),
     ):
         said = img("convert", "-O", "raw", *wrong, "locked", "out2")
         assert (said.status, says in said.err, Path("out2").exists()) == (1, True, False), said
