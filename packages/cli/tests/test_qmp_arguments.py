@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 import orjson
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pystratovirt.qmpshell import render
-from pystratovirt.qmpshell.arguments import ArgumentError, from_json, parse
+from pystratovirt.qmpshell.arguments import ArgumentError, from_json, parse, split
 from pystratovirt.qmpshell.completion import words_after
 from pystratovirt.qmpshell.describe import details, overview
 from pystratovirt.qmpshell.model import Model
@@ -178,6 +179,33 @@ def test_a_line_of_json_is_sent_as_it_is_or_refused(inside: Any, depth: int) -> 
 def test_a_line_of_json_that_is_no_command_is_refused(line: str) -> None:
     with pytest.raises(ArgumentError):
         from_json(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("device_del id=disk#1", ["device_del", "id=disk#1"]),
+        ("device_del id=disk#1 # don't", ["device_del", "id=disk#1"]),
+        ("  # it's nothing", []),
+        ("a '#b' \"# c\" \\#d e'f g'#h #i", ["a", "#b", "# c", "#d", "ef g#h"]),
+        ("a#", ["a#"]),
+        ("", []),
+    ],
+)
+def test_a_comment_begins_where_a_word_would(line: str, words: list[str]) -> None:
+    assert split(line) == words
+
+
+@given(st.lists(st.text("ab#'\"\\ \n", min_size=1)))
+def test_quoted_words_come_back_as_they_are_and_a_comment_is_dropped(words: list[str]) -> None:
+    assert split(shlex.join(words)) == words
+    assert split(f"{shlex.join(words)} # it's \"one") == words
+
+
+@pytest.mark.parametrize("line", ["'", 'a "b', "a\\"])
+def test_open_quotes_are_refused(line: str) -> None:
+    with pytest.raises(ValueError, match="No "):
+        split(line)
 
 
 @settings(max_examples=200)

@@ -230,13 +230,38 @@ def test_tab_completes_commands_arguments_and_values() -> None:
     assert offered('{"execute":"que') == []
 
 
+def test_a_comment_is_no_command(talk: Talk) -> None:
+    _, text = talk("# don't", "query-status # of the machine")
+    assert text.count('"status": "running"') == 1
+    assert "No closing quotation" not in text
+
+
 def test_the_history_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     _history().append_string("device_del id=secret")
     (file,) = tmp_path.rglob("qmp_history")
     assert file.stat().st_mode & 0o777 == 0o600
-    monkeypatch.setenv("XDG_STATE_HOME", str(file))  # no directory
-    _history().append_string("lost")
+
+
+def test_a_history_that_cannot_be_kept_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    (tmp_path / "file").touch()
+    (tmp_path / "taken/pystratovirt/qmp_history").mkdir(parents=True)
+    for state in (tmp_path / "file", tmp_path / "taken", None, tmp_path):
+        if state:
+            monkeypatch.setenv("XDG_STATE_HOME", str(state))
+        else:
+            monkeypatch.delenv("XDG_STATE_HOME")
+            monkeypatch.setattr(Path, "home", homeless)
+        history = _history()
+        if state == tmp_path:  # it cannot be written any more
+            (tmp_path / "pystratovirt/qmp_history").unlink()
+            (tmp_path / "pystratovirt/qmp_history").mkdir()
+            assert list(history.load_history_strings()) == []
+        history.append_string("query-status")
+        assert history.get_strings() == ["query-status"]
 
 
 class TestConnecting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -23,10 +24,18 @@ FALSE = ("off", "false", "no")
 _LOWEST: Final = -(2**63)
 _HIGHEST: Final = 2**64 - 1
 _MANY_DIGITS = re.compile(r"\d{19}")
+_COMMENT = re.compile(r"""((?:\s*+(?!\#)(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")++)*+)\s*+\#.*""", re.DOTALL)
 
 
 class ArgumentError(Exception):
     """Words that are no arguments of the command; one line that names the word and what is allowed."""
+
+
+def split(line: str) -> list[str]:
+    """Return the words of a line as a shell of the system has them, without a comment. Raises ValueError for open quotes."""
+    # shlex itself would take a comment to begin in the middle of a word, and `device_del id=disk#1` would mean another disk.
+    comment = _COMMENT.fullmatch(line)
+    return shlex.split(comment[1] if comment else line)
 
 
 def parse(model: Model, command: str, words: Sequence[str]) -> dict[str, Any]:

@@ -202,13 +202,11 @@ class _Session:
 
     def script(self, lines: Iterable[str]) -> int:
         """Run what is on each line, as the shell does, until something fails."""
-        import shlex
-
         for number, line in enumerate(lines, 1):
             try:
                 if line.lstrip().startswith("{"):
                     self._output.value(self._client.execute(*arguments.from_json(line)))
-                elif words := shlex.split(line, comments=True):
+                elif words := arguments.split(line):
                     self.run(words)
             except (arguments.ArgumentError, ValueError) as error:
                 raise Usage(f"line {number}: {error}") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shlex
 import signal
 import sys
 from collections import deque
@@ -81,14 +80,28 @@ async def _model(client: AsyncClient) -> Model:
 
 def _history() -> History:
     """The file of earlier lines, readable only for its owner; lines of this run alone when it cannot be written."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    path = state / "pystratovirt" / "qmp_history"
     try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+        path = state / "pystratovirt" / "qmp_history"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(path))
+        usable = path.is_file()
+    except (OSError, RuntimeError):  # RuntimeError: nobody knows where the home is
+        usable = False
+    return _History(str(path)) if usable else InMemoryHistory()
+
+
+class _History(FileHistory):
+    """Goes on without its file: a disk that is full meanwhile must not get in the way of a command."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        with contextlib.suppress(OSError):
+            return list(super().load_history_strings())
+        return ()
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(string)
 
 
 class _Completer(Completer):
@@ -207,7 +220,9 @@ class Shell:
         if line.startswith("{"):
             command, values = arguments.from_json(line)
         else:
-            command, *words = shlex.split(line)
+            if not (split := arguments.split(line)):
+                return
+            command, *words = split
             if command == "help":
                 self._say(self._help(words))
                 return
