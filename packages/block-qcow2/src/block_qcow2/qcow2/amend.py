@@ -153,7 +153,7 @@ def downgrade(image: Qcow2Image) -> None:
             image.l2.clear()
             for cluster, times in freed:
                 image.refcounts.add(cluster, 1, -times)
-        _write_counts(image)
+        image.write_counts()
         if freed:
             fix_copied(image)
         old = (header.version, header.header_length, header.compatible, header.autoclear, list(header.extensions))
@@ -203,20 +203,8 @@ def _expand_zeroes(image: Qcow2Image, where: int, l1_index: int, freed: list[tup
             image.file.pwrite((cluster + 1 << image.cluster_bits) - 1, b"\0")  # the file reaches as far
         table[i] = cluster << image.cluster_bits | (COPIED if owners == 1 else 0)
     if changed:
-        _write_counts(image)
+        image.write_counts()
         image.file.pwrite(where, tables.to_bytes(table))
-
-
-def _write_counts(image: Qcow2Image) -> None:
-    with image._lock:
-        blocks, entries = image.refcounts.take_dirty()
-    written = False
-    try:
-        image._write_in_order(blocks, entries, [], [])
-        written = True
-    finally:
-        with image._lock:
-            image.refcounts.finish(written)
 
 
 def set_data_file(image: Qcow2Image, name: str | None, raw: bool | None) -> None:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ..errors import ImageFormatError, UnsupportedFeatureError
-from ..hostfile import HostFile, read_padded
+from ..hostfile import Cursor, HostFile, read_padded
 from ..image import Qcow2Snapshots
 from . import bitmaps, tables
 from .format import (
@@ -272,7 +272,7 @@ class Qcow2Image(Writer):
 
     def mark_dirty(self, offset: int, length: int) -> None:
         if self.bitmaps is not None:
-            self.bitmaps.mark(offset, length)
+            self.bitmaps.mark(offset, min(length, self.size - offset))  # nothing is marked behind the end of the disk
 
     def replace_extension(self, kind: int, data: bytes | None, autoclear: int) -> None:
         """Change a header extension that `autoclear` says is valid: it is said to be invalid meanwhile."""
@@ -333,16 +333,19 @@ class Qcow2Image(Writer):
             self._cut(size)
         elif size == self.size:
             return
+        needed = -(-size >> self._l2_shift) if size else 0
+        if needed * 8 > MAX_L1_BYTES:
+            raise ImageFormatError(f"an L1 table for {size} bytes would take {needed * 8} bytes, at most {MAX_L1_BYTES} work")
+        if size > self.size:
+            self._forget_tail()
         with self.exclusive():
-            needed = -(-size >> self._l2_shift) if size else 0
-            if needed * 8 > MAX_L1_BYTES:
-                raise ImageFormatError(f"an L1 table for {size} bytes would take {needed * 8} bytes, at most {MAX_L1_BYTES} work")
-            if size > self.size:
-                self._forget_tail()
+            old = self.size
+            if size < old and not shrink:
+                raise ValueError("the image was made larger meanwhile")
             if needed > len(self.l1):
-                self._grow_l1(needed)
-            old, self.header.size = self.size, size
-            self.write_header()
+                self._grow_l1(needed, size)
+            else:
+                self._write_size(size)
             self.size = size
             if self.bitmaps is not None:
                 self.bitmaps.resized()
@@ -367,36 +370,64 @@ class Qcow2Image(Writer):
         self._set_clusters(offset, length, keep=False, zero=False)
 
     def _forget_tail(self) -> None:
-        """What is added reads as zeroes: the last cluster's bytes behind the old end do so when they were never written."""
-        mask = self.cluster_size - 1
-        end = (self.size + mask) & ~mask
-        if end == self.size:
-            return
-        [*_, last] = self.map_range(end - self.cluster_size, self.cluster_size)
-        if last.kind == NORMAL and not self.external:
-            self.data_file.write_zeroes(last.host + last.length - (end - self.size), end - self.size)
+        """What is added reads as zeroes: so must the last cluster's bytes behind the old end, whatever stands there.
 
-    def _grow_l1(self, needed: int) -> None:
-        """Move the L1 table to a larger place. Nothing else is running."""
+        They are written like guest data: a snapshot that is longer than the disk is now may share the cluster.
+        """
+        mask = self.cluster_size - 1
+        start, end = self.size, (self.size + mask) & ~mask
+        if start == end:
+            return
+        with self.operation():
+            with self._lock:
+                kinds = {run.kind for run in self._map(start, end - start)}
+            if kinds & {NORMAL, COMPRESSED_DATA}:
+                self._write_gated(start, Cursor([memoryview(bytes(end - start))]), end - start)
+        self.commit()
+
+    def _grow_l1(self, needed: int, size: int) -> None:
+        """Move the L1 table to a larger place, for a disk of `size` bytes; a failure changes nothing. Nothing else runs."""
         header, bits = self.header, self.cluster_bits
         self.commit()
+        clusters = -(-needed * 8 >> bits)
+        larger = self.l1 + array("Q", bytes(8 * (needed - len(self.l1))))
         with self._lock:
-            old_offset, old_clusters = header.l1_table_offset, -(-len(self.l1) * 8 >> bits)
-            clusters = -(-needed * 8 >> bits)
             first = self._allocate_adjacent(clusters)
-            self.l1 = self.l1 + array("Q", bytes(8 * (needed - len(self.l1))))
             self.reserved.update(range(first, first + clusters))
-        self.file.pwrite(first << bits, tables.to_bytes(self.l1) + bytes((clusters << bits) - 8 * needed))
-        with self._lock:
-            blocks, entries = self.refcounts.take_dirty()
-        self._write_in_order(blocks, entries, [], [])
-        with self._lock:
-            self.refcounts.finish(True)
-        header.l1_table_offset, header.l1_size = first << bits, needed
-        self.write_header()
-        if old_clusters and old_offset:
+        old = header.l1_table_offset, header.l1_size
+        try:
+            self.file.pwrite(first << bits, tables.to_bytes(larger) + bytes((clusters << bits) - 8 * needed))
+            self.write_counts()
+            header.l1_table_offset, header.l1_size = first << bits, needed
+            self._write_size(size)
+        except OSError:
+            if header.l1_size != old[1]:
+                header.l1_table_offset, header.l1_size = old
+                self._write_back("the L1 table could not be moved")
             with self._lock:
-                self._free_later(old_offset >> bits, old_clusters)
+                self.refcounts.add(first, clusters, -1)
+                self.reserved.difference_update(range(first, first + clusters))
+            raise
+        self.l1 = larger
+        if old[0] and old[1]:
+            with self._lock:
+                self._free_later(old[0] >> bits, -(-old[1] * 8 >> bits))
+
+    def _write_size(self, size: int) -> None:
+        """Let the header say how large the disk is."""
+        old, self.header.size = self.header.size, size
+        try:
+            self.write_header()
+        except OSError:
+            self.header.size = old
+            raise
+
+    def _write_back(self, what: str) -> None:
+        """A change of the header failed: have the one on the disk be the old one for certain, or refuse writes from now on."""
+        try:
+            self.write_header()
+        except OSError:
+            self._broken = what
 
 
 class _Locked:

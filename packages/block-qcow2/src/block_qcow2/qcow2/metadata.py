@@ -321,6 +321,18 @@ class Metadata:
                 self._release_freed(pending)
                 self._write_fallen_counts()
 
+    def write_counts(self) -> None:
+        """Write the refcount blocks and table entries that changed, with a barrier behind. Nothing else is running."""
+        with self._lock:
+            blocks, table_entries = self.refcounts.take_dirty()
+        written = False
+        try:
+            self._write_in_order(blocks, table_entries, [], [])
+            written = True
+        finally:
+            with self._lock:
+                self.refcounts.finish(written)
+
     def _write_fallen_counts(self) -> None:
         """Blocks may be written at any time; now, so that an image that was flushed has no leaks. No barrier is needed."""
         with self._lock:

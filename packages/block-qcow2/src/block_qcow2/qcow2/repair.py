@@ -13,7 +13,6 @@ from .counts import Counts
 from .format import REFCOUNT_OFFSET_MASK
 from .image import Qcow2Image
 from .refcount import pack
-from .snapshots import write_counts
 
 
 class Fix(NamedTuple):
@@ -45,7 +44,7 @@ def set_counts(image: Qcow2Image, changes: list[tuple[int, int]]) -> bool:
                 continue
             image.refcounts.add(cluster, 1, want - have)
     if not missing:
-        write_counts(image)
+        image.write_counts()
     return not missing
 
 

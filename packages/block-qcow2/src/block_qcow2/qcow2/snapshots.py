@@ -253,7 +253,7 @@ class _Transition:
     def _finish(self, image: Qcow2Image) -> None:
         header, bits = image.header, image.cluster_bits
         old_l1 = image.l1, header.l1_table_offset
-        write_counts(image)
+        image.write_counts()
         if self._counted and self._l1 is None:
             # What the snapshot is about to share must not be written in place, also after a power loss: version 2 has no mark
             # that says that its flags cannot be trusted.
@@ -284,7 +284,7 @@ class _Transition:
             for first, count in self._freed:
                 image.refcounts.add(first, count, -1)
                 image.reserved.difference_update(range(first, first + count))
-        write_counts(image)
+        image.write_counts()
         if self._down or self._l1 is not None:
             fix_copied(image, seen=self._tables)
         with image._lock:
@@ -300,7 +300,7 @@ class _Transition:
 
     def _clean(self, image: Qcow2Image) -> None:
         if image.header.version >= 3:
-            write_counts(image)
+            image.write_counts()
             image.header.incompatible &= ~INCOMPAT_DIRTY
             image.write_header()
 
@@ -361,19 +361,6 @@ class _Transition:
         self.snapshots, self.table_bytes = snapshots, len(data)
         if old_bytes:
             self.free(image.header.snapshots_offset >> bits, -(-old_bytes >> bits))
-
-
-def write_counts(image: Qcow2Image) -> None:
-    """Write the refcount blocks and table entries that changed. Nothing else is running."""
-    with image._lock:
-        blocks, table_entries = image.refcounts.take_dirty()
-    written = False
-    try:
-        image._write_in_order(blocks, table_entries, [], [])
-        written = True
-    finally:
-        with image._lock:
-            image.refcounts.finish(written)
 
 
 def rewrite_table(image: Qcow2Image) -> None:

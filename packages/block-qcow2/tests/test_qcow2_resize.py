@@ -1,0 +1,95 @@
+"""Resizing: what is added reads as zeroes, nobody else's data change, and what fails changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from block_qcow2 import create_image, open_image
+from block_qcow2.errors import BlockError
+from block_qcow2.qcow2.check import check
+from block_qcow2.qcow2.create import Options, write_empty
+from block_qcow2.qcow2.image import open_qcow2
+
+from .memory_file import MemoryFile
+from .qemu import is_clean, qemu_img, qemu_io
+from .test_qcow2_faults import Faulty
+
+KiB = 1024
+
+
+def shrunk_by_qemu(path: Path, *commands: str) -> None:
+    """An image of 128 KiB of "A", made 96 KiB by somebody who leaves behind the new end what was there."""
+    qemu_img("create", "-q", "-f", "qcow2", path, "128K")
+    qemu_io(path, commands[0])
+    for command in commands[1:]:
+        qemu_img(*command.split(), path)
+    qemu_img("resize", "-q", "--shrink", path, "96K")
+
+
+def test_growing_leaves_a_longer_snapshot_what_it_shares_with_the_last_cluster(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    shrunk_by_qemu(path, "write -P 65 0 128K", "snapshot -c longer")
+    with open_image(path, read_only=False) as image:
+        image.resize(128 * KiB)
+        assert image.read(0, 128 * KiB) == b"A" * 96 * KiB + bytes(32 * KiB)
+        image.snapshots.apply("longer")
+        assert image.read(0, 128 * KiB) == b"A" * 128 * KiB
+    is_clean(path)
+
+
+def test_what_a_compressed_last_cluster_has_behind_the_end_does_not_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    shrunk_by_qemu(path, "write -c -P 65 0 128K")
+    with open_image(path, read_only=False) as image:
+        image.resize(256 * KiB)
+        assert image.read(0, 256 * KiB) == b"A" * 96 * KiB + bytes(160 * KiB)
+    is_clean(path)
+
+
+def test_growing_inside_the_last_cluster_marks_nothing_in_a_bitmap(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    create_image(path, 96 * KiB)
+    qemu_img("bitmap", "--add", "-g", "512", path, "b")
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"A" * 96 * KiB)
+    with open_image(path, read_only=False) as image:
+        image.resize(160 * KiB)
+        image.write(159 * KiB, b"B" * KiB)
+    is_clean(path)
+
+
+@pytest.mark.parametrize("larger", [200 * KiB, 8 << 20], ids=["the same L1 table", "a larger one"])
+def test_a_resize_that_fails_anywhere_can_be_done_again(larger: int) -> None:
+    """An error at each single call in turn: what was written stays, and no header names a table that is too short."""
+    done = False
+    call = 0
+    while not done:
+        call += 1
+        file: Any = Faulty()
+        write_empty(file, 100 * KiB + 512, Options(cluster_size=KiB))
+        image = open_qcow2(file, read_only=False)
+        image.write(0, b"A" * image.size)
+        image.flush()
+        old = image.size
+        file.calls, file.fail_at = 0, call
+        try:
+            image.resize(larger)
+            done = file.calls < call
+        except (OSError, BlockError):
+            assert image.size == old
+        file.fail_at = -1
+        if image._broken:
+            image = open_qcow2(MemoryFile(bytes(file.data)), read_only=False)  # type: ignore[arg-type]
+        image.resize(larger)
+        image.write(larger - 512, b"B" * 512)
+        image.flush()
+        again = open_qcow2(MemoryFile(bytes(image.file.data)))  # type: ignore[arg-type, attr-defined]
+        result = check(again)
+        assert not result.corruptions, call
+        assert again.size == larger
+        assert again.read(0, old) == b"A" * old
+        assert again.read(old, larger - old) == bytes(larger - old - 512) + b"B" * 512
+    assert call > 3
