@@ -622,6 +622,7 @@ class TestOtherCommands:
                 assert refusal(vm, "chardev-add", id=name, backend=backend("/x")) == f'Chardev "{name}" has been added'
             assert refusal(vm, "chardev-add", id="d", backend=backend("/x", True)) == "Invalid parameter 'backend' for 'server'"
             assert "at most 107 bytes" in refusal(vm, "chardev-add", id="d", backend=backend("/" + "x" * 200))
+            assert refusal(vm, "chardev-add", id="", backend=backend("/x")) == "id: empty"
             assert refusal(vm, "chardev-remove", id="log") == "Chardev log is in use"
             vm.run("chardev-remove", id="c")
             assert refusal(vm, "chardev-remove", id="c") == "Chardev c not found"

@@ -74,10 +74,11 @@ def register(server: QmpServer, runtime: Runtime) -> None:
         if arguments.backend.data.server:
             raise QmpError(GENERIC_ERROR, "Invalid parameter 'backend' for 'server'")
         path = arguments.backend.data.addr.data.path
-        try:
-            SocketChardev.keys["path"].kind.parse(path)
-        except ValueError as error:
-            raise QmpError(GENERIC_ERROR, f"path: {error}") from None
+        for name, value in (("id", arguments.id), ("path", path)):
+            try:
+                SocketChardev.keys[name].kind.parse(value)
+            except ValueError as error:
+                raise QmpError(GENERIC_ERROR, f"{name}: {error}") from None
         with refusals_as_replies():
             vm.hotplug.add_chardev(SocketChardev(id=arguments.id, path=path))
 
