@@ -51,8 +51,22 @@ QEMU = Model(
                 {"name": "cpus", "type": "[int]", "default": None},
                 {"name": "ratio", "type": "number", "default": None},
                 {"name": "on", "type": "bool", "default": None},
+                {"name": "addr", "type": "11", "default": None},
             ],
         },
+        # Whatever the type of the address, there is a member `data`, but of another type.
+        {"name": "12", "meta-type": "enum", "values": ["inet", "unix", "fd"]},
+        {
+            "name": "11",
+            "meta-type": "object",
+            "members": [{"name": "type", "type": "12"}],
+            "tag": "type",
+            "variants": [{"case": "inet", "type": "13"}, {"case": "unix", "type": "14"}, {"case": "fd", "type": "15"}],
+        },
+        {"name": "13", "meta-type": "object", "members": [{"name": "data", "type": "16"}]},
+        {"name": "14", "meta-type": "object", "members": [{"name": "data", "type": "6"}]},
+        {"name": "15", "meta-type": "object", "members": [{"name": "data", "type": "int"}]},
+        {"name": "16", "meta-type": "object", "members": [{"name": "host", "type": "str"}]},
         {"name": "add", "meta-type": "command", "arg-type": "10", "ret-type": "q_empty"},
         "not an entry",
         {"meta-type": "no name"},
@@ -102,6 +116,12 @@ def test_words_become_typed_arguments(command: str, words: str, arguments: dict[
         ("ref=name", {"ref": "name"}),
         ("n=5 cpus=1,2 ratio=0.5 on=off", {"n": 5, "cpus": [1, 2], "ratio": 0.5, "on": False}),
         ("n=null", {"n": None}),
+        ("addr.type=inet addr.data.host=x", {"addr": {"type": "inet", "data": {"host": "x"}}}),
+        ("addr.type=unix addr.data.filename=/x", {"addr": {"type": "unix", "data": {"filename": "/x"}}}),
+        ("addr.data.filename=/x addr.type=unix", {"addr": {"type": "unix", "data": {"filename": "/x"}}}),
+        ("addr.type=fd addr.data=7", {"addr": {"type": "fd", "data": 7}}),
+        ('addr={"type":"unix"} addr.data.filename=/x', {"addr": {"type": "unix", "data": {"filename": "/x"}}}),
+        ("addr.data.host=x", {"addr": {"data": {"host": "x"}}}),
     ],
 )
 def test_qemus_shapes_are_understood(words: str, arguments: dict[str, Any]) -> None:
@@ -280,10 +300,25 @@ class TestCompletion:
         assert words_after(MODEL, ["trace-set-state"], "enable=") == ["enable=on", "enable=off"]
         assert words_after(QEMU, ["add"], "ref.driver=") == ["ref.driver=file", "ref.driver=nbd"]
 
+    def test_follows_what_the_object_is_said_to_be(self) -> None:
+        assert words_after(QEMU, ["add", "addr.type=unix"], "addr.d") == ["addr.data."]
+        assert words_after(QEMU, ["add", "addr.type=unix"], "addr.data.") == ["addr.data.filename="]
+        assert words_after(QEMU, ["add", "addr.type=fd"], "addr.d") == ["addr.data="]
+
     def test_of_what_nobody_knows_is_empty(self) -> None:
         assert words_after(MODEL, ["nonsense"], "x") == []
         assert words_after(MODEL, ["balloon"], "value=") == []
         assert words_after(MODEL, ["balloon"], "nonsense=") == []
+
+
+def test_the_schema_says_when_a_member_has_which_type() -> None:
+    lines = [" ".join(line.split()) for line in details(QEMU, "add").splitlines()]
+    assert [line for line in lines if line.startswith("addr.")] == [
+        "addr.type inet|unix|fd",
+        "addr.data.host string (addr.type=inet)",
+        "addr.data.filename string (addr.type=unix)",
+        "addr.data int (addr.type=fd)",
+    ]
 
 
 def test_the_schema_is_shown_in_words() -> None:

@@ -192,6 +192,16 @@ class TestOurClient:
         assert '"event":"SHUTDOWN"' in out
         assert "CommandNotFound" in err
 
+    def test_hears_events_of_the_storage_daemon(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        with storage_daemon(tmp_path / "s"):
+            where = ["-s", str(tmp_path / "s"), "-t", "60"]
+            assert main([*where, "blockdev-add", "node-name=n", "driver=null-co", "size=0x1000"]) == 0
+            assert main([*where, "nbd-server-start", "addr.type=unix", f"addr.data.path={tmp_path}/nbd"]) == 0
+            assert main([*where, "block-export-add", "type=nbd", "id=e", "node-name=n"]) == 0
+            assert main([*where, "block-export-del", "id=e", "-w", "BLOCK_EXPORT_DELETED"]) == 0
+            assert main([*where, "quit"]) == 0
+        assert '"event":"BLOCK_EXPORT_DELETED","data":{"id":"e"}' in capsys.readouterr().out
+
 
 class TestTypedMethods:
     """`client.query_status()` and the like against QEMU, whose words and members are not all StratoVirt's."""

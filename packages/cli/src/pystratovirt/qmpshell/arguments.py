@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import orjson
@@ -46,13 +46,14 @@ def parse(model: Model, command: str, words: Sequence[str]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     kind = model.arguments(command)
     known = model.kind(command) == "command"
+    given = dict(word.split("=", 1) for word in words if "=" in word)
     try:
         for word in words:
             key, equals, text = word.partition("=")
             if not equals or not key:
                 raise ArgumentError(f"{word}: not key=value")
             if known:
-                _put(model, arguments, kind, key, text, key)
+                _put(model, arguments, kind, key, text, key, given)
             else:
                 _insert(arguments, key, _guess(text, key), key)
     except RecursionError:
@@ -103,8 +104,18 @@ def _expect_sendable(command: str, values: Json | Absent) -> None:
         raise ArgumentError(f"{command}: the arguments cannot be sent: {error}") from None
 
 
-def _put(model: Model, into: dict[str, Any], kind: str, key: str, text: str, whole: str) -> None:
-    members = {member.name: member for member in model.members(kind)}
+def beside(key: str, whole: str, given: Mapping[str, str]) -> dict[str, str]:
+    """Return what is given, on the whole line, for the object that has the member `key`, which is called `whole` there.
+
+    Members by their name in the object: the tag among them says which variant it is, wherever it stands.
+    """
+    prefix = whole[: len(whole) - len(key)]
+    return {name[len(prefix) :]: text for name, text in given.items() if name.startswith(prefix)}
+
+
+def _put(model: Model, into: dict[str, Any], kind: str, key: str, text: str, whole: str, given: Mapping[str, str]) -> None:
+    chosen = {name: value for name, value in into.items() if isinstance(value, str)}  # by JSON
+    members = {member.name: member for member in model.members(kind, {**beside(key, whole, given), **chosen})}
     if key in members:
         if key in into:
             raise ArgumentError(f"{whole}: given twice")
@@ -118,7 +129,7 @@ def _put(model: Model, into: dict[str, Any], kind: str, key: str, text: str, who
                 deeper = into.setdefault(name, {})
                 if not isinstance(deeper, dict):
                     raise ArgumentError(f"{whole}: {name} has been given another value")
-                _put(model, deeper, inner, key[len(name) + 1 :], text, whole)
+                _put(model, deeper, inner, key[len(name) + 1 :], text, whole, given)
                 return
     there_are = ", ".join(members) if members else "none"
     raise ArgumentError(f"{whole}: no such argument; there are: {there_are}")

@@ -5,8 +5,9 @@ Not here: drawing (`shell`), and the scripts that hook into bash, zsh and fish (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from pystratovirt.qmpshell.arguments import beside
 from pystratovirt.qmpshell.model import Model
 
 
@@ -17,22 +18,21 @@ def words_after(model: Model, before: Sequence[str], word: str) -> list[str]:
     """
     if not before:
         return [name for name in model.names("command") if name.startswith(word)]
-    command, given = before[0], {each.partition("=")[0] for each in before[1:]}
+    command, given = before[0], {key: text for key, _, text in (each.partition("=") for each in before[1:])}
+    kind = model.arguments(command)
     key, equals, value = word.partition("=")
     if equals:
-        return [
-            f"{key}={each}" for each in _values(model, _type_at(model, model.arguments(command), key)) if each.startswith(value)
-        ]
-    return [each for each in _keys(model, model.arguments(command), key) if each.startswith(word) and each[:-1] not in given]
+        return [f"{key}={each}" for each in _values(model, _type_at(model, kind, key, key, given)) if each.startswith(value)]
+    return [each for each in _keys(model, kind, key, given) if each.startswith(word) and each[:-1] not in given]
 
 
-def _keys(model: Model, kind: str, key: str, prefix: str = "") -> list[str]:
+def _keys(model: Model, kind: str, key: str, given: Mapping[str, str], prefix: str = "") -> list[str]:
     found = []
-    for member in model.members(kind):
+    for member in model.members(kind, beside("", prefix, given)):
         inner = model.object_behind(member.type)
         if inner:
             if key.startswith(f"{member.name}."):
-                found += _keys(model, inner, key[len(member.name) + 1 :], f"{prefix}{member.name}.")
+                found += _keys(model, inner, key[len(member.name) + 1 :], given, f"{prefix}{member.name}.")
             else:
                 found.append(f"{prefix}{member.name}.")
         else:
@@ -40,12 +40,12 @@ def _keys(model: Model, kind: str, key: str, prefix: str = "") -> list[str]:
     return found
 
 
-def _type_at(model: Model, kind: str, key: str) -> str:
-    for member in model.members(kind):
+def _type_at(model: Model, kind: str, key: str, whole: str, given: Mapping[str, str]) -> str:
+    for member in model.members(kind, beside(key, whole, given)):
         if key == member.name:
             return member.type
         if key.startswith(f"{member.name}."):
-            inner = _type_at(model, model.object_behind(member.type), key[len(member.name) + 1 :])
+            inner = _type_at(model, model.object_behind(member.type), key[len(member.name) + 1 :], whole, given)
             if inner:
                 return inner
     return ""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Final
 
 from pystratovirt.qmpshell.model import Model
+
+_CASES: Final = 5  # of one member that are listed
 
 
 def overview(model: Model) -> str:
@@ -43,14 +46,19 @@ def details(model: Model, name: str) -> str:
     return "\n".join(lines)
 
 
-def _members(model: Model, kind: str, prefix: str = "", seen: tuple[str, ...] = ()) -> Iterator[str]:
-    for member in model.members(kind):
+def _members(model: Model, kind: str, prefix: str = "", seen: tuple[str, ...] = (), when: str = "") -> Iterator[str]:
+    for member in model.shapes(kind):
         name = f"{prefix}{member.name}"
+        condition = f"  ({prefix}{model.tag(kind)}={_some(member.cases)})" if member.cases else when
         if model.kind(member.type) == "object" and model.members(member.type) and member.type not in seen:
-            yield from _members(model, member.type, f"{name}.", (*seen, member.type))
+            yield from _members(model, member.type, f"{name}.", (*seen, member.type), condition)
         else:
-            need = "" if not member.optional else "  (optional)"
-            yield f"  {name:<28} {model.describe(member.type)}{need}"
+            need = "" if not member.optional or member.cases else "  (optional)"
+            yield f"  {name:<28} {model.describe(member.type)}{need}{condition}"
+
+
+def _some(cases: tuple[str, ...]) -> str:
+    return "|".join(cases if len(cases) <= _CASES else (*cases[: _CASES - 1], "…"))
 
 
 def _documentation(model: Model, name: str) -> str:

@@ -13,25 +13,32 @@ from qmp_protocol.errors import QmpError
 
 
 class Member(NamedTuple):
-    """A member of an object: its name, the name of its type, and whether it may be left out."""
+    """A member of an object: its name, the name of its type, and whether it may be left out.
+
+    `cases` are the values of the object's tag with which it has this type; empty when it has no other.
+    """
 
     name: str
     type: str
     optional: bool
+    cases: tuple[str, ...] = ()
 
 
 class _Entry(NamedTuple):
     kind: str  # the meta-type
     json_type: str
     members: tuple[Member, ...]
-    variants: tuple[str, ...]
+    tag: str  # the member that tells which of the variants an object is
+    variants: tuple[tuple[str, str], ...]  # value of the tag, type with the further members
     words: tuple[str, ...]
     parts: tuple[str, ...]  # the types that a value of this one is made of, or can be: array, alternate
     arguments: str
     result: str
 
 
-_NOTHING: Final = _Entry("", "value", (), (), (), (), "", "")
+_NOTHING: Final = _Entry("", "value", (), "", (), (), (), "", "")
+_REMEMBERED: Final = 4096  # objects whose members have been put together
+_NONE_CHOSEN: Final[Mapping[str, str]] = {}
 
 
 class Model:
@@ -44,6 +51,7 @@ class Model:
         """
         self.documented = documented
         self._entries: dict[str, _Entry] = {}
+        self._members: dict[tuple[str, frozenset[tuple[str, str]]], list[Member]] = {}
         for entry in entries:
             if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
                 self._entries[entry["name"]] = _read(entry)
@@ -51,7 +59,10 @@ class Model:
 
     def _break_circles(self) -> None:
         """A type that is made of itself, which no honest server has, is made of nothing."""
-        waiting = {name: {*entry.parts, *entry.variants} & self._entries.keys() for name, entry in self._entries.items()}
+        waiting = {
+            name: {*entry.parts, *(variant for _, variant in entry.variants)} & self._entries.keys()
+            for name, entry in self._entries.items()
+        }
         while done := [name for name, needed in waiting.items() if not needed]:
             for name in done:
                 del waiting[name]
@@ -114,14 +125,51 @@ class Model:
         """The type of a command's result."""
         return self._entry(command).result
 
-    def members(self, name: str) -> list[Member]:
-        """The members of an object, those of all its variants included."""
-        found = {member.name: member for member in reversed(self._entry(name).members)}
-        for variant in self._entry(name).variants:
+    def members(self, name: str, chosen: Mapping[str, str] = _NONE_CHOSEN) -> list[Member]:
+        """The members of an object, each name once.
+
+        `chosen` are values of members. When the object's tag is among them, the variant's members are that variant's; else they
+        are those of all variants, and where these have the same name, the first one's.
+        """
+        key = name, frozenset(chosen.items())
+        if key not in self._members:
+            if len(self._members) >= _REMEMBERED:
+                self._members.clear()
+            self._members[key] = self._gather(self._entry(name), chosen)
+        return self._members[key]
+
+    def _gather(self, entry: _Entry, chosen: Mapping[str, str]) -> list[Member]:
+        found: dict[str, Member] = {}
+        for member in entry.members:
+            found.setdefault(member.name, member)
+        case = chosen.get(entry.tag, "")
+        known = any(each == case for each, _ in entry.variants)
+        for each, variant in entry.variants:
+            if not known or each == case:
+                for member in self.members(variant, chosen):
+                    found.setdefault(member.name, member if known else member._replace(optional=True))
+        return list(found.values())
+
+    def shapes(self, name: str) -> list[Member]:
+        """The members of an object as in `members`, but those of variants once for each type that they have there."""
+        entry = self._entry(name)
+        cases: dict[str, dict[str, list[str]]] = {}
+        for case, variant in entry.variants:
             for member in self.members(variant):
-                found.setdefault(member.name, member._replace(optional=True))
-        own = [member.name for member in self._entry(name).members]
-        return [found[each] for each in dict.fromkeys([*own, *found])]
+                cases.setdefault(member.name, {}).setdefault(member.type, []).append(case)
+        found = []
+        own = {member.name for member in entry.members}
+        for member in self.members(name):
+            kinds = cases.get(member.name, {})
+            if member.name in own or len(kinds) < 2:
+                found.append(member)
+            else:
+                found += [member._replace(type=kind, cases=tuple(each)) for kind, each in kinds.items()]
+        return found
+
+    def tag(self, name: str) -> str:
+        """The name of the member that tells which of its variants an object is; empty when it has none."""
+        return self._entry(name).tag
 
     def object_behind(self, name: str) -> str:
         """The object type that a value of type `name` can be: itself, or one of its alternatives. Empty when it cannot."""
@@ -158,7 +206,8 @@ def _read(entry: Mapping[str, Any]) -> _Entry:
             for member in members
             if _text(member, "name") and _text(member, "type")
         ),
-        tuple(_text(variant, "type") for variant in _objects(entry, "variants")),
+        _text(entry, "tag"),
+        tuple((_text(variant, "case"), _text(variant, "type")) for variant in _objects(entry, "variants")),
         tuple(words) if kind == "enum" else (),
         tuple(parts) if kind in ("array", "alternate") else (),
         _text(entry, "arg-type"),
