@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import subprocess
@@ -115,6 +116,20 @@ def test_a_guest_marks_what_it_writes(path: Path) -> None:
     disk.close()
     assert dirty_here(path, "fine") == [(5 * MiB, 5 * MiB + 4096), (5 * MiB + 65536, 5 * MiB + 65536 + 512)]
     is_clean(path)
+
+
+def test_a_guest_whose_writes_would_not_be_marked_does_not_write(path: Path) -> None:
+    """The image is not locked, so its bitmaps are not followed."""
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"x" * 65536)
+    disk = open_disk(path, format="qcow2")
+    driver = Driver(disk)
+    driver.read(0, 512)
+    assert driver.write(0, b"y" * 512) == -errno.EIO
+    disk.lock()
+    driver.read(0, 512)
+    assert driver.write(0, b"y" * 512) == 0
+    disk.close()
 
 
 def test_after_a_crash_a_bitmap_is_known_to_be_wrong(path: Path, tmp_path: Path) -> None:

@@ -398,6 +398,105 @@ def test_guest_data_are_never_written_over_metadata(tmp_path: Path, target: str)
         open_image(path, read_only=False)
 
 
+@pytest.mark.parametrize("target", ["l1_table_offset", "refcount_table_offset", "refcount block", "snapshots_offset"])
+def test_a_table_in_the_place_of_another_is_not_written(target: str) -> None:
+    """Its entries would overwrite the other's."""
+    file: Any = MemoryFile()
+    write_empty(file, 64 * MiB, Options(cluster_size=4096))
+    image = open_qcow2(file, read_only=False)
+    image.write(0, b"x")
+    image.snapshots.create("one")
+    image.write(0, b"x")
+    image.flush()
+    header = image.header
+    where = int(image.refcounts.table[0]) if target == "refcount block" else getattr(header, target)
+    file.pwrite(header.l1_table_offset + 8 * 3, (where | COPIED).to_bytes(8, "big"))
+    before = bytes(file.data)
+    evil = [
+        lambda image: image.write(3 * 2 * MiB + 100 * 4096, b"evil"),
+        lambda image: image.write_zeroes(3 * 2 * MiB, 4096),
+        lambda image: image.snapshots.create("two"),
+        lambda image: image.resize(65 * MiB),
+    ]
+    for change in evil:
+        file = MemoryFile(before)
+        image = open_qcow2(file, read_only=False)
+        with pytest.raises(ImageCorruptError, match=f"L2 table at {where:#x}, expected outside of the other metadata"):
+            change(image)
+        assert file.data[80:] == before[80:]
+
+
+def test_two_refcount_blocks_in_one_place_are_not_written() -> None:
+    file: Any = MemoryFile()
+    write_empty(file, 64 * MiB, Options(cluster_size=4096))
+    table = open_qcow2(file).header.refcount_table_offset
+    file.pwrite(table + 8, bytes(file.pread(table, 8)))
+    with pytest.raises(ImageCorruptError, match="refcount block at 0x2000, expected outside of the other metadata"):
+        open_qcow2(file, read_only=False).write(0, b"x")
+
+
+def test_applying_a_snapshot_whose_tables_are_in_the_place_of_others_is_refused() -> None:
+    file: Any = MemoryFile()
+    write_empty(file, 64 * MiB, Options(cluster_size=4096))
+    image = open_qcow2(file, read_only=False)
+    snapshot = image.snapshots.create("one")
+    image.flush()
+    where = image.header.refcount_table_offset
+    file.pwrite(snapshot.l1_table_offset, where.to_bytes(8, "big"))
+    before = bytes(file.data)
+    image = open_qcow2(file, read_only=False)
+    with pytest.raises(ImageCorruptError, match=f"L2 table of a snapshot at {where:#x}"):
+        image.snapshots.apply("one")
+    assert file.data[where : where + 8192] == before[where : where + 8192]
+
+
+def test_snapshots_that_name_most_of_the_file_again_and_again_are_refused_at_once(tmp_path: Path) -> None:
+    """65,536 of them, each with an L1 table of 32 MiB in clusters of 512 bytes: 4 thousand million clusters to be remembered."""
+    path = tmp_path / "evil.qcow2"
+    create_image(path, MiB, options=Options(cluster_size=512))
+    with open_image(path, read_only=False) as image:
+        image.snapshots.create("one")
+        image.flush()
+        (one,) = image.snapshots.list()
+        table = 1 << 20
+        step = 1 << 9
+    with path.open("r+b") as file:
+        entries = b"".join(one._replace(l1_table_offset=(64 << 20) + i * step, l1_size=4 << 20).pack() for i in range(65536))
+        file.seek(table)
+        file.write(entries)
+        file.truncate(1 << 40)
+        file.seek(60)
+        file.write((65536).to_bytes(4, "big") + table.to_bytes(8, "big"))
+    with open_image(path, read_only=False) as image, pytest.raises(ImageCorruptError, match=r"more than \d+ clusters"):
+        image.write(0, b"x")
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_an_image_that_names_itself_as_its_data_file_is_refused(tmp_path: Path, lock: bool) -> None:
+    """Guest data would overwrite its header."""
+    path = tmp_path / "evil.qcow2"
+    create_image(path, MiB, options=Options(data_file="evil.data1"))
+    (tmp_path / "evil.data1").unlink()
+    (tmp_path / "evil.data1").hardlink_to(path)
+    before = path.read_bytes()
+    for read_only in (True, False):
+        with pytest.raises(ImageFormatError, match="names itself"):
+            open_image(path, read_only=read_only, allow=True, lock=lock)
+    assert path.read_bytes() == before
+
+
+def test_without_what_it_names_an_image_has_no_place_for_guest_data(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    create_image(path, MiB, options=Options(data_file="data"))
+    before = path.read_bytes()
+    with (
+        open_image(path, read_only=False, named=False) as image,
+        pytest.raises(UnsupportedFeatureError, match="was not opened"),
+    ):
+        image.write(0, b"x" * 65536)
+    assert path.read_bytes()[:512] == before[:512]
+
+
 def test_a_compressed_bomb_unpacks_to_one_cluster_at_most(tmp_path: Path) -> None:
     import zlib
 

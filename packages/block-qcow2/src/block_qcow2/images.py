@@ -268,19 +268,22 @@ def _open(
 
         def open_data_file(name: str) -> HostFile:
             data = HostFile(resolve(name), read_only=read_only, direct=direct)
-            if lock:
-                try:
+            try:
+                status = os.fstat(data.fd)
+                if (status.st_dev, status.st_ino) in (*above, me):
+                    raise ImageFormatError(f"{path}: the image names itself, or one that it is below, as its data file")
+                if lock:
                     locks.lock(data.fd, data.path, write=not read_only, share=force_share)
-                except BaseException:
-                    data.close()
-                    raise
+            except BaseException:
+                data.close()
+                raise
             return data
 
         image = open_qcow2(
             file,
             read_only=read_only,
             open_backing=(open_backing if allow else None) if named else _nothing,
-            open_data_file=(open_data_file if allow else None) if named else lambda name: file,
+            open_data_file=(open_data_file if allow else None) if named else _no_data(path),
             l2_cache_bytes=l2_cache_bytes,
             discard=discard,
             for_repair=for_repair,
@@ -315,6 +318,31 @@ class _Nothing:
 
 def _nothing(name: str, fmt: str | None) -> Any:
     return _Nothing()
+
+
+def _no_data(image: str) -> Any:
+    return lambda name: _NoData(image)
+
+
+class _NoData:
+    """Stands for a data file that must not be looked at."""
+
+    alignment = 1
+    size = 0
+
+    def __init__(self, image: str) -> None:
+        self.path = image
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise UnsupportedFeatureError(f"{self.path}: the data file of the image was not opened")
+
+    read_some = writev = write_zeroes = discard = truncate = _refuse
+
+    def flush(self) -> None:
+        """Nothing was written."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 def resolve_name(image: str, name: str, allow: Allow) -> str:

@@ -114,7 +114,6 @@ def _switch_refcounts(image: Qcow2Image, values: Any, order: int) -> None:
         image.refcounts.cached_blocks = old.cached_blocks
         image.refcounts.on_block = image.reserved.add
         image.refcounts.end = start + blocks + clusters
-        image.reserved.clear()
         image._find_reserved()
 
 

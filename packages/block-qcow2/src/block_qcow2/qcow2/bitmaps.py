@@ -112,6 +112,19 @@ def directory(header: Header) -> tuple[int, int] | None:
     return at, size
 
 
+def places(file: HostFile, header: Header) -> Iterator[tuple[int, int]]:
+    """Offset and length of the directory, of the tables that it names, and of what they name. ImageFormatError as entries()."""
+    tables_of = {(b.table_offset, b.table_size) for b in entries(file, header)}
+    where = directory(header)
+    if where is not None:
+        yield where
+    for offset, size in tables_of:
+        yield offset, 8 * size
+        for entry in tables.load(file, offset, size):
+            if entry & OFFSET_MASK:
+                yield entry & OFFSET_MASK, header.cluster_size
+
+
 def load(file: HostFile, header: Header) -> list[Bitmap]:
     """The directory. ImageFormatError names what is wrong."""
     return list(entries(file, header))
@@ -275,7 +288,7 @@ class Bitmaps:
     def store(self) -> None:
         """Write all bitmaps and the directory anew, let the header name them, free what it named before."""
         image, bits = self.image, self.image.cluster_bits
-        old = self._old_clusters()
+        old = set(self._old_clusters())
         writes: list[tuple[int, bytes]] = []
         directory = b""
         for bitmap in self.list:
@@ -283,7 +296,7 @@ class Bitmaps:
             if content is not None:
                 self._place(bitmap, content, writes)
             else:  # not loaded: stays where it is
-                old = [c for c in old if c not in self._clusters_of(bitmap)]
+                old.difference_update(self._clusters_of(bitmap))
             name = bitmap.name.encode("utf-8", "surrogateescape")
             entry = _ENTRY.pack(
                 bitmap.table_offset,
@@ -306,7 +319,7 @@ class Bitmaps:
             image.file.pwrite(offset, data)
         image.replace_extension(EXT_BITMAPS, extension, AUTOCLEAR_BITMAPS)
         with image._lock:
-            for cluster in old:
+            for cluster in sorted(old):
                 image._free_later(cluster, 1)
         image.commit()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -33,6 +33,7 @@ from .format import (
     V3_FULL_LENGTH,
     Header,
 )
+from .metadata import l2_clusters
 from .reader import COMPRESSED_DATA, NORMAL, UNALLOCATED, ZERO_PLAIN, Source
 from .writer import Writer
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _KNOWN_AUTOCLEAR = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW
 _LAYOUT = INCOMPAT_DATA_FILE | INCOMPAT_EXTENDED_L2
+_MAX_OTHER_CLUSTERS = 1 << 21  # of snapshots, and of bitmaps, in the file
 
 
 class Extent(NamedTuple):
@@ -70,12 +72,12 @@ class Qcow2Image(Writer):
         l2_cache_bytes: int = 0,
         discard: bool = False,
     ) -> None:
+        self.bitmaps: bitmaps.Bitmaps | None = None  # followed, while the image is ours to write
         super().__init__(file, header, read_only=read_only, data_file=data_file, l2_cache_bytes=l2_cache_bytes, discard=discard)
         self.path = file.path
         self.backing = backing
         self._closed = False
         self.unlocked = False
-        self.bitmaps: bitmaps.Bitmaps | None = None  # followed, while the image is ours to write
         if self.encrypted:
             self.data_file = _Locked(file.path)  # type: ignore[assignment]
         self._mind_marks()
@@ -203,12 +205,25 @@ class Qcow2Image(Writer):
             self._mind_marks()
 
     def _mind_marks(self) -> None:
-        self._unclaimed = bool(self.header.autoclear & ~_KNOWN_AUTOCLEAR)
         if not self.read_only:
             if self.header.incompatible & INCOMPAT_CORRUPT:
                 self._broken = "the image is marked corrupt"
             elif self.header.incompatible & INCOMPAT_DIRTY:
                 self._broken = "the image was not closed properly and is not repaired yet"
+        self._find_unready()
+
+    def _find_unready(self) -> None:
+        self._unready = self._misplaced is not None or self._unclaimed or self._unfollowed
+
+    @property
+    def _unclaimed(self) -> bool:
+        """The header has yet to be made ours before the first change."""
+        return bool(self.header.autoclear & ~_KNOWN_AUTOCLEAR)
+
+    @property
+    def _unfollowed(self) -> bool:
+        """There are dirty bitmaps that would not be told of a write."""
+        return self.bitmaps is None and bitmaps.present(self.header)
 
     def claim(self) -> None:
         """Clear the autoclear bits that are not known, before the first change: what they say is not kept true here.
@@ -217,16 +232,61 @@ class Qcow2Image(Writer):
         """
         with self._commit_lock:
             if self._unclaimed:
+                old = self.header.autoclear
                 self.header.autoclear &= _KNOWN_AUTOCLEAR
-                self.write_header()
-                self._unclaimed = False
+                try:
+                    self.write_header()
+                except OSError:
+                    self.header.autoclear = old
+                    raise
+            self._find_unready()
 
     def must_be_writable(self) -> None:
         super().must_be_writable()
-        if self._unclaimed:
-            self.claim()
-        if self.bitmaps is None and bitmaps.present(self.header):
+        if not self._unready:
+            return
+        if self._misplaced:
+            raise self._corrupt(self._misplaced)
+        if self._unfollowed:
             raise UnsupportedFeatureError(f"{self.path}: the image has dirty bitmaps, which are not followed")
+        self.claim()
+
+    def must_not_overlap(self, l1: array[int]) -> None:
+        """Refuse an L1 table that is about to become ours if it names other metadata as its L2 tables."""
+        wanted = l2_clusters(l1, self.cluster_bits)
+        for what, clusters in self._metadata():
+            if what == "L2 table" or wanted.isdisjoint(clusters):
+                continue
+            where = next(c for c in clusters if c in wanted) << self.cluster_bits
+            raise self._corrupt(f"L2 table of a snapshot at {where:#x}, expected outside of the {what}")
+
+    def _find_reserved(self) -> None:
+        super()._find_reserved()
+        self._find_unready()
+
+    def _other_metadata(self) -> Iterator[tuple[str, Collection[int]]]:
+        from . import snapshots
+
+        bits = self.cluster_bits
+        for what, found in (
+            ("snapshot table or L1 table", snapshots.places(self.file, self.header)),
+            ("bitmap directory or table", bitmaps.places(self.file, self.header)),
+        ):
+            ranges, clusters = [], 0
+            try:
+                for offset, length in found:
+                    ranges.append(range(offset >> bits, -(-(offset + length) >> bits)))
+            except ImageFormatError:
+                pass  # whoever reads it says so; the place of the rest is known
+            distinct: set[int] = set()
+            for part in set(ranges):
+                clusters += len(part)
+                if clusters > _MAX_OTHER_CLUSTERS:
+                    # Nobody has as many; they would have to be remembered one by one.
+                    self._misplaced = f"{what}: more than {_MAX_OTHER_CLUSTERS} clusters"
+                    return
+                distinct.update(part)
+            yield what, distinct
 
     def set_lazy_refcounts(self, on: bool) -> None:
         """Let other programs put off counting (they then mark the image dirty). This one never does. Version 3 only."""
@@ -259,14 +319,14 @@ class Qcow2Image(Writer):
         """Begin to keep enabled dirty bitmaps right on writes: the image is locked. Raises BlockError, OSError."""
         if not self.read_only and not self._broken and self.bitmaps is None and bitmaps.present(self.header):
             followed = bitmaps.Bitmaps(self)
-            for bitmap in followed.list:
-                self.reserved.update(followed._clusters_of(bitmap))
             followed.follow()
             self.bitmaps = followed
+            self._find_unready()
 
     def release_bitmaps(self) -> None:
         """Store the dirty bitmaps that were followed."""
         followed, self.bitmaps = self.bitmaps, None
+        self._find_unready()
         if followed is not None:
             followed.release()
 
@@ -290,6 +350,7 @@ class Qcow2Image(Writer):
         if data is not None:
             header.autoclear |= autoclear
         self.write_header()
+        self._find_unready()
 
     @property
     def needs_repair(self) -> bool:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from ..errors import ImageCorruptError, ImageFormatError, ImageReadOnlyError
@@ -65,7 +65,8 @@ class Metadata:
         self._exclusive = False
         self._loading: dict[int, threading.Event] = {}
         self._broken: str | None = None
-        self._unclaimed = False  # the header has yet to be made ours before the first change
+        self._unready = False  # something has to be looked at before the first change
+        self._misplaced: str | None = None  # two structures of the metadata that are in the same place
         self.refcount_cache_bytes = 0  # 0: the usual limit
         self._load_tables(l2_cache_bytes or _L2_CACHE_BYTES)
 
@@ -85,8 +86,7 @@ class Metadata:
             self.refcounts.cached_blocks = max(self.refcount_cache_bytes // header.cluster_size, 4)
         self.reserved: set[int] = set()  # clusters of metadata, which no guest write may touch
         self.refcounts.on_block = self.reserved.add
-        if not self.read_only:
-            self._find_reserved()
+        self._find_reserved()
 
     # --- requests ---
 
@@ -240,17 +240,38 @@ class Metadata:
     # --- protection ---
 
     def _find_reserved(self) -> None:
+        """Learn anew where the metadata are. What two structures share is not written: either would destroy the other."""
+        self.reserved.clear()
+        self._misplaced = None
+        if self.read_only:
+            return
+        for what, clusters in self._metadata():
+            if self._misplaced is None and not self.reserved.isdisjoint(clusters):
+                where = next(c for c in clusters if c in self.reserved) << self.cluster_bits
+                self._misplaced = f"{what} at {where:#x}, expected outside of the other metadata"
+            self.reserved.update(clusters)
+
+    def _metadata(self) -> Iterator[tuple[str, Collection[int]]]:
+        """The clusters of each structure, L2 tables last."""
         h, bits = self.header, self.cluster_bits
-        reserved = self.reserved
-        reserved.add(0)
-        for offset, length in (
-            (h.l1_table_offset, h.l1_size * 8),
-            (h.refcount_table_offset, h.refcount_table_clusters << bits),
-            h.luks_header or (0, 0),
+        yield "header", (0,)
+        for what, offset, length in (
+            ("L1 table", h.l1_table_offset, h.l1_size * 8),
+            ("refcount table", h.refcount_table_offset, h.refcount_table_clusters << bits),
+            ("LUKS header", *(h.luks_header or (0, 0))),
         ):
-            reserved.update(range(offset >> bits, -(-(offset + length) >> bits)))
-        reserved.update((e & OFFSET_MASK) >> bits for e in self.l1 if e & OFFSET_MASK)
-        reserved.update(e >> bits for e in self.refcounts.table if e)
+            yield what, range(offset >> bits, -(-(offset + length) >> bits))
+        blocks = [e >> bits for e in self.refcounts.table if e]
+        distinct = set(blocks)
+        yield "refcount block", distinct
+        if len(distinct) < len(blocks):
+            yield "refcount block", (next(c for c, n in Counter(blocks).items() if n > 1),)
+        yield from self._other_metadata()
+        yield "L2 table", l2_clusters(self.l1, bits)
+
+    def _other_metadata(self) -> Iterator[tuple[str, Collection[int]]]:
+        """As `_metadata`, of what is not always there."""
+        return iter(())
 
     def _check_free(self, first: int, count: int) -> None:
         if not self.reserved.isdisjoint(range(first, first + count)):
@@ -399,6 +420,11 @@ class Metadata:
                 for cluster in freed:
                     self.reserved.discard(cluster)
                     self.l2.drop(cluster << self.cluster_bits)
+
+
+def l2_clusters(l1: array[int], cluster_bits: int) -> set[int]:
+    """Where the L2 tables are that an L1 table names."""
+    return {(e & OFFSET_MASK) >> cluster_bits for e in l1 if e & OFFSET_MASK}
 
 
 def runs(numbers: list[int]) -> list[tuple[int, int]]:

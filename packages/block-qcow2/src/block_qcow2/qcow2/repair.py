@@ -94,6 +94,5 @@ def rebuild(image: Qcow2Image, counts: Counts, bad_blocks: set[int], *, keep: bo
     image.write_header()
     with image._lock:
         refcounts.replace(table, start + blocks + clusters)
-        image.reserved.clear()
         image._find_reserved()
     image.file.refresh_size()

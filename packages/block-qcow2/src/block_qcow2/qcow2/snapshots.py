@@ -115,6 +115,21 @@ def load(file: HostFile, header: Header) -> tuple[list[Snapshot], int]:
     return found, length
 
 
+def places(file: HostFile, header: Header) -> Iterator[tuple[int, int]]:
+    """Offset and length of the table and of the L1 tables that it names. ImageFormatError as entries()."""
+    length, wrong = 0, None
+    try:
+        for snapshot, end in entries(file, header):
+            length = end
+            yield snapshot.l1_table_offset, 8 * snapshot.l1_size
+    except ImageFormatError as e:
+        wrong = e
+    if length:
+        yield header.snapshots_offset, length
+    if wrong is not None:
+        raise wrong
+
+
 class Snapshots:
     """The snapshots of an image that is open for writing (or, for listing, reading)."""
 
@@ -123,12 +138,6 @@ class Snapshots:
         self.image = image
         self.progress = progress
         self.list, self._bytes = load(image.file, image.header)
-        bits = image.cluster_bits
-        if not image.read_only:
-            start = image.header.snapshots_offset >> bits
-            image.reserved.update(range(start, start + (-(-self._bytes >> bits))))
-            for s in self.list:
-                image.reserved.update(range(s.l1_table_offset >> bits, -(-(s.l1_table_offset + 8 * s.l1_size) >> bits)))
 
     def find(self, name: str, *, by_id: bool = False) -> Snapshot:
         """The first snapshot of that name, or of that id if `by_id` and no id matches before. SnapshotError without one."""
@@ -186,6 +195,7 @@ class Snapshots:
             needed = -(-snapshot.disk_size >> shift)
             if needed * 8 > MAX_L1_BYTES:
                 raise ImageFormatError(f"snapshot {snapshot.name}: disk size {snapshot.disk_size} is too large")
+            image.must_not_overlap(l1)
             l1.extend(array("Q", bytes(8 * max(needed - len(l1), 0))))
             change.count(l1, 1)
             change.replace_l1(l1, snapshot.disk_size)
@@ -288,14 +298,7 @@ class _Transition:
         if self._down or self._l1 is not None:
             fix_copied(image, seen=self._tables)
         with image._lock:
-            image.reserved.clear()
             image._find_reserved()
-            keep = self.snapshots if self.snapshots is not None else load(image.file, header)[0]
-            for s in keep:
-                image.reserved.update(range(s.l1_table_offset >> bits, -(-(s.l1_table_offset + 8 * s.l1_size) >> bits)))
-            start = header.snapshots_offset >> bits
-            if header.nb_snapshots:
-                image.reserved.update(range(start, start + max(-(-self.table_bytes >> bits), 1)))
         self._clean(image)
 
     def _clean(self, image: Qcow2Image) -> None:

@@ -82,7 +82,7 @@ class Writer(Reader):
         None where that is not so or not known. The operation is running then: end() it when the I/O is done.
         """
         mask, bits = self.cluster_size - 1, self.cluster_bits
-        if self.encrypted or self._extended or (write and (self._broken or self._unclaimed)):
+        if self.encrypted or self._extended or (write and (self._broken or self._unready)):
             return None
         with self._lock:
             if self._exclusive:
