@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import orjson
 import pytest
 
 from qmp_protocol import Greeting, QmpError, SchemaError
@@ -119,6 +120,26 @@ class TestHandlers:
         async with serve(server) as running:
             with await running.connect() as peer:
                 assert (await peer.run("query-status"))["return"]["status"] == "paused"
+
+    @pytest.mark.parametrize(
+        "around",
+        [
+            lambda value: value,
+            lambda value: [value, 1],
+            lambda value: (value,),
+            lambda value: [1, value],
+            lambda value: {"a": value},
+            lambda value: [{"a": {"b": (1, value)}}],
+        ],
+    )
+    async def test_may_return_typed_values_anywhere_in_their_result(self, serve: Any, around: Callable[[Any], Any]) -> None:
+        server = QmpServer()
+        server.register("query-status", lambda _, call: around(StatusInfo(running=False, status="paused")))
+        async with serve(server) as running:
+            with await running.connect() as peer:
+                reply = await peer.run("query-status", id=1)
+        value = around({"running": False, "singlestep": False, "status": "paused"})
+        assert reply == {"return": orjson.loads(orjson.dumps(value)), "id": 1}
 
     async def test_may_run_in_a_worker_thread(self, serve: Any) -> None:
         server = QmpServer()
@@ -524,6 +545,18 @@ class TestClients:
                 first, second, cut = await peer.read_all()
         assert first == second == STATUS
         assert cut["error"]["desc"].startswith("EOF while parsing")
+
+    async def test_that_close_their_sending_side_may_read_as_slowly_as_others(
+        self, listener: Any, server: QmpServer, serving: Any
+    ) -> None:
+        server.drain_time = 0  # which is for the end of the server
+        async with serving(listener, server) as running:
+            with await running.connect() as peer:
+                await peer.send(b'{"execute":"query-qmp-schema"}' * 50)
+                peer.socket.shutdown(socket.SHUT_WR)
+                await _until(lambda: all(client._finishing for client in server._clients))  # all is answered, little delivered
+                assert len(await peer.read_all()) == 50
+            await _left_alone(server)
 
     async def test_that_leave_at_once_have_their_commands_run(self, serve: Any, server: QmpServer) -> None:
         ran = anyio.Event()

@@ -27,6 +27,7 @@ from qmp_protocol.connection import (
 )
 from qmp_protocol.errors import GENERIC_ERROR, OPERATION_THROTTLED
 from qmp_protocol.messages import ABSENT, Error, Execute, Return, encode
+from qmp_protocol.schema import to_json
 from qmp_server.bucket import LeakyBucket
 from qmp_server.descriptors import close_all
 from qmp_server.outbox import Outbox, Overflow
@@ -88,7 +89,8 @@ class Client:
                     self._finishing = True
                     self._release()
                     self._wake.set()
-                    tasks.cancel_scope.deadline = anyio.current_time() + self._server.drain_time
+                    # What remains is delivered as fast as the client reads: it may have closed only its sending side. The end of
+                    # the server has its own limit.
         finally:
             self._hang_up()
 
@@ -192,8 +194,13 @@ class Client:
 
     def _reply(self, reply: Return | Error) -> None:
         try:
-            line = encode(reply)
-        except TypeError as error:
+            try:
+                line = encode(reply)
+            except TypeError:
+                if isinstance(reply, Error):
+                    raise
+                line = encode(Return(to_json(reply.value), reply.id))  # JSON with typed values somewhere in it
+        except (TypeError, RecursionError) as error:
             _log.exception("a handler returned what JSON cannot carry")
             line = encode(Error(GENERIC_ERROR, f"the result cannot be sent: {error}", reply.id))
         self._say(line)
