@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import struct
+import tracemalloc
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,11 @@ from typing import Any
 import pytest
 
 from block_qcow2 import open_disk, open_image
-from block_qcow2.errors import BlockError, OpenError, UnsupportedFeatureError
+from block_qcow2.errors import BlockError, ImageFormatError, OpenError, UnsupportedFeatureError
+from block_qcow2.foreign.vhdx import checksum
 from block_qcow2.img import main
 
-from .qemu import qemu_img
+from .qemu import qemu_img, qemu_io
 
 MiB = 1 << 20
 KINDS: list[tuple[str, str]] = [
@@ -90,6 +94,8 @@ def test_broken_ones_give_errors_of_this_package_only(image: tuple[str, Path, by
         path.write_bytes(data)
         with suppress(BlockError, OSError), open_image(path, format=fmt) as opened:
             opened.read(0, min(opened.size, 4 * MiB))
+            for _ in zip(range(1000), opened.block_status(), strict=False):
+                pass
 
 
 @pytest.mark.parametrize(("fmt", "options"), [("vmdk", "subformat=monolithicFlat"), ("vmdk", "subformat=twoGbMaxExtentSparse")])
@@ -107,3 +113,133 @@ def test_a_chain_of_vmdk_images_is_refused(tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "vmdk", "-b", base, "-F", "vmdk", top)
     with pytest.raises(UnsupportedFeatureError, match="depends on another"):
         open_image(top)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "options", "size"),
+    [
+        ("vmdk", "subformat=monolithicSparse", "4T"),
+        ("vmdk", "subformat=streamOptimized", "1100G"),
+        ("vdi", "", "17T"),
+        ("vhdx", "block_size=1M", "9T"),
+        ("vhdx", "block_size=256M", "10G"),
+        ("vpc", "force_size=on", "2040G"),
+    ],
+)
+def test_images_of_any_size_are_read(tmp_path: Path, fmt: str, options: str, size: str) -> None:
+    """What nothing was written to is found in pieces, and no table of it is held whole."""
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", fmt, *(["-o", options] if options else []), path, size)
+    with open_image(path, format=fmt) as opened:
+        end = opened.size
+    at = end // 2 & -MiB
+    if "streamOptimized" not in options:
+        qemu_io(path, f"write -P 7 {at} 64k", fmt=fmt)
+    with open_image(path, format=fmt) as opened:
+        parts = list(opened.block_status())
+        assert sum(e.length for e in parts) == end
+        data = [e for e in parts if not e.zero]
+        if "streamOptimized" in options:
+            assert data == []
+        else:
+            [found] = data
+            assert found.offset <= at < found.offset + found.length
+            assert opened.read(at, 65536) == b"\7" * 65536
+        assert opened.read(end - 512, 512) == bytes(512)
+
+
+def grains(path: Path, size: int, count: int) -> None:
+    """A streamOptimized image of `count` grains of `size` bytes, all of one place in the file."""
+    text = b'# Disk DescriptorFile\nCID=1\nparentCID=ffffffff\ncreateType="streamOptimized"\n'
+    packed = zlib.compress(bytes(size))
+    header = struct.pack(
+        "<4sIIQQQQIQQQB4sH", b"KDMV", 3, 1 << 16, size // 512 * count, size // 512, 1, 1, 512, 0, 2, 0, 0, b"", 1
+    )
+    directory, table = struct.pack("<I", 3), struct.pack(f"<{count}I", *[8] * count)
+    where = {0: header, 512: text, 1024: directory, 1536: table, 4096: struct.pack("<QI", 0, len(packed)) + packed}
+    with path.open("wb") as file:
+        for at, data in where.items():
+            file.seek(at)
+            file.write(data)
+        file.truncate(1 << 20)
+
+
+def test_few_large_grains_are_kept(tmp_path: Path) -> None:
+    grains(tmp_path / "large", 16 * MiB, 12)
+    buffer = bytearray(512)
+    with open_image(tmp_path / "large") as opened, memoryview(buffer) as view:
+        tracemalloc.start()
+        for i in range(12):
+            opened.read_into(i * 16 * MiB, [view])
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert kept < 40 * MiB
+
+
+# --- VHDX ---
+
+
+@pytest.fixture
+def vhdx(tmp_path: Path) -> Path:
+    path = tmp_path / "image.vhdx"
+    qemu_img("create", "-q", "-f", "vhdx", path, "16M")
+    qemu_io(path, "write -P 7 1M 1M", fmt="vhdx")
+    return path
+
+
+def change(path: Path, at: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def newest(path: Path) -> tuple[int, int]:
+    """Where the newest header of a VHDX image is, and the other."""
+    data = path.read_bytes()
+    one, two = 64 << 10, 128 << 10
+    return (one, two) if data[one + 8 : one + 16] > data[two + 8 : two + 16] else (two, one)
+
+
+def head(path: Path, at: int, **fields: bytes) -> None:
+    """Change a header and make its checksum right."""
+    data = bytearray(path.read_bytes()[at : at + 4096])
+    for name, value in fields.items():
+        start = {"sequence": 8, "log": 48}[name]
+        data[start : start + len(value)] = value
+    data[4:8] = checksum(bytes(data)).to_bytes(4, "little")
+    change(path, at, data)
+
+
+def test_a_header_that_is_half_written_does_not_count(vhdx: Path) -> None:
+    new, old = newest(vhdx)
+    change(vhdx, new + 100, b"\1")
+    with open_image(vhdx) as opened:
+        assert opened.read(MiB, MiB) == b"\7" * MiB
+    change(vhdx, old + 100, b"\1")
+    with pytest.raises(BlockError, match="checksum"):
+        open_image(vhdx)
+
+
+def test_an_image_that_was_not_closed_is_refused_whatever_a_torn_header_says(vhdx: Path) -> None:
+    new, old = newest(vhdx)
+    head(vhdx, old, log=b"\1" * 16)
+    change(vhdx, new + 100, b"\1")
+    with pytest.raises(UnsupportedFeatureError, match="its log has to be replayed"):
+        open_image(vhdx)
+
+
+def test_regions_that_have_to_be_known_are_refused_by_name(vhdx: Path) -> None:
+    change(vhdx, (192 << 10) + 8, struct.pack("<I", 3))
+    change(vhdx, (192 << 10) + 16 + 2 * 32, struct.pack("<16sQII", b"?" * 16, MiB, MiB, 1))
+    with pytest.raises(UnsupportedFeatureError, match=r"3f3f.* is required and not known"):
+        open_image(vhdx)
+
+
+@pytest.mark.parametrize("offset", [1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_regions_outside_the_file_are_refused(vhdx: Path, offset: int) -> None:
+    for i in range(2):
+        before = vhdx.read_bytes()
+        change(vhdx, (192 << 10) + 16 + i * 32 + 16, struct.pack("<Q", offset))
+        with pytest.raises(ImageFormatError, match="expected inside the file"):
+            open_image(vhdx)
+        vhdx.write_bytes(before)

@@ -24,7 +24,7 @@ from .prealloc import Report
 from .qcow2.format import MAGIC
 
 if TYPE_CHECKING:
-    from .foreign import ForeignImage
+    from .foreign.blocks import ForeignImage
     from .qcow2.create import Options
     from .qcow2.image import Extent, Qcow2Image
 
