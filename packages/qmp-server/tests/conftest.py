@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from qmp_protocol.framing import Framer
 from qmp_server import Call, Listener, QmpServer, listen_tcp, listen_unix
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside this file
 
 PATIENCE = 60  # seconds: only a hang takes longer
 
