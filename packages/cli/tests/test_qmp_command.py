@@ -134,6 +134,10 @@ def test_an_error_of_the_server_is_one_line_and_status_1(machine: Machine, capsy
         (["schema", "no-such"], "schema: no command or event no-such"),
         (["schema", "a", "b"], "schema: one name at most"),
         (["completion", "csh"], "completion: for which shell? bash, zsh, fish"),
+        (["-w", "STOP"], "--wait: behind which command?"),
+        (["-w", "STOP", "schema"], "--wait: behind which command?"),
+        (["-w", "", "query-status"], f"wait: no event ; there are: {EVENTS}"),
+        (["--fd", "0"], "--fd: passed with which command?"),
     ],
 )
 def test_wrong_words_are_one_line_and_status_2(

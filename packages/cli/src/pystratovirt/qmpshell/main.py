@@ -144,6 +144,8 @@ def _run(options: argparse.Namespace) -> int:
     first = words[0] if words else ""
     if options.fd and (not words or first in _VERBS):
         raise Usage("--fd: passed with which command?")
+    if options.wait is not None and (not words or first in ("schema", "completion")):
+        raise Usage("--wait: behind which command?")
     if first == "completion":
         return _print_script(words[1:])
     if first == "schema":
@@ -161,7 +163,7 @@ def _run(options: argparse.Namespace) -> int:
                 sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be any bytes
             return session.script(sys.stdin)
         # Before the command runs: what is wrong with the wait must not be found out behind it.
-        then = wanted(session.model, [options.wait]) if options.wait else None
+        then = None if options.wait is None else wanted(session.model, [options.wait])
         session.run(words, fds=options.fd or ())
         if then:
             session.wait(then)
