@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -235,11 +235,11 @@ def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Callable[...
 
     plain = request.node.get_closest_marker("plain_command_line")
 
-    def starter(*arguments: object, name: str = "") -> Vmm:
+    def starter(*arguments: object, name: str = "", descriptors: Sequence[int] = ()) -> Vmm:
         words = list(map(str, arguments))
         if "-append" in words and not plain:
             words[words.index("-append") + 1] += f" {_FASTER}"
-        vmm = Vmm([program, *words], folder, name or f"vmm{len(running)}")
+        vmm = Vmm([program, *words], folder, name or f"vmm{len(running)}", descriptors=descriptors)
         running.append(vmm)
         return vmm
 

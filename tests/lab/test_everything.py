@@ -16,7 +16,9 @@ from typing import IO
 
 import pytest
 
-from lab import debian, guests
+from lab import guests
+from lab.network import DHCP, GATEWAY, never_ending, run, tap, way_out
+from lab.peers import files_served
 from lab.vmm import WAIT, Qmp, Vmm
 
 PROMPT = r"guest:\S*# "
@@ -47,19 +49,10 @@ def test_without_acpi_there_are_eleven_slots_and_five_of_them_are_for_devices_th
 
 # One guest with everything at once
 
-DHCP = b"""#!/bin/sh
-[ "$1" = bound ] || exit 0
-ip addr add "$ip/$mask" dev "$interface"
-ip route add default via "$router" dev "$interface"
-"""
 BULK = hashlib.shake_256(b"ports").digest(192 << 10)
 BULK_DIGEST = hashlib.sha256(BULK).hexdigest()
 LIMIT = 40  # requests a second of the throttled disk
 PORTS = ("con", "text", "pty", "net")
-
-
-def run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -70,17 +63,8 @@ def tree(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def network() -> Iterator[None]:
     """A tap with an address and two queues, and a way out for passt to take over."""
-    run("modprobe", "-a", "tun", "dummy")
-    run("ip", "tuntap", "add", "tapall", "mode", "tap", "vnet_hdr", "multi_queue")
-    run("ip", "addr", "add", "10.80.0.1/24", "dev", "tapall")
-    run("ip", "link", "set", "tapall", "up")
-    run("ip", "link", "add", "outside", "type", "dummy")
-    run("ip", "addr", "add", "192.0.2.2/24", "dev", "outside")
-    run("ip", "link", "set", "outside", "up")
-    run("ip", "route", "add", "default", "via", "192.0.2.1")
-    yield
-    for name in ("tapall", "outside"):
-        subprocess.run(["ip", "link", "del", name], check=False, capture_output=True)
+    with tap("tapall", "10.80.0.1/24", "multi_queue"), way_out():
+        yield
 
 
 @pytest.fixture
@@ -90,18 +74,8 @@ def shared(folder: Path) -> Iterator[Path]:
     (path / "deep/er").mkdir(parents=True)
     (path / "deep/er/large").write_bytes(BULK * 5)
     (path / "empty").touch()
-    program = debian.virtiofsd()
-    how = (
-        [f"--shared-dir={path}", "--sandbox=chroot"] if "libexec" in program else ["-o", f"source={path}", "-o", "sandbox=chroot"]
-    )
-    with socket.socket(socket.AF_UNIX) as listener:  # with a path of its own it would leave a file in /run
-        listener.bind(str(folder / "fs.sock"))
-        listener.listen(1)
-        daemon = subprocess.Popen([program, f"--fd={listener.fileno()}", *how], pass_fds=[listener.fileno()])
-    yield path
-    daemon.kill()
-    daemon.wait()
-    (folder / "fs.sock").unlink(missing_ok=True)
+    with files_served(path, folder / "fs.sock"):
+        yield path
 
 
 @pytest.mark.soak
@@ -144,7 +118,8 @@ def test_one_guest_uses_every_device_at_once(start: Start, qmp: Connect, folder:
     )  # fmt: skip
     vmm.expect(PROMPT)
     client = qmp()
-    vmm.run("dmesg -n 1; mkfifo /tmp/never; exec 9<>/tmp/never")
+    vmm.run("dmesg -n 1")
+    never_ending(vmm)
     listing = vmm.run("for d in /sys/block/vd*; do echo $(cat $d/serial)=${d##*/}; done")
     disks = dict(re.findall(r"(\w+)=(vd\w)", listing))
     assert disks.keys() == {"rootfs", "cow", "fixed", "slow"}
@@ -195,7 +170,7 @@ def both_networks_carry_frames_both_ways(vmm: Vmm) -> None:
     assert vmm.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l").strip() == "2"
     vmm.run("ping -c 2 -i 0.2 10.80.0.1")
     run(str(guests.busybox()), "ping", "-c", "2", "-i", "0.2", "10.80.0.2")
-    for host, peer in (("10.80.0.1", "10.80.0.1"), ("127.0.0.1", "192.0.2.1")):
+    for host, peer in (("10.80.0.1", "10.80.0.1"), ("127.0.0.1", GATEWAY)):
         for words in ("", "-R"):
             with subprocess.Popen(["iperf3", "-s", "-1", "-B", host], stdout=subprocess.DEVNULL) as server:
                 try:
@@ -213,7 +188,7 @@ def every_port_carries_bytes_both_ways(vmm: Vmm, client: Qmp, folder: Path, tcp:
     ports = {name: f"/dev/{device}" for name, device in re.findall(r"(\w+)=(vport\w+)", names)}
     assert ports.keys() == set(PORTS)
     ports["con"] = "/dev/hvc0"
-    vmm.run("stty raw -echo < /dev/hvc0")
+    vmm.run("exec 8<>/dev/hvc0; stty raw -echo <&8")  # held open: Linux resets this terminal when the last one closes it
     source = "/mnt/bulk"
     vmm.run(f"mkdir -p /mnt; head -c {len(BULK)} /dev/urandom > {source}")
     digest = vmm.run(f"sha256sum < {source}").split()[0]
@@ -270,13 +245,13 @@ def sockets_lead_both_ways(vmm: Vmm, folder: Path) -> None:
         listener.bind(str(folder / "v_5000"))
         listener.listen(1)
         listener.settimeout(WAIT)
-        vmm.run("socat -u OPEN:/mnt/bulk VSOCK-CONNECT:2:5000 > /tmp/log 2>&1 &")
+        vmm.run("/usr/bin/socat -u OPEN:/mnt/bulk VSOCK-CONNECT:2:5000 > /tmp/log 2>&1 &")
         with listener.accept()[0] as peer:
             peer.settimeout(WAIT)
             found = b"".join(iter(lambda: peer.recv(65536), b""))
         assert hashlib.sha256(found).hexdigest() == vmm.run("wait; sha256sum < /mnt/bulk").split()[0]
     (folder / "v_5000").unlink()
-    vmm.run("(socat -u VSOCK-LISTEN:52 CREATE:/tmp/heard > /tmp/log 2>&1; echo heard > /tmp/over) &")
+    vmm.run("(/usr/bin/socat -u VSOCK-LISTEN:52 CREATE:/tmp/heard > /tmp/log 2>&1; echo heard > /tmp/over) &")
     with socket.socket(socket.AF_UNIX) as peer:
         peer.settimeout(WAIT)
         answer = b""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import guests
+from lab.network import open_tap, tap
 from lab.vmm import Qmp, QmpError, Vmm
 
 PROMPT = r"guest:\S*# "
@@ -41,26 +39,8 @@ def arguments(cloud_kernel: guests.Kernel, net_initrd: Path, rootfs: Path, folde
 @pytest.fixture
 def taps() -> Iterator[None]:
     """tap0 and tap1, with addresses 10.80.0.1 and 10.80.1.1."""
-    run("modprobe", "tun")
-    for number in range(2):
-        run("ip", "tuntap", "add", f"tap{number}", "mode", "tap", "vnet_hdr")
-        run("ip", "addr", "add", f"10.80.{number}.1/24", "dev", f"tap{number}")
-        run("ip", "link", "set", f"tap{number}", "up")
-    yield
-    for number in range(2):
-        run("ip", "link", "del", f"tap{number}")
-
-
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)
-
-
-def open_tap(name: str) -> int:
-    """A descriptor of a tap, as a client that has the privilege opens one for a VMM that has not."""
-    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-    tap, no_pi, vnet_hdr = 0x0002, 0x1000, 0x4000
-    fcntl.ioctl(fd, 0x4004_54CA, struct.pack("16sH22x", name.encode(), tap | no_pi | vnet_hdr))  # TUNSETIFF
-    return fd
+    with tap("tap0", "10.80.0.1/24"), tap("tap1", "10.80.1.1/24"):
+        yield
 
 
 def content(name: str, size: int) -> bytes:
@@ -128,9 +108,9 @@ def test_a_running_guest_uses_what_is_plugged_in_and_misses_what_is_pulled_out(
     client.execute("blockdev-del", {"node-name": "drive-0"})  # it is gone already, which is fine once
 
     # A card that was not there: first with a descriptor, then by name.
-    tap = open_tap("tap0")
-    client.execute("getfd", {"fdname": "tapA"}, fds=[tap])
-    os.close(tap)
+    opened = open_tap("tap0")
+    client.execute("getfd", {"fdname": "tapA"}, fds=[opened])
+    os.close(opened)
     client.execute("netdev_add", {"id": "net-0", "fds": "tapA"})
     client.execute("device_add", {"id": "net-0", "driver": "virtio-net-mmio", "addr": "0x0", "mac": "52:54:00:80:00:01"})
     vmm.run("until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done")

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import select
 import socket
-import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import guests
+from lab.network import DHCP, GATEWAY, OUTSIDE, WAIT, never_ending, run, tap, transfer, way_out
 from lab.vmm import Qmp, Vmm
 
 PROMPT = r"guest:\S*# "
-WAIT = 120.0
-PAYLOAD = hashlib.shake_256(b"network").digest(4 << 20)
-DIGEST = hashlib.sha256(PAYLOAD).hexdigest()
 
 Start = Callable[..., Vmm]
 Connect = Callable[[], Qmp]
-
-DHCP = b"""#!/bin/sh
-[ "$1" = bound ] || exit 0
-ip addr add "$ip/$mask" dev "$interface"
-ip route add default via "$router" dev "$interface"
-"""
-
-
-def run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture
 def host_network() -> Iterator[None]:
     """Two taps with an address each, and a way out for passt to take over."""
-    run("modprobe", "-a", "tun", "vhost_net", "dummy")
-    for name, address in (("tapmq", "10.77.0.1/24"), ("tapvh", "10.78.0.1/24")):
-        run("ip", "tuntap", "add", name, "mode", "tap", "vnet_hdr", *(["multi_queue"] if name == "tapmq" else []))
-        run("ip", "addr", "add", address, "dev", name)
-        run("ip", "link", "set", name, "up")
-    run("ip", "link", "add", "outside", "type", "dummy")
-    run("ip", "addr", "add", "192.0.2.2/24", "dev", "outside")
-    run("ip", "link", "set", "outside", "up")
-    run("ip", "route", "add", "default", "via", "192.0.2.1")
-    yield
-    for name in ("tapmq", "tapvh", "outside"):
-        subprocess.run(["ip", "link", "del", name], check=False, capture_output=True)
+    run("modprobe", "vhost_net")
+    with tap("tapmq", "10.77.0.1/24", "multi_queue"), tap("tapvh", "10.78.0.1/24"), way_out():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,67 +44,6 @@ def arguments(cloud_kernel: guests.Kernel, net_initrd: Path, folder: Path) -> li
     ]
 
 
-class Peer:
-    """A TCP server on this host: gives the payload to who connects, or takes what he sends."""
-
-    def __init__(self, address: str) -> None:
-        self._listener = socket.create_server((address, 0))
-        self._listener.settimeout(WAIT)
-        self.address, self.port = self._listener.getsockname()[:2]
-        self.taken = ""
-        self._thread: threading.Thread | None = None
-
-    def _begin(self, serve: Callable[[socket.socket], None]) -> None:
-        def once() -> None:
-            connection, _ = self._listener.accept()
-            with connection:
-                connection.settimeout(WAIT)
-                serve(connection)
-
-        self._thread = threading.Thread(target=once)
-        self._thread.start()
-
-    def give(self) -> None:
-        self._begin(lambda connection: connection.sendall(PAYLOAD))
-
-    def take(self) -> None:
-        def serve(connection: socket.socket) -> None:
-            digest = hashlib.sha256()
-            while data := connection.recv(1 << 20):
-                digest.update(data)
-            self.taken = digest.hexdigest()
-
-        self._begin(serve)
-
-    def wait(self) -> None:
-        assert self._thread
-        self._thread.join(WAIT)
-        assert not self._thread.is_alive()
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-def transfer(vmm: Vmm, listen: str, reach: str, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Move the payload from the host to the guest and back, and compare. `reach` is where the guest finds the host's `listen`."""
-    peer = Peer(listen)
-    try:
-        peer.give()
-        vmm.run(f"nc {reach} {peer.port} <&9 > /tmp/payload & echo", WAIT)
-        meanwhile()
-        peer.wait()
-        vmm.run("wait")
-        assert vmm.run("sha256sum < /tmp/payload", WAIT).split()[0] == DIGEST
-        peer.take()
-        vmm.run(f"nc {reach} {peer.port} < /tmp/payload > /dev/null & echo", WAIT)
-        meanwhile()
-        peer.wait()
-        assert peer.taken == DIGEST
-        vmm.run("wait; rm /tmp/payload")
-    finally:
-        peer.close()
-
-
 @pytest.mark.soak
 def test_what_is_sent_arrives_over_taps_vhost_and_passt_through_pauses_and_a_tap_that_is_deleted(
     start: Start, qmp: Connect, arguments: list[object], host_network: None
@@ -142,8 +57,7 @@ def test_what_is_sent_arrives_over_taps_vhost_and_passt_through_pauses_and_a_tap
     )  # fmt: skip
     vmm.expect(PROMPT)
     client = qmp()
-    # Something to read from that never ends: passt of 2023 repeats what the host sends once a guest has closed its direction.
-    vmm.run("mkfifo /tmp/never; exec 9<>/tmp/never")
+    never_ending(vmm)
 
     def pause() -> None:
         for _ in range(3):
@@ -165,8 +79,8 @@ def test_what_is_sent_arrives_over_taps_vhost_and_passt_through_pauses_and_a_tap
 
     # Without privileges: the gateway's address is the host's loopback, and a port of the host leads to the guest.
     vmm.run("ip link set eth1 up; udhcpc -q -n -i eth1 -s /etc/dhcp")
-    assert "192.0.2.2/24" in vmm.run("ip addr show eth1")
-    transfer(vmm, "127.0.0.1", "192.0.2.1", pause)
+    assert f"{OUTSIDE}/24" in vmm.run("ip addr show eth1")
+    transfer(vmm, "127.0.0.1", GATEWAY, pause)
     vmm.run("(echo here I am | nc -l -p 2222 > /tmp/heard) &")
     vmm.run("until netstat -ltn | grep -q :2222; do usleep 100000; done")
     with socket.create_connection(("127.0.0.1", 2222), WAIT) as connection:
@@ -180,7 +94,7 @@ def test_what_is_sent_arrives_over_taps_vhost_and_passt_through_pauses_and_a_tap
         run("ip", "link", "del", name)
         vmm.run(f"until [ $(cat /sys/class/net/eth{number}/carrier) = 0 ]; do usleep 100000; done")
     assert client.execute("query-status")["status"] == "running"
-    transfer(vmm, "127.0.0.1", "192.0.2.1")
+    transfer(vmm, "127.0.0.1", GATEWAY)
     vmm.send("poweroff")
     assert vmm.wait() == 0
     assert "the network is gone" in vmm.errors()

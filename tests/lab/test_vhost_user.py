@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab import debian, guests
+from lab.peers import serve_files
 from lab.vmm import WAIT, Qmp, Vmm
 
 PROMPT = r"guest:\S*# "
@@ -56,7 +56,7 @@ class Peer:
     def start(self) -> None:
         """Start, and wait until the socket is listened on."""
         if self._name == "files":
-            self._start_virtiofsd()
+            self._process = serve_files(self.file, self.path, stdout=subprocess.PIPE)
         elif self._name == "daemon":
             self._run(
                 debian.tool("qemu-storage-daemon"), "--blockdev", f"driver=file,node-name=file,filename={self.file}",
@@ -89,20 +89,8 @@ class Peer:
         if self._process is not None:
             self.end(signal.SIGKILL)
 
-    def _start_virtiofsd(self) -> None:
-        program = debian.virtiofsd()
-        if "libexec" in program:  # the newer one, in Rust
-            options = [f"--shared-dir={self.file}", "--cache=auto", "--sandbox=chroot"]
-        else:
-            options = ["-o", f"source={self.file}", "-o", "cache=auto", "-o", "sandbox=chroot"]
-        self.path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX) as listener:  # with a path of its own it would leave a file in /run
-            listener.bind(str(self.path))
-            listener.listen(1)
-            self._run(program, f"--fd={listener.fileno()}", *options, fds=(listener.fileno(),))
-
-    def _run(self, *command: str, fds: tuple[int, ...] = ()) -> None:
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=fds)
+    def _run(self, *command: str) -> None:
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.soak

@@ -111,6 +111,17 @@ def test_a_lab_host_that_dies_says_so() -> None:
     assert b"sysrq" in done.stderr.lower()
 
 
+def test_a_lab_host_that_does_not_come_up_is_started_once_more() -> None:
+    done = lab("--boot-timeout", "1", "--qemu=-S", "--", "true")  # -S: its CPUs stand still
+    assert done.returncode == 125
+    messages = [line for line in done.stderr.decode().splitlines() if line.startswith("lab: ")]
+    assert messages == [
+        "lab: the lab host did not come up within 1 s:",
+        "lab: starting it once more",
+        "lab: the lab host did not come up within 1 s:",
+    ]
+
+
 def test_a_timeout_ends_everything() -> None:
     done = lab("--timeout", "5", "--", "sleep", "1000")
     assert (done.returncode, done.stderr) == (124, b"lab: the command did not end within 5 s\n")
@@ -183,11 +194,11 @@ def test_a_forwarded_socket_leads_into_the_lab(tmp_path: Path) -> None:
 
 
 def test_a_terminal_is_a_terminal_in_the_lab_and_is_put_back_afterwards() -> None:
+    # exec: dash forgets a ^C that comes between the fork and the exec of a command.
+    script = "tty; read line; echo got $line; exec sleep 1000"
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(
-            sys.executable, [sys.executable, str(LAB), "run", "--", "sh", "-c", "tty; read line; echo got $line; sleep 1000"]
-        )
+        os.execv(sys.executable, [sys.executable, str(LAB), "run", "--", "sh", "-c", script])
     seen = b""
 
     def shows(text: bytes) -> bool:

@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH:LABPATH",
         help="a unix socket PATH here that leads to LABPATH in the lab, once that exists; repeatable",
     )
+    boots.add_argument(
+        "--boot-timeout",
+        type=float,
+        default=240.0,
+        metavar="S",
+        help="start the lab host once more if it is not up after S seconds",
+    )
     boots.add_argument("--qemu", action="append", default=[], metavar="ARG", help="a further argument for QEMU; repeatable")
     boots.add_argument("--verbose", action="store_true", help="the lab host's console on standard error")
 
@@ -103,6 +110,7 @@ def _options(options: argparse.Namespace, tty: bool) -> host.Options:
         smp=options.smp,
         memory=options.memory,
         timeout=options.timeout,
+        boot_timeout=options.boot_timeout,
         out=options.out,
         dmesg=options.dmesg,
         tty=tty,

@@ -36,6 +36,8 @@ _PEERS = {
     "zsh": "zsh",
     "fish": "fish",
 }
+# What only long tests need, and is large.
+_LARGE_PEERS = {"dpdk-testpmd": "dpdk-dev librte-meta-net librte-meta-mempool"}
 # The flavour's meta package, whose dependency names the current kernel package. Cloud: the lab host and the usual guest.
 _FLAVOURS = {
     "debian": {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"},
@@ -59,7 +61,9 @@ def tool(name: str) -> str:
     """The path of a program; the system folders are searched too, which a user's PATH often lacks."""
     path = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
     if path is None:
-        raise SetupError(f"{name}: not installed (package {(_NEEDED | _PEERS).get(name, name)}); run 'tools/lab/lab setup'")
+        raise SetupError(
+            f"{name}: not installed (package {(_NEEDED | _PEERS | _LARGE_PEERS).get(name, name)}); run 'tools/lab/lab setup'"
+        )
     return path
 
 
@@ -71,14 +75,17 @@ def virtiofsd() -> str:
     raise SetupError("virtiofsd: not installed (package qemu-system-common or virtiofsd); run 'tools/lab/lab setup'")
 
 
-def missing(peers: bool = False) -> list[str]:
-    """Names of the system packages that the lab needs and that are not installed, sorted; with those of the tests' `peers`."""
+def missing(peers: bool = False, large: bool = False) -> list[str]:
+    """Names of the system packages that the lab needs and that are not installed, sorted; with those of the tests' `peers`.
+
+    `large`: with those of the long tests too.
+    """
     names = set()
-    for program, package in (_NEEDED | (_PEERS if peers else {})).items():
+    for program, package in (_NEEDED | (_PEERS if peers else {}) | (_LARGE_PEERS if large else {})).items():
         try:
             tool(program)
         except SetupError:
-            names.add(package)
+            names.update(package.split())
     if not any(os.access(path, os.X_OK) for path in VIRTIOFSD) and _candidate("virtiofsd"):
         names.add("virtiofsd")
     return sorted(names)

@@ -32,6 +32,7 @@ from . import cache, debian
 from .forward import Multiplexer
 from .initrd import Archive, module_bytes, module_files, module_name
 from .process import Child, orderly_end
+from .progress import say
 from .streams import Stream
 
 # Loaded in this order, each after what it depends on: the way to this machine's files, and meanwhile KVM and what tests use.
@@ -51,6 +52,10 @@ class LabError(Exception):
     """The lab itself failed, not the command in it. The text says how, with the end of the lab host's console."""
 
 
+class _NotUpError(LabError):
+    """The lab host did not come up in time."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to boot the lab host and what comes back from it."""
@@ -59,6 +64,7 @@ class Options:
     smp: int = 2
     memory: int = 4096  # MiB
     timeout: float | None = None  # seconds, for the whole run
+    boot_timeout: float = 240.0  # seconds, for what takes 4 to 60; then the lab host is started once more
     out: Path | None = None  # a folder that the command sees as $LAB_OUT
     dmesg: Path | None = None  # a file for the lab host's kernel log
     tty: bool = False  # the command gets a terminal of its own; ours is in raw mode meanwhile
@@ -119,10 +125,20 @@ def run(command: Sequence[str], options: Options) -> int:
     if os.geteuid() != 0:
         _become_root()
     token = secrets.token_hex(16)
-    with orderly_end(), ExitStack() as stack:
-        host = _Host(stack, options, token)
-        host.start(kernel, initrd, _job_archive(command, kernel, options, token))
-        return host.serve()
+    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+
+    def once() -> int:
+        with ExitStack() as stack:
+            host = _Host(stack, options, token)
+            host.start(kernel, initrd, _job_archive(command, kernel, options, token))
+            return host.serve(deadline)
+
+    with orderly_end():
+        try:
+            return once()
+        except _NotUpError as error:  # QEMU 7.2 hangs once in some hundred boots when it emulates several CPUs
+            say(f"lab: {error}\nlab: starting it once more")
+        return once()
 
 
 def _become_root() -> None:
@@ -174,6 +190,7 @@ class _Host:
         self._control = bytearray()
         self._input = bytearray()
         self._log = bytearray()
+        self._up = False  # our standard input is the next host's if this one never comes up
         self._status: int | None = None
         end = b"\1" + token.encode()
         self._streams = {
@@ -225,21 +242,21 @@ class _Host:
         for descriptor in fds:
             os.close(descriptor)
 
-    def serve(self) -> int:
-        """Move bytes until the command has ended; return its status."""
-        limit = self._options.timeout
-        deadline = None if limit is None else time.monotonic() + limit
+    def serve(self, deadline: float | None) -> int:
+        """Move bytes until the command has ended; return its status. `deadline` is on the monotonic clock, in seconds."""
+        up_by = time.monotonic() + self._options.boot_timeout
         parent = os.getppid()
         if self._options.tty:
             self._stack.enter_context(_raw_terminal())
-        if self._options.tty or self._options.stdin:
-            self._selector.register(0, selectors.EVENT_READ, "input")
         for descriptor in (1, 2):
             if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
                 self._selector.register(descriptor, selectors.EVENT_READ, "reader gone")
         while not self._finished():
             if deadline is not None and time.monotonic() >= deadline:
-                raise TimeoutError(f"the command did not end within {limit:g} s")
+                raise TimeoutError(f"the command did not end within {self._options.timeout:g} s")
+            if not self._up and time.monotonic() >= up_by:
+                limit = f"{self._options.boot_timeout:g} s"
+                raise _NotUpError(f"the lab host did not come up within {limit}:\n{self._last_words()}")
             if os.getppid() != parent:
                 raise SystemExit(128 + signal.SIGHUP)  # who started us is gone, and nobody waits for the result
             for key, mask in self._selector.select(_LOOK):
@@ -295,8 +312,15 @@ class _Host:
             self._control += data
             *lines, self._control[:] = bytes(self._control).split(b"\n")
             for line in lines:
-                if line.startswith(b"exit "):
+                if line == b"up":
+                    self._comes_up()
+                elif line.startswith(b"exit "):
                     self._status = int(line[5:])
+
+    def _comes_up(self) -> None:
+        self._up = True
+        if self._options.tty or self._options.stdin:
+            self._selector.register(0, selectors.EVENT_READ, "input")
 
     @property
     def _input_port(self) -> str:

@@ -21,6 +21,7 @@ for target in $LAB_FORWARD; do # sockets that are forwarded: ports 10 and up
     relays="$relays $!"
     port=$((port + 1))
 done
+echo up >/dev/vport0p4
 # In the foreground: a shell's background children ignore SIGINT, and so would the job.
 (
     echo 0 >/sys/fs/cgroup/job/cgroup.procs

@@ -42,8 +42,14 @@ class Vmm:
     """
 
     def __init__(
-        self, command: Sequence[str], folder: Path, name: str = "vmm", environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        folder: Path,
+        name: str = "vmm",
+        environment: Mapping[str, str] | None = None,
+        descriptors: Sequence[int] = (),
     ) -> None:
+        """Start `command`, which inherits `descriptors` under the same numbers."""
         self.command = list(command)
         self.console = folder / f"{name}.console"
         self.log = folder / f"{name}.log"
@@ -57,6 +63,7 @@ class Vmm:
                 stdout=out,
                 stderr=err,
                 env={**os.environ, **(environment or {})},
+                pass_fds=descriptors,
                 start_new_session=True,  # its session is how left-over children are found
             )
 
