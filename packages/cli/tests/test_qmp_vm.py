@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import select
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,6 +245,36 @@ def test_a_standard_output_that_nobody_reads_is_not_waited_for() -> None:
     print_patiently("x" * 1_000_000, writer, 10)
     os.close(reader)
     print_patiently("x", writer, 10)
+    os.close(writer)
+
+
+def test_two_that_print_do_not_both_take_the_last_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+
+    class Poll:
+        def __init__(self) -> None:
+            self._poll = poll()
+
+        def register(self, fd: int, events: int) -> None:
+            self._poll.register(fd, events)
+
+        def poll(self, patience: int) -> list[tuple[int, int]]:
+            found = self._poll.poll(patience)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)  # if they look at the same time, both have looked when the first one writes
+            return found
+
+    poll = select.poll
+    monkeypatch.setattr(select, "poll", Poll)
+    reader, writer = os.pipe()
+    os.write(writer, bytes(fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) - select.PIPE_BUF))
+    printing = [threading.Thread(target=print_patiently, args=("x" * 8192, writer, 10), daemon=True) for _ in range(2)]
+    for each in printing:
+        each.start()
+    for each in printing:
+        each.join(LIMIT)
+    assert not any(each.is_alive() for each in printing)
+    os.close(reader)
     os.close(writer)
 
 

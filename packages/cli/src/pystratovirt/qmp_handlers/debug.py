@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 from pystratovirt.cmdline.errors import show
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from vmm_core.hypervisor.kvm.x86_64.state import KvmVcpuState
 
 REGISTER_REFUSAL = "not supported or arguments error"  # StratoVirt's words
+
+
+_printing = Lock()
 
 
 def register(server: QmpServer, runtime: Runtime) -> None:
@@ -89,12 +93,18 @@ def print_patiently(text: str, fd: int = 1, patience: int = 1000) -> None:
 
     A write that waits for ever would keep the process from ending.
     """
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    data = memoryview(text.encode())
-    while data and poll.poll(patience):
-        try:
-            count = os.write(fd, data[: select.PIPE_BUF])  # a pipe that is writable takes this much without waiting
-        except OSError:  # nobody reads it any more
-            return
-        data = data[count:]
+    # One at a time: of two that see room for one, the other would wait for ever.
+    if not _printing.acquire(timeout=patience / 1000):
+        return
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        data = memoryview(text.encode())
+        while data and poll.poll(patience):
+            try:
+                count = os.write(fd, data[: select.PIPE_BUF])  # a pipe that is writable takes this much without waiting
+            except OSError:  # nobody reads it any more
+                return
+            data = data[count:]
+    finally:
+        _printing.release()
