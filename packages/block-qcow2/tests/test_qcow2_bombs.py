@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from block_qcow2 import create_image, open_image
-from block_qcow2.errors import ImageFormatError
+from block_qcow2.errors import BlockError, ImageFormatError
 from block_qcow2.qcow2 import bitmaps, counts
 from block_qcow2.qcow2.bitmaps import BitmapError, Bitmaps
 from block_qcow2.qcow2.check import check
@@ -84,6 +84,66 @@ def test_repeated_references_are_all_counted(counting: None) -> None:
     image.write(0, b"only here")
     image.flush()
     assert image.read(512 << 20, 1) == b"x"
+
+
+def far_apart(path: Path) -> None:
+    """An image with one L2 table of 64 KiB, whose entries name clusters 64 MiB apart: the number of each is on another page."""
+    create_image(path, 1 << 40)
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"x")
+        image.flush()
+        table = image.l1[0] & OFFSET_MASK
+        entries = array("Q", [(i + 1) << 26 | COPIED for i in range(8192)])
+        entries.byteswap()
+        image.file.pwrite(table, entries.tobytes())
+        image.file.truncate(1 << 40)
+
+
+def test_clusters_that_are_far_apart_are_counted_in_bounded_memory(
+    tmp_path: Path, counting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "far"
+    far_apart(path)
+    with open_image(path) as image:
+        assert check(image).corruptions == 2 * 8192, "a count and a flag each"
+        image.count_memory = 32 << 20
+        with pytest.raises(BlockError, match=r"more memory than 32 MiB, the limit: .* count_memory of the image"):
+            check(image)
+    monkeypatch.setenv(counts.MEMORY_VARIABLE, "32")
+    with open_image(path) as image, pytest.raises(BlockError, match="BLOCK_QCOW2_COUNT_MEMORY=MIB"):
+        check(image)
+    with open_image(path, read_only=False) as image:
+        with pytest.raises(BlockError, match="more memory than 32 MiB"):
+            Snapshots(image).create("s")
+        image.write(1 << 39, b"still works")
+    monkeypatch.setenv(counts.MEMORY_VARIABLE, "much")
+    with open_image(path) as image, pytest.raises(BlockError, match="much: expected a number of MiB"):
+        check(image)
+
+
+def test_a_tebibyte_of_data_is_counted_within_the_limit(counting: None) -> None:
+    """Whole tables one after the other, and then every other cluster of them."""
+    header = open_qcow2(shared_l2(1)).header  # type: ignore[arg-type]
+    count = counts.Counts(header, 1 << 24, memory=160 << 20)
+    for step in (1, 2):
+        for first in range(0, 1 << 24, 8192 * 64):
+            table = array("Q", [(first + i * step) % (1 << 24) << 16 | COPIED for i in range(8192)])
+            table.byteswap()
+            count.add_l2(table.tobytes(), active=True)
+
+
+def test_a_refcount_block_that_every_entry_of_the_table_names_is_read_once(counting: None) -> None:
+    file: Any = CountingFile()
+    write_empty(file, GiB, Options())
+    header = open_qcow2(file).header
+    file.pwrite(header.refcount_table_offset, bytes(file.pread(header.refcount_table_offset, 8)) * 8192)
+    file.read_bytes = 0
+    image = open_qcow2(file)
+    assert check(image).corruptions >= 8191
+    assert file.read_bytes < 8 * len(file.data)
+    image = open_qcow2(file, read_only=False, for_repair=True)
+    assert check(image, repair="all").clean
+    image.write(0, b"x")
 
 
 def bitmap_bomb(path: Path, number: int) -> None:

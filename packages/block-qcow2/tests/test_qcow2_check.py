@@ -12,7 +12,8 @@ import pytest
 
 from block_qcow2 import create_image, open_image
 from block_qcow2.errors import BlockError
-from block_qcow2.qcow2 import counts
+from block_qcow2.qcow2 import check as check_module
+from block_qcow2.qcow2 import counts, tables
 from block_qcow2.qcow2.amend import set_refcount_bits
 from block_qcow2.qcow2.check import check
 from block_qcow2.qcow2.counts import Counts
@@ -166,8 +167,8 @@ def test_without_numpy_the_result_is_the_same(image_path: Path, what: str, monke
         if plain:
             original = Counts.__init__
 
-            def slow(self: Counts, header: Any, clusters: int, l1_entries: int = 0, original: Any = original) -> None:
-                original(self, header, clusters, l1_entries=l1_entries, use_numpy=False)
+            def slow(self: Counts, header: Any, clusters: int, original: Any = original, **more: Any) -> None:
+                original(self, header, clusters, use_numpy=False, **more)
 
             monkeypatch.setattr(Counts, "__init__", slow)
         with open_image(image_path) as image:
@@ -187,8 +188,8 @@ def test_a_file_that_is_nearly_all_hole_costs_what_is_in_it(tmp_path: Path, nump
     """Sparse files travel well: a few KiB in an archive must not become minutes or gigabytes here."""
     original = Counts.__init__
 
-    def init(self: Counts, header: Any, clusters: int, l1_entries: int = 0) -> None:
-        original(self, header, clusters, l1_entries=l1_entries, use_numpy=numpy)
+    def init(self: Counts, header: Any, clusters: int, **more: Any) -> None:
+        original(self, header, clusters, use_numpy=numpy, **more)
 
     monkeypatch.setattr(Counts, "__init__", init)
     path = tmp_path / "hole.qcow2"
@@ -245,6 +246,46 @@ def test_counts_of_a_file_that_is_nearly_all_hole_are_written_anew(tmp_path: Pat
     is_clean(path)
     with open_image(path) as image:
         assert image.read(0, 65536) == b"x" * 65536
+
+
+@pytest.mark.parametrize("numpy", [True, False], ids=["numpy", "plain"])
+def test_another_width_of_the_counts_of_a_file_that_is_nearly_all_hole(
+    tmp_path: Path, numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not numpy:
+        monkeypatch.setattr(counts, "_numpy", lambda: None)
+    path = tmp_path / "hole.qcow2"
+    create_image(path, 8 << 40)
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"x" * 65536)
+    os.truncate(path, 8 << 40)
+    for bits in (64, 1, 16):
+        with open_image(path, read_only=False) as image:
+            set_refcount_bits(image, bits)
+            blocks = sum(1 for entry in image.refcounts.table if entry)
+            assert blocks < 20, "not one for each part of the hole"
+        with open_image(path, read_only=False) as image:
+            assert check(image).clean
+            assert image.read(0, 65536) == b"x" * 65536
+            image.write(65536, b"y" * 65536)
+
+
+def test_more_wrong_flags_than_are_remembered_are_all_found(image_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_image(image_path, read_only=False) as image:
+        image.write(0, b"x" * MiB)
+        image.flush()
+        table = image.l1[0] & OFFSET_MASK
+        entries = [e & ~COPIED for e in tables.load(image.file, table, 16)]
+        image.file.pwrite(table, b"".join(e.to_bytes(8, "big") for e in entries))
+    seen = []
+    for most in (1 << 16, 3):
+        monkeypatch.setattr(check_module, "_MANY", most)
+        lines: list[str] = []
+        with open_image(image_path) as image:
+            found = check(image, report=lines.append)
+        seen.append((found.corruptions, lines))
+    assert seen[0][0] >= 16
+    assert seen[0] == seen[1]
 
 
 def test_more_clusters_than_can_be_counted_are_refused_by_number(image_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

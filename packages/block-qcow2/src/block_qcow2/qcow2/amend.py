@@ -5,8 +5,7 @@ Each change is prepared where nothing refers to it and takes effect by one write
 
 from __future__ import annotations
 
-from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import BlockError, ImageFormatError
 from . import tables
@@ -21,13 +20,13 @@ from .format import (
     EXT_DATA_FILE,
     EXT_FEATURE_NAMES,
     INCOMPAT_DIRTY,
-    MAX_REFCOUNT_TABLE_BYTES,
     OFFSET_MASK,
     REFCOUNT_OFFSET_MASK,
     V2_LENGTH,
     ZERO,
 )
-from .refcount import Refcounts, pack
+from .refcount import Refcounts
+from .repair import write_structures
 from .snapshots import fix_copied, load, read_table
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def set_refcount_bits(image: Qcow2Image, bits: int) -> None:
         image.commit()
         image.commit()  # with the counts that fell
         old = image.refcounts
-        counts = Counts(header, old.end)
+        counts = Counts(header, old.end, memory=image.count_memory)
         old.fill(counts)
         values = counts.disk
         maximum = (1 << bits) - 1
@@ -66,40 +65,18 @@ def set_refcount_bits(image: Qcow2Image, bits: int) -> None:
         for entry in old.table:
             if entry & REFCOUNT_OFFSET_MASK:
                 values[(entry & REFCOUNT_OFFSET_MASK) >> header.cluster_bits] = 0
-        highest = int(max(values, default=0)) if isinstance(values, memoryview) else int(values.max(initial=0))
+        highest = counts.highest()
         if highest > maximum:
             raise AmendError(f"a refcount of {highest} does not fit in {bits} bits: there are snapshots")
-        _switch_refcounts(image, values, order)
+        _switch_refcounts(image, counts, order)
 
 
-def _switch_refcounts(image: Qcow2Image, values: Any, order: int) -> None:
-    """Write structures for `values` behind the end, and let the header name them, and their width, by one write."""
-    header, bits, start = image.header, image.cluster_bits, image.refcounts.end
-    block_bits = bits + 3 - order
-    blocks = clusters = 1
-    while True:
-        need = (-(-(start + blocks + clusters) >> block_bits), -(-blocks * 8 >> bits))
-        if need[0] <= blocks and need[1] <= clusters:
-            break
-        blocks, clusters = max(need[0], blocks), max(need[1], clusters)
-    if clusters << bits > MAX_REFCOUNT_TABLE_BYTES:
-        raise AmendError(f"the refcount table would take {clusters << bits} bytes, at most {MAX_REFCOUNT_TABLE_BYTES} work")
-    table = array("Q", [(start + i) << bits for i in range(blocks)]) + array("Q", bytes((clusters << bits) - 8 * blocks))
-    typecode = {4: "H", 5: "I", 6: "Q"}.get(order, "B")
-    for i in range(blocks):
-        first = i << block_bits
-        part: Any = values[first : first + (1 << block_bits)]
-        counted = array(typecode, [0]) * (1 << block_bits)
-        if isinstance(part, memoryview):
-            counted[: len(part)] = array(typecode, part)
-        else:
-            counted[: len(part)] = array(typecode, part.astype(f"u{counted.itemsize}").tobytes())
-        for c in range(max(first, start), min(first + (1 << block_bits), start + blocks + clusters)):
-            counted[c - first] = 1
-        image.file.pwrite(table[i], pack(counted, order))
-    image.file.pwrite((start + blocks) << bits, tables.to_bytes(table))
+def _switch_refcounts(image: Qcow2Image, counts: Counts, order: int) -> None:
+    """Write structures for `counts.disk` behind the end, and let the header name them, and their width, by one write."""
+    header = image.header
+    place = write_structures(image, order, counts, lambda part: counts.disk[part], end=image.refcounts.end)
     before = header.refcount_table_offset, header.refcount_table_clusters, header.refcount_order
-    header.refcount_table_offset, header.refcount_table_clusters = (start + blocks) << bits, clusters
+    header.refcount_table_offset, header.refcount_table_clusters = place.offset, place.clusters
     header.refcount_order = order
     try:
         image.write_header()
@@ -110,10 +87,10 @@ def _switch_refcounts(image: Qcow2Image, values: Any, order: int) -> None:
     image.file.refresh_size()
     with image._lock:
         old = image.refcounts
-        image.refcounts = Refcounts(image.file, header, table, image._check_free)
+        image.refcounts = Refcounts(image.file, header, place.table, image._check_free)
         image.refcounts.cached_blocks = old.cached_blocks
         image.refcounts.on_block = image.reserved.add
-        image.refcounts.end = start + blocks + clusters
+        image.refcounts.end = place.end
         image._find_reserved()
 
 

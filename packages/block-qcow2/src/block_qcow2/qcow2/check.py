@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import ImageFormatError
 from . import bitmaps, tables
@@ -37,6 +37,7 @@ from .repair import Fix, rebuild, set_counts, write_entries
 
 # New refcount structures are a matter of one pass, flags of a second, the snapshot table of a third; the last finds nothing.
 _PASSES = 5
+_MANY = 1 << 16  # findings of one kind that are remembered
 
 Report = Callable[[str], None]
 
@@ -174,8 +175,9 @@ class _Checker:
         clusters = -(-image.file.size >> image.cluster_bits)
         length = self._read_snapshots()
         total = len(image.l1) + sum(s.l1_size for s in self.snapshots)
-        self.counts = counts = Counts(header, clusters, l1_entries=total)
+        self.counts = counts = Counts(header, clusters, l1_entries=total, memory=image.count_memory)
         self.wrong: list[tuple[int, int, int]] = []  # (index, entry, refcount)
+        self.many_wrong = False  # and not all of them are in `wrong`
         self.fixes: list[Fix] = []
         self._read_disk_counts()
         self._add("header", 0, image.cluster_size)
@@ -231,6 +233,7 @@ class _Checker:
     def _read_disk_counts(self) -> None:
         image = self.image
         self.bad_blocks: set[int] = set()
+        seen: set[int] = set()
         for index, entry in enumerate(image.refcounts.table):
             offset = entry & REFCOUNT_OFFSET_MASK
             if entry & ~REFCOUNT_OFFSET_MASK:
@@ -238,12 +241,16 @@ class _Checker:
                 self.rebuild = True
             if not offset:
                 continue
-            if offset & (image.cluster_size - 1):
+            if offset in seen:
+                self._corruption(f"ERROR refcount block {index} is another one too")  # and so not read again and again
+            elif offset & (image.cluster_size - 1):
                 self._corruption(f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted")
             elif offset >> image.cluster_bits >= self.counts.clusters:
                 self._corruption(f"ERROR refcount block {index} is outside image")
             else:
-                self.counts.set_disk(index << image.refcounts.block_bits, image.refcounts.raw_block(index))
+                seen.add(offset)
+                if index << image.refcounts.block_bits < self.counts.clusters:
+                    self.counts.set_disk(index << image.refcounts.block_bits, image.refcounts.raw_block(index))
                 continue
             self.bad_blocks.add(index)
             self.rebuild = True
@@ -278,7 +285,9 @@ class _Checker:
                 self.lost = True
         if active:
             r = self.result
-            self.wrong += found.wrong_copied
+            if not self.many_wrong:
+                self.wrong += found.wrong_copied
+                self.many_wrong = len(self.wrong) > _MANY
             r.allocated_clusters += found.clusters + found.compressed
             r.compressed_clusters += found.compressed
             r.fragmented_clusters += found.fragmented + found.compressed
@@ -368,7 +377,7 @@ class _Checker:
 
     def _compare(self) -> None:
         image, r = self.image, self.result
-        changes: list[tuple[int, int]] = []
+        changes = array("Q")  # pairs of cluster and count: there may be as many as clusters
         highest = maximum = image.refcounts.maximum
         for cluster, have, want in self.counts.differences():
             highest = max(highest, want)
@@ -381,7 +390,7 @@ class _Checker:
             word = "Repairing" if fix else "Leaked" if leak else "ERROR"
             self.report(f"{word} cluster {cluster} refcount={have} reference={want}")
             if fix:
-                changes.append((cluster, want))
+                changes.extend((cluster, want))
                 r.leaks_fixed += leak
                 r.corruptions_fixed += not leak
             else:
@@ -397,35 +406,41 @@ class _Checker:
             self.changed = True
             if not set_counts(image, changes):
                 rebuild(image, self.counts, self.bad_blocks, keep=self.lost)
-            for cluster, want in changes:
+            pairs = iter(changes)
+            for cluster, want in zip(pairs, pairs, strict=True):
                 self.counts.disk[cluster] = want
 
     def _check_copied(self) -> None:
         """COPIED must be set if and only if the count is 1 (sections "L1 table entry", "L2 table entry")."""
         image = self.image
-        if self.changed or self.shared:  # what was just repaired decides
-            again = Counts(image.header, self.counts.clusters)
-            again.disk = self.counts.disk
-            self.wrong = []
-            for offset, _, active in self.counts.tables():
-                if active and offset not in self.shared:
-                    self.wrong += again.add_l2(snap.read_table(image, offset), active=True).wrong_copied
         verb = "Repairing" if self.all else "ERROR"
-        lines = []
-        for _, entry, refcount in self.wrong:
+        found = 0
+        for _, entry, refcount in self._wrong_flags():
             kind = "compressed" if entry & COMPRESSED else "data"
-            lines.append(f"{verb} OFLAG_COPIED {kind} cluster: l2_entry={entry:x} refcount={refcount}")
+            self.report(f"{verb} OFLAG_COPIED {kind} cluster: l2_entry={entry:x} refcount={refcount}")
+            found += 1
         for i, entry in enumerate(image.l1):
             where = entry & OFFSET_MASK
             if not where or where & (image.cluster_size - 1) or where >> image.cluster_bits >= self.counts.clusters:
                 continue
             count = int(self.counts.disk[where >> image.cluster_bits])
             if (count == 1) != bool(entry & COPIED):
-                lines.append(f"{verb} OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={count}")
-        for line in lines:
-            self.report(line)
-        if self.all and lines:
+                self.report(f"{verb} OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={count}")
+                found += 1
+        if self.all and found:
             snap.fix_copied(image, leave=self.shared)
-            self.result.corruptions_fixed += len(lines)
+            self.result.corruptions_fixed += found
         else:
-            self.result.corruptions += len(lines)
+            self.result.corruptions += found
+
+    def _wrong_flags(self) -> Iterator[tuple[int, int, int]]:
+        """(index, entry, refcount) of entries of active L2 tables whose flag is not what the count says."""
+        if not (self.changed or self.shared or self.many_wrong):
+            yield from self.wrong
+            return
+        # What was just repaired decides, and so many are not remembered.
+        again = Counts(self.image.header, self.counts.clusters, memory=self.image.count_memory, beside=self.counts)
+        again.disk = self.counts.disk
+        for offset, _, active in self.counts.tables():
+            if active and offset not in self.shared:
+                yield from again.add_l2(snap.read_table(self.image, offset), active=True).wrong_copied

@@ -10,8 +10,9 @@ Not here: what the numbers are compared with.
 from __future__ import annotations
 
 import mmap
+import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -25,6 +26,10 @@ _CHUNK = 1 << _CHUNK_BITS  # clusters that are looked at together
 CLUSTERS_MAX = 1 << 36  # of a file that can be counted: 4 PiB with clusters of 64 KiB
 _HUGE_BELOW = 128 << 20  # bytes of numbers: more may be a trap, in which every number touched costs 2 MiB
 _MAP_NORESERVE = 0x4000  # Linux, asm-generic/mman.h
+_PAGE = mmap.PAGESIZE
+_UNIT_BITS = 10  # clusters whose numbers of 4 bytes share a page: what memory is charged by
+MEMORY_LIMIT = 2 << 30  # bytes of numbers: enough for 15 TiB of data in clusters of 64 KiB
+MEMORY_VARIABLE = "BLOCK_QCOW2_COUNT_MEMORY"  # of the environment: another limit, in MiB
 
 
 class TableFindings(NamedTuple):
@@ -51,8 +56,24 @@ def _numpy() -> Any:
 class Counts:
     """`found[c]`: references to cluster c; `disk[c]`: its refcount on the disk. For the clusters of a file, and no others."""
 
-    def __init__(self, header: Header, clusters: int, *, l1_entries: int = 0, use_numpy: bool = True) -> None:
-        """`l1_entries`: of all tables that will be counted. Raises BlockError when there are too many clusters to count."""
+    def __init__(
+        self,
+        header: Header,
+        clusters: int,
+        *,
+        l1_entries: int = 0,
+        use_numpy: bool = True,
+        memory: int = 0,
+        beside: Counts | None = None,
+    ) -> None:
+        """`l1_entries`: of all tables that will be counted.
+
+        `memory`: how many bytes the numbers may take, 0 for what the environment says or else MEMORY_LIMIT; those of `beside`,
+        which stay, are counted too. Raises BlockError when there are too many clusters to count; everything that counts does
+        when the limit is reached.
+        """
+        self._limit = memory or _limit_of_environment()
+        self._used: int = beside._used if beside is not None else 0
         if clusters > CLUSTERS_MAX:
             raise BlockError(f"the file has {clusters} clusters, at most {CLUSTERS_MAX} can be counted")
         self.header = header
@@ -65,6 +86,12 @@ class Counts:
         self._named: Any = None  # references to L2 tables, by cluster
         self._active = memoryview(b"")  # 1 for L2 tables of the active image, by cluster
         self._touched: set[int] = set()  # chunks in which anything was counted
+        self._table_units: set[int] = set()  # in which an L2 table is
+        self._unit_cost = 2 * _PAGE if not self._wide and header.refcount_order < 6 else 4 * _PAGE
+        units = (clusters >> _UNIT_BITS) + 1
+        self._units: Any = _zeroes("B", units)  # 1 for those that are charged
+        if self._np:
+            self._units = self._np.frombuffer(self._units, self._np.uint8)
         self._next = 0  # the host cluster that would continue the last one of this table
 
     def _numbers(self, wide: bool) -> Any:
@@ -75,7 +102,42 @@ class Counts:
 
     def _touch(self, first: int, end: int) -> None:
         """Have clusters `first` to `end - 1` looked at."""
-        self._touched.update(range(first >> _CHUNK_BITS, (end + _CHUNK - 1) >> _CHUNK_BITS))
+        if first >= end:
+            return
+        low, high = first >> _UNIT_BITS, (end - 1 >> _UNIT_BITS) + 1
+        if high - low == 1:
+            fresh = int(not self._units[low])
+        elif self._np:
+            fresh = high - low - int(self._np.count_nonzero(self._units[low:high]))
+        else:
+            fresh = bytes(self._units[low:high]).count(0)
+        if fresh:
+            self._units[low:high] = 1 if self._np else b"\1" * (high - low)
+            self._charge(fresh, range(first >> _CHUNK_BITS, (end - 1 >> _CHUNK_BITS) + 1))
+
+    def _touch_scattered(self, host: Any) -> None:
+        """Have an array of clusters looked at. (numpy)"""
+        np: Any = self._np
+        units = host >> _UNIT_BITS
+        fresh = units[self._units[units] == 0]
+        if len(fresh):
+            fresh = np.unique(fresh)
+            self._units[fresh] = 1
+            self._charge(len(fresh), np.unique(fresh >> (_CHUNK_BITS - _UNIT_BITS)).tolist())
+
+    def _charge(self, units: int, chunks: Iterable[int]) -> None:
+        """Before memory is written to. What is far from everything else costs some pages more: those that say where it is."""
+        before = len(self._touched)
+        self._touched.update(chunks)
+        self._pay(units * self._unit_cost + (len(self._touched) - before) * 4 * _PAGE)
+
+    def _pay(self, size: int) -> None:
+        self._used += size
+        if self._used > self._limit:
+            raise BlockError(
+                f"counting the references of this image takes more memory than {self._limit >> 20} MiB, the limit: "
+                f"{MEMORY_VARIABLE}=MIB in the environment, or count_memory of the image, sets another one"
+            )
 
     def _chunks(self) -> Iterator[slice]:
         for number in sorted(self._touched):
@@ -131,7 +193,10 @@ class Counts:
             if offset & mask or c >= self.clusters:
                 bad.append((i, entry))
                 continue
-            self._touched.add(c >> _CHUNK_BITS)
+            self._touch(c, c + 1)
+            if c >> _UNIT_BITS not in self._table_units:
+                self._table_units.add(c >> _UNIT_BITS)
+                self._pay(self._unit_cost)
             self._named[c] += times
             self.found[c] += times
             if active:
@@ -173,7 +238,7 @@ class Counts:
         external = self.header.has_data_file
         found, disk = self.found, self.disk
         clusters = compressed = fragmented = 0
-        chunk = -1
+        unit = -1
         outside, misaligned, wrong, reserved, wrong_bitmap = [], [], [], [], []
         for i, entry in enumerate(words):
             if entry & COMPRESSED:
@@ -201,9 +266,9 @@ class Counts:
             if c >= limit:
                 outside.append((i, entry))
                 continue
-            if c >> _CHUNK_BITS != chunk:
-                chunk = c >> _CHUNK_BITS
-                self._touched.add(chunk)
+            if c >> _UNIT_BITS != unit:
+                unit = c >> _UNIT_BITS
+                self._touch(c, c + 1)
             found[c] += times
             if active:
                 fragmented += bool(self._next) and c != self._next
@@ -270,7 +335,7 @@ class Counts:
         if not jumps:
             self._touch(int(host[0]), int(host[-1]) + 1)
         else:
-            self._touched.update(np.unique(host >> _CHUNK_BITS).tolist())
+            self._touch_scattered(host)
         if not jumps:
             self.found[int(host[0]) : int(host[0]) + len(host)] += step
         elif (steps > 0).all():
@@ -336,6 +401,10 @@ class Counts:
                     if have != want:
                         yield c, have, want
 
+    def highest(self) -> int:
+        """The highest refcount on the disk."""
+        return max((int(max(self.disk[c]) if not self._np else self.disk[c].max()) for c in self._chunks()), default=0)
+
     def end(self) -> int:
         """One past the highest cluster that is referenced or counted."""
         for chunk in reversed(list(self._chunks())):
@@ -345,6 +414,15 @@ class Counts:
         return 0
 
 
+def _limit_of_environment() -> int:
+    text = os.environ.get(MEMORY_VARIABLE)
+    if text is None:
+        return MEMORY_LIMIT
+    if not (text.isascii() and text.isdecimal()):
+        raise BlockError(f"{MEMORY_VARIABLE}={text}: expected a number of MiB")
+    return int(text) << 20
+
+
 def _zeroes(code: str, count: int) -> memoryview:
     """`count` numbers of a type of `array`, writable, in memory that costs nothing until it is written to."""
     size = array(code).itemsize * max(count, 1)
@@ -352,7 +430,7 @@ def _zeroes(code: str, count: int) -> memoryview:
         region = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     except (OSError, ValueError, OverflowError) as error:
         raise BlockError(f"no memory to count {count} clusters: {error}") from None
-    if size <= _HUGE_BELOW and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            region.madvise(mmap.MADV_HUGEPAGE)  # an eighth of the time of a check is page faults otherwise
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # an eighth of the time of a check is page faults otherwise
+            region.madvise(mmap.MADV_HUGEPAGE if size <= _HUGE_BELOW else mmap.MADV_NOHUGEPAGE)
     return memoryview(region).cast(code)  # type: ignore[call-overload, no-any-return]

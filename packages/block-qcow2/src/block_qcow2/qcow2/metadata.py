@@ -68,6 +68,7 @@ class Metadata:
         self._unready = False  # something has to be looked at before the first change
         self._misplaced: str | None = None  # two structures of the metadata that are in the same place
         self.refcount_cache_bytes = 0  # 0: the usual limit
+        self.count_memory = 0  # bytes that counting all references may take, 0: the usual limit
         self._load_tables(l2_cache_bytes or _L2_CACHE_BYTES)
 
     def _load_tables(self, l2_cache_bytes: int) -> None:

@@ -21,14 +21,14 @@ from .format import MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_OFFSET_MASK, Header
 if TYPE_CHECKING:
     from .counts import Counts
 
-_TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}  # by refcount_order; smaller counts are unpacked to bytes
+TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}  # by refcount_order; smaller counts are unpacked to bytes
 _CACHED_BLOCKS = 512  # of 64 KiB, that is what counts 1 TiB; the usual limit
 
 
 def unpack(data: bytes | bytearray, order: int) -> array[int]:
     """Counts of a refcount block, one an element."""
     if order >= 3:
-        return tables.from_bytes(data, _TYPECODES[order])
+        return tables.from_bytes(data, TYPECODES[order])
     bits = 1 << order
     mask = (1 << bits) - 1
     count = 8 // bits
@@ -166,7 +166,7 @@ class Refcounts:
 
     def fill(self, counts: Counts) -> None:
         """Give every count to `counts.set_disk`. Nothing is dirty."""
-        for index, entry in enumerate(self.table):
+        for index, entry in enumerate(self.table[: (counts.clusters - 1 >> self.block_bits) + 1]):
             if entry & REFCOUNT_OFFSET_MASK:
                 counts.set_disk(index << self.block_bits, self.raw_block(index))
 
@@ -261,7 +261,7 @@ class Refcounts:
         return offset
 
     def _empty_block(self) -> array[int]:
-        return array(_TYPECODES.get(self.order, "B"), [0]) * (1 << self.block_bits)
+        return array(TYPECODES.get(self.order, "B"), [0]) * (1 << self.block_bits)
 
     def _create_block(self, cluster: int) -> None:
         """Make the block that counts `cluster`, there. Raises TableFull."""

@@ -6,13 +6,15 @@ Each makes the image no worse at any moment than it was. Not here: deciding what
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from ..errors import ImageFormatError
 from . import tables
 from .counts import Counts
-from .format import REFCOUNT_OFFSET_MASK
+from .format import MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_OFFSET_MASK
 from .image import Qcow2Image
-from .refcount import pack
+from .refcount import TYPECODES, pack
 
 
 class Fix(NamedTuple):
@@ -31,12 +33,13 @@ def write_entries(image: Qcow2Image, fixes: list[Fix]) -> None:
     image.file.flush()
 
 
-def set_counts(image: Qcow2Image, changes: list[tuple[int, int]]) -> bool:
-    """Set the counts of clusters, as (cluster, count), on the disk. False if a block for one of them is missing."""
+def set_counts(image: Qcow2Image, changes: array[int]) -> bool:
+    """Set the counts of clusters on the disk; `changes` are pairs of cluster and count. False if a block is missing for one."""
     image._compressed_at = 0
     missing = False
+    pairs = iter(changes)
     with image._lock:
-        for cluster, want in changes:
+        for cluster, want in zip(pairs, pairs, strict=True):
             have = image.refcounts.get(cluster)
             block = cluster >> image.refcounts.block_bits
             if block >= len(image.refcounts.table) or not image.refcounts.table[block]:
@@ -68,31 +71,64 @@ def rebuild(image: Qcow2Image, counts: Counts, bad_blocks: set[int], *, keep: bo
     for c in drop:
         if c < counts.clusters and found[c]:
             found[c] -= 1
-    start = counts.clusters
-    per_block = 1 << refcounts.block_bits
-    blocks = clusters = 1
-    while True:
-        need = (-(-(start + blocks + clusters) // per_block), -(-blocks * 8 >> bits))
-        if need == (blocks, clusters):
-            break
-        blocks, clusters = max(need[0], blocks), max(need[1], clusters)
-    table = array("Q", [(start + i) << bits for i in range(blocks)]) + array("Q", bytes((clusters << bits) - 8 * blocks))
-    empty, counted = refcounts._empty_block(), set(counts.blocks(refcounts.block_bits))
-    for i in range(blocks):
-        block = array(empty.typecode, empty)
-        # A file can be nearly all hole: there is nothing to look for where nothing was counted.
-        for c in range(i * per_block, min((i + 1) * per_block, start)) if i in counted else ():
-            number = int(found[c])
-            if keep:
-                number = max(number, int(counts.disk[c]))
-            block[c % per_block] = min(number, refcounts.maximum)
-        for c in range(max(i * per_block, start), min((i + 1) * per_block, start + blocks + clusters)):
-            block[c % per_block] = 1
-        image.file.pwrite(table[i], pack(block, refcounts.order))
-    image.file.pwrite((start + blocks) << bits, tables.to_bytes(table))
-    header.refcount_table_offset, header.refcount_table_clusters = (start + blocks) << bits, clusters
+    maximum = refcounts.maximum
+
+    def numbers(part: slice) -> Any:
+        if isinstance(found, memoryview):
+            kept = map(max, found[part], counts.disk[part]) if keep else found[part]
+            return array("Q", [min(number, maximum) for number in kept])
+        import numpy as np
+
+        kept = np.maximum(found[part], counts.disk[part]) if keep else found[part]
+        return np.minimum(kept.astype(np.uint64), np.uint64(maximum))
+
+    place = write_structures(image, refcounts.order, counts, numbers, end=counts.clusters)
+    header.refcount_table_offset, header.refcount_table_clusters = place.offset, place.clusters
     image.write_header()
     with image._lock:
-        refcounts.replace(table, start + blocks + clusters)
+        refcounts.replace(place.table, place.end)
         image._find_reserved()
     image.file.refresh_size()
+
+
+class Structures(NamedTuple):
+    """A refcount table that was written, with its blocks, which nothing names yet."""
+
+    table: array[int]
+    offset: int  # bytes
+    clusters: int
+    end: int  # one past the last cluster of them
+
+
+def write_structures(image: Qcow2Image, order: int, counts: Counts, numbers: Callable[[slice], Any], *, end: int) -> Structures:
+    """Write refcount structures of another width, or for other numbers, from cluster `end` on, where the file ends.
+
+    `numbers` gives those of a slice of clusters, as numpy or `array` numbers. A file can be nearly all hole: only what was
+    counted gets blocks. ImageFormatError if the table would be too large for any program.
+    """
+    bits, block_bits = image.cluster_bits, image.cluster_bits + 3 - order
+    counted = set(counts.blocks(block_bits))
+    blocks, clusters = len(counted), 1
+    while True:  # the new structures are counted too
+        indices = counted | set(range(end >> block_bits, (end + blocks + clusters - 1 >> block_bits) + 1))
+        need = len(indices), -(-8 * (max(indices) + 1) >> bits)
+        if need[0] <= blocks and need[1] <= clusters:
+            break
+        blocks, clusters = max(need[0], blocks), max(need[1], clusters)
+    if clusters << bits > MAX_REFCOUNT_TABLE_BYTES:
+        raise ImageFormatError(f"the refcount table would take {clusters << bits} bytes, at most {MAX_REFCOUNT_TABLE_BYTES} work")
+    table = array("Q", bytes(clusters << bits))
+    typecode = TYPECODES.get(order, "B")
+    for place, index in enumerate(sorted(indices), end):
+        first, stop = index << block_bits, (index + 1) << block_bits
+        block = array(typecode, [0]) * (stop - first)
+        if first < end:
+            part = numbers(slice(first, min(stop, end)))
+            known = array(typecode, part if isinstance(part, array | memoryview) else part.astype(f"u{block.itemsize}").tobytes())
+            block[: len(known)] = known
+        for c in range(max(first, end), min(stop, end + blocks + clusters)):
+            block[c - first] = 1
+        table[index] = place << bits
+        image.file.pwrite(table[index], pack(block, order))
+    image.file.pwrite((end + blocks) << bits, tables.to_bytes(table))
+    return Structures(table, (end + blocks) << bits, clusters, end + blocks + clusters)

@@ -382,7 +382,7 @@ def add_references(image: Qcow2Image, l1: array[int], delta: int, seen: Callable
 
     `seen` is told of L2 tables that have been gone through.
     """
-    counts = Counts(image.header, image.refcounts.end, l1_entries=len(l1))
+    counts = Counts(image.header, image.refcounts.end, l1_entries=len(l1), memory=image.count_memory)
     for i, entry in counts.add_tables(l1):
         raise image._corrupt(f"L1 entry {i}: L2 table at {entry & OFFSET_MASK:#x}, expected a cluster inside the file")
     for offset, times, _ in counts.tables():
@@ -407,7 +407,7 @@ def fix_copied(image: Qcow2Image, leave: frozenset[int] | set[int] = frozenset()
     The caches are empty or agree with the disk. `seen` as in add_references().
     """
     header = image.header
-    counts = Counts(header, image.refcounts.end)
+    counts = Counts(header, image.refcounts.end, memory=image.count_memory)
     with image._lock:
         image.refcounts.fill(counts)
         image.l2.clear()
