@@ -578,7 +578,7 @@ class Methods:
         return self.call(TraceGetState(name_=name))
 
     def trace_set_state(self, *, name: str, enable: bool) -> None:
-        """Switch the trace points whose names match."""
+        """Switch the trace points whose names match, all of them or none."""
         from qmp_protocol.commands.debug import TraceSetState
 
         self.call(TraceSetState(name_=name, enable=enable))
@@ -1130,7 +1130,7 @@ class AsyncMethods:
         return await self.call(TraceGetState(name_=name))
 
     async def trace_set_state(self, *, name: str, enable: bool) -> None:
-        """Switch the trace points whose names match."""
+        """Switch the trace points whose names match, all of them or none."""
         from qmp_protocol.commands.debug import TraceSetState
 
         await self.call(TraceSetState(name_=name, enable=enable))

@@ -77,9 +77,9 @@ class TraceGetState(Command[list[TraceState]], name="trace-get-state"):
 
 
 class TraceSetState(Command[Empty], name="trace-set-state"):
-    """Switch the trace points whose names match. No match is no error.
+    """Switch the trace points whose names match, all of them or none. No match is no error.
 
-    Errors: GenericError when the pattern is no regular expression.
+    Errors: GenericError when the pattern is no regular expression, or one of the points cannot be switched.
     """
 
     name_: str = member("name", doc="a regular expression, found anywhere in a name")
