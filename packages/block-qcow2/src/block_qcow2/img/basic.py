@@ -10,7 +10,7 @@ from ..errors import BlockError
 from ..images import create_image, open_any, resolve_name, unlock
 from ..qcow2.create import Options
 from . import args
-from .args import UsageError, parse
+from .args import UsageError, one_line, parse
 from .interrupt import Making
 from .options import (
     apply_cache,
@@ -346,7 +346,7 @@ def listing(snapshots: list[Any]) -> str:
         seconds, ms = s.vm_clock_nsec // 10**9, s.vm_clock_nsec // 10**6 % 1000
         clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{ms:03}"
         icount = "" if s.icount == (1 << 64) - 1 else str(s.icount)
-        lines.append(f"{s.id:<9} {s.name:<16} {s.vm_state_size:>6} B{date:>20}{clock:>13}{icount:>11}")
+        lines.append(f"{one_line(s.id):<9} {one_line(s.name):<16} {s.vm_state_size:>6} B{date:>20}{clock:>13}{icount:>11}")
     return "".join(line + "\r\n" for line in lines)
 
 

@@ -11,11 +11,11 @@ from ..errors import BlockError
 from ..images import open_any, resolve_name
 from ..qcow2.bitmaps import load as load_bitmaps
 from . import args
-from .args import UsageError, human_size, parse
+from .args import UsageError, human_size, one_line, parse
 from .basic import _one_path, _output, listing, opened
 from .options import cache_mode, read_format
 from .progress import Progress
-from .secrets import SECRETS
+from .secrets import SECRETS, secrets
 
 COMMON = {**SECRETS, "f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": ""}
 
@@ -27,6 +27,7 @@ def info(words: list[str]) -> int:
     given = parse(words, {**COMMON, "backing-chain": ""})
     path = _one_path(given.words, "Image info requires path")
     output = _output(given.last("output"))
+    secrets(given)  # metadata are not encrypted: they only have to be right
     fmt, share = read_format(given.last("f")), given.flag("U")
     found: list[dict[str, Any]] = []
     names: list[Any] = []
@@ -137,7 +138,7 @@ def _describe(image: Any, path: str) -> dict[str, Any]:
 
 def _human(d: dict[str, Any], snapshots: list[Any]) -> str:
     lines = [
-        f"image: {d['filename']}",
+        f"image: {one_line(d['filename'])}",
         f"file format: {d['format']}",
         f"virtual size: {human_size(d['virtual-size'])} ({d['virtual-size']} bytes)",
         f"disk size: {human_size(d['actual-size'])}",
@@ -151,10 +152,11 @@ def _human(d: dict[str, Any], snapshots: list[Any]) -> str:
     if "backing-filename" in d:
         full = d.get("full-backing-filename", d["backing-filename"])
         lines.append(
-            f"backing file: {d['backing-filename']}" + (f" (actual path: {full})" if full != d["backing-filename"] else "")
+            f"backing file: {one_line(d['backing-filename'])}"
+            + (f" (actual path: {one_line(full)})" if full != d["backing-filename"] else "")
         )
         if "backing-filename-format" in d:
-            lines.append(f"backing file format: {d['backing-filename-format']}")
+            lines.append(f"backing file format: {one_line(d['backing-filename-format'])}")
     text = "\n".join(lines) + "\n"
     if snapshots:
         text += "Snapshot list:\n" + listing(snapshots).replace("\r\n", "\n")
@@ -173,7 +175,7 @@ def _tree(values: dict[str, Any] | list[Any], depth: int) -> str:
         if isinstance(value, dict | list):
             text += f"{label}\n{_tree(value, depth + 1)}"
         else:
-            text += f"{label} {str(value).lower() if isinstance(value, bool) else value}\n"
+            text += f"{label} {str(value).lower() if isinstance(value, bool) else one_line(str(value))}\n"
     return text
 
 
@@ -266,12 +268,26 @@ def map(words: list[str]) -> int:
             print("[" + ",\n".join(lines) + "]")
             return 0
         print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+        names = _names(image, path)
         for m in parts:
             if m.data and m.compressed:
                 raise BlockError("File contains external, encrypted or compressed clusters.")
             if m.data:
-                print(f"{_hex(m.start):<16}{_hex(m.length):<16}{_hex(m.offset or 0):<16}{m.path}")
+                print(f"{_hex(m.start):<16}{_hex(m.length):<16}{_hex(m.offset or 0):<16}{one_line(names.get(m.path, m.path))}")
     return 0
+
+
+def _names(image: Any, path: str) -> dict[str, str]:
+    """What the files of a chain are called, from the names in it: relative ones stay so, as qemu-img has it."""
+    found = {}
+    while image is not None:
+        found[image.path] = path
+        if getattr(image, "external", False):
+            found[image.data_file.path] = _full_name(path, image.data_file_name, True)
+        if image.backing is not None:
+            path = _full_name(path, image.backing_file, True)
+        image = image.backing
+    return found
 
 
 def _hex(n: int) -> str:
@@ -309,12 +325,13 @@ def compare(words: list[str]) -> int:
                     say("Strict mode: Image size mismatch!")
                     return 1
                 say("Warning: Image size mismatch!")
-            at = difference(a, b, min(a.size, b.size), strict, progress)
-            if at is None and a.size != b.size:
+            differs = difference(a, b, min(a.size, b.size), strict, progress)
+            if differs is None and a.size != b.size:
                 longer = a if a.size > b.size else b
                 at = first_nonzero(longer, min(a.size, b.size))
-            if at is not None:
-                say(f"Content mismatch at offset {at}!")
+                differs = _content(at) if at is not None else None
+            if differs is not None:
+                say(differs)
                 return 1
             say("Images are identical.")
             return 0
@@ -337,23 +354,27 @@ def _read_into(image: Any, at: int, view: memoryview) -> None:
         raise _ReadError(f"Error while reading offset {at} of {image.path}: {args.text_of(e)}") from e
 
 
-def difference(a: Any, b: Any, size: int, strict: bool, progress: Progress) -> int | None:
-    """The first offset at which two images differ, None if they do not. `strict`: whether they have data there counts too."""
+def _content(at: int) -> str:
+    return f"Content mismatch at offset {at}!"
+
+
+def difference(a: Any, b: Any, size: int, strict: bool, progress: Progress) -> str | None:
+    """Where two images first differ, None if they do not. `strict`: whether they have something there, and what, counts too."""
     one, other = bytearray(_CHUNK), bytearray(_CHUNK)
     left, right = _cursor(a, size), _cursor(b, size)
     at = 0
     x, y = next(left, None), next(right, None)
     while at < size and x is not None and y is not None:
         end = min(x.start + x.length, y.start + y.length)
-        if strict and x.present != y.present:
-            return at
+        if strict and (x.present, x.zero, x.data) != (y.present, y.zero, y.data):
+            return f"Strict mode: Offset {at} block status mismatch!"
         if x.data or y.data:
             n = min(end - at, _CHUNK)
             with memoryview(one) as v, memoryview(other) as w:
                 _read_into(a, at, v[:n])
                 _read_into(b, at, w[:n])
             if one != other if n == _CHUNK else one[:n] != other[:n]:
-                return at + next(i for i in range(n) if one[i] != other[i])
+                return _content(at + next(i for i in range(n) if one[i] != other[i]))
             at += n
         else:
             at = end
