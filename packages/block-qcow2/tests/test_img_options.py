@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -94,6 +95,21 @@ def test_growing_with_preallocation(img: Any, options: str, mode: str) -> None:
     mapped = json.loads(qemu_img("map", "--output=json", "a"))
     assert all(part["present"] for part in mapped if part["start"] >= 3 * MiB)
     qemu_io("a", "read -P 7 2900K 100K", "read -P 0 3000K 6216K")
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_growing_without_room_for_it_gives_back_what_it_took(img: Any, fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "a")
+
+    img("create", "-f", fmt, "a", "1M")
+    monkeypatch.setattr("block_qcow2.prealloc.fill", full)
+    monkeypatch.setattr("block_qcow2.qcow2.create.fill", full)
+    said = img("resize", "-f", fmt, "--preallocation", "falloc", "a", "+8M")
+    assert (said.status, said.out, said.err) == (1, "", "stratovirt-img: a: No space left on device\n")
+    assert virtual_size("a") == MiB
+    if fmt == "qcow2":
+        is_clean("a")
 
 
 def test_what_growing_with_preallocation_refuses(img: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from .. import prealloc
@@ -267,8 +268,13 @@ def resize(words: list[str]) -> int:
         old = image.size
         image.resize(new, shrink=True)
         if mode != "off":
-            with Progress(new - old, shown=given.flag("p"), quiet=given.flag("q")) as progress:
-                _preallocate(image, old, mode, progress)
+            try:
+                with Progress(new - old, shown=given.flag("p"), quiet=given.flag("q")) as progress:
+                    _preallocate(image, old, mode, progress)
+            except (OSError, BlockError):
+                with suppress(OSError, BlockError):  # what was taken is given back: the host has no room for it
+                    image.resize(old, shrink=True)
+                raise
         image.flush()
     if not given.flag("q"):
         print("Image resized.")
