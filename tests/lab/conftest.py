@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from lab import guests, suite
 from lab.probe import probe
-from lab.vmm import Qmp, Vmm, end_session, session_processes
+from lab.vmm import Failure, Qmp, QmpError, Vmm, end_session, session_processes
 
 _HERE = Path(__file__).parent
 # Where programs put temporary files. In the lab a view of what was written there: in /tmp itself, files that others make
@@ -32,6 +33,7 @@ _WATCHED = (f"{_WRITTEN}/tmp", f"{_WRITTEN}/var/tmp", "/dev/shm", "/run")
 _HARMLESS = re.compile(r"(Unhandled|ignored) (WRMSR|wrmsr).*0xc0010007")
 _COMPLAINT = re.compile(r"\bkvm\b.*|SVM:.*|BUG:.*|Oops.*|Call Trace.*|Out of memory.*|general protection.*", re.IGNORECASE)
 # What a stock kernel does at a start that none of these tests is about: a fifth of its time, where all of it is emulated.
+_REGISTERS = ("rip", "rflags", "rsp", "cs", "cr0", "cr3", "rax", "rdi", "rsi")
 _FASTER = "mitigations=off nokaslr cryptomgr.notests audit=0 apparmor=0"
 _report = pytest.StashKey[pytest.TestReport]()
 
@@ -244,6 +246,9 @@ def start(request: pytest.FixtureRequest, folder: Path) -> Iterator[Callable[...
         return vmm
 
     yield starter
+    if _failed(request.node):
+        for vmm in running:
+            _look(vmm, folder)
     for vmm in running:
         vmm.kill()
     left = [entry for vmm in running for entry in session_processes(vmm.pid)]
@@ -320,10 +325,38 @@ def _failed(item: pytest.Item) -> bool:
     return item.stash.get(_report, None) is not None and item.stash[_report].failed
 
 
+def _look(vmm: Vmm, folder: Path) -> None:
+    """Write down what a machine does that a test waits for: its threads, and where its vCPUs are, twice."""
+    if vmm.process.poll() is not None:
+        return
+    lines = []
+    for task in sorted(Path(f"/proc/{vmm.pid}/task").iterdir()):
+        with suppress(OSError):
+            stat, wchan, call = ((task / name).read_text().strip() for name in ("stat", "wchan", "syscall"))
+            lines.append(f"{stat.partition(')')[0]}) {' '.join(stat.rpartition(')')[2].split()[:1])} {wchan} {call}")
+    try:
+        with Qmp(folder / "qmp.sock", timeout=5.0) as client:
+            lines.append(str(client.execute("query-status", timeout=5.0)))
+            cpus = len(client.execute("query-cpus", timeout=5.0))
+            for _ in range(2):
+                for cpu in range(cpus):
+                    values = [
+                        f"{name}={client.execute('query-vcpu-reg', {'addr': name, 'vcpu': cpu}, timeout=20.0)}"
+                        for name in _REGISTERS
+                    ]
+                    lines.append(f"vCPU {cpu}: {' '.join(values)}")
+            lines.append(str(client.execute("human-monitor-command", {"command-line": "info stats"}, timeout=5.0)))
+    except (Failure, QmpError, OSError) as error:
+        lines.append(f"QMP: {error}")
+    vmm.log.with_suffix(".state").write_text("\n".join(lines) + "\n")
+
+
 def _keep(item: pytest.Item, vmms: list[Vmm]) -> None:
     target = Path(os.environ.get("LAB_OUT", "lab-results")) / re.sub(r"[^\w.-]+", "_", item.name)
     target.mkdir(parents=True, exist_ok=True)
     for vmm in vmms:
         shutil.copy(vmm.console, target)
         shutil.copy(vmm.log, target)
+        if (state := vmm.log.with_suffix(".state")).exists():
+            shutil.copy(state, target)
         (target / f"{vmm.log.stem}.command").write_text(" ".join(vmm.command) + "\n")
