@@ -181,6 +181,21 @@ def test_a_name_of_any_bytes_is_a_name(start: Start, image: Path) -> None:
     assert said == "stratovirt-img: Invalid export name of 4097 bytes: expected up to 4096\n"
 
 
+def test_clients_over_tcp_are_looked_after(image: Path) -> None:
+    """One whose machine has gone would hold its place for ever: the kernel asks now and then whether it is there."""
+    command = [sys.executable, "-m", "block_qcow2.img", "serve", "-b", "127.0.0.1", "-p", "0", str(image)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline().rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            receive(client, 18)  # it is served
+            rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        [timer] = [row[5] for row in rows if int(row[1].partition(":")[2], 16) == port and row[3] == "01"]
+        assert timer.startswith("02:")  # the timer that is neither of retransmission nor of a probe for room
+        server.terminate()
+        assert server.wait(30) == 0
+
+
 def test_an_export_in_use_is_locked(start: Start, image: Path) -> None:
     start(image)
     assert "lock" in qemu_img("info", image, status=1)
