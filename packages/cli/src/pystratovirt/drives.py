@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from pystratovirt.cmdline.backends import Drive
     from pystratovirt.cmdline.secrets import Secret
 
-SECRET_MAX = 64 << 10  # bytes of a file with a passphrase
-
 
 def open_image(drive: Drive, secrets: Mapping[str, Secret]) -> Disk:
     """Open and lock an image; its passphrase is one of `secrets`. Raises BlockError, and has nothing open then."""
@@ -43,25 +41,6 @@ def open_image(drive: Drive, secrets: Mapping[str, Secret]) -> Disk:
 
 def _passphrase(secret: Secret) -> bytes:
     """What a secret stands for. Raises BlockError."""
-    from block_qcow2.errors import OpenError
+    from block_qcow2 import read_secret
 
-    name = f"secret {secret.id}"
-    if secret.data is not None:
-        found = secret.data.encode("utf-8", "surrogateescape")
-    else:
-        assert secret.file is not None  # one of the two is given
-        try:
-            with open(secret.file, "rb") as file:  # noqa: PTH123 - pathlib is not imported at a start
-                found = file.read(SECRET_MAX + 1)
-        except OSError as error:
-            raise OpenError(f"{name}: {secret.file}: {error.strerror}") from None
-        if len(found) > SECRET_MAX:
-            raise OpenError(f"{name}: {secret.file}: expected at most {SECRET_MAX} bytes")
-    if secret.format == "base64":
-        import binascii
-
-        try:
-            return binascii.a2b_base64(b"".join(found.split()), strict_mode=True)
-        except binascii.Error as error:
-            raise OpenError(f"{name}: no base64: {error}") from None
-    return found
+    return read_secret(f"secret {secret.id}", data=secret.data, file=secret.file, format=secret.format)
