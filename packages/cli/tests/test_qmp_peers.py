@@ -229,6 +229,7 @@ class TestTypedMethods:
 
     def test_do_what_their_names_say(self, tmp_path: Path) -> None:
         create_image(str(tmp_path / "disk"), 1 << 20)
+        (tmp_path / "raw").write_bytes(bytes(1 << 20))
         with pc(tmp_path / "s"), QmpClient(str(tmp_path / "s"), timeout=60) as client:
             client.cont()
             assert client.wait_event(60).name == "RESUME"
@@ -237,7 +238,9 @@ class TestTypedMethods:
             assert client.query_status().status == "paused"
             file = BlockdevFile(driver="file", filename=str(tmp_path / "disk"), aio="threads")
             client.blockdev_add(node_name="d", file=file, cache=BlockdevCache(direct=False), driver="qcow2")
-            assert "d" in {node["node-name"] for node in client.query_named_block_nodes()}
+            file = BlockdevFile(driver="file", filename=str(tmp_path / "raw"), aio="threads")
+            client.blockdev_add(node_name="r", file=file, cache=BlockdevCache(direct=False))
+            assert {"d", "r"} <= {node["node-name"] for node in client.query_named_block_nodes()}
             client.device_add(id="disk0", driver="virtio-blk-pci", drive="d", addr="0x5")
             assert client.query_block()[0]["inserted"]["node-name"] == "d"
             with pytest.raises(QmpError, match="is in use"):

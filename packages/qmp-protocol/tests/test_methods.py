@@ -95,15 +95,16 @@ def test_a_method_needs_what_its_command_needs_and_its_result_is_declared(comman
         assert client.sent[0][0].to_json() == {}
 
 
-def test_arguments_that_say_the_default_are_left_out() -> None:
+def test_arguments_that_say_the_default_are_left_out_unless_other_servers_want_them() -> None:
     client = Recorder()
     file = BlockdevFile(driver="file", filename="/x")
-    client.blockdev_add(node_name="d", file=file, cache=BlockdevCache(direct=False), throttling_iops_total=5, driver="raw")
+    client.blockdev_add(node_name="d", file=file, cache=BlockdevCache(direct=False), throttling_iops_total=5, media="disk")
     assert client.sent[0][0].to_json() == {
         "node-name": "d",
         "file": {"driver": "file", "filename": "/x", "aio": "off"},
         "cache": {"direct": False},
         "throttling.iops-total": 5,
+        "driver": "raw",  # QEMU has no default for it
     }
 
 

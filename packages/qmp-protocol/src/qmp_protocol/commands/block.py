@@ -39,7 +39,7 @@ class BlockdevAdd(Command[Empty], name="blockdev-add"):
     file: BlockdevFile
     cache: BlockdevCache | None = member(default=None)
     read_only: bool = member("read-only", default=False, doc="refuse writes")
-    driver: Literal["raw", "qcow2"] = member(default="raw", doc="image format")
+    driver: Literal["raw", "qcow2"] = member(default="raw", always=True, doc="image format")
     media: Literal["disk", "cdrom"] = member(default="disk")
     discard: Literal["unmap", "ignore"] = member(
         default="ignore",

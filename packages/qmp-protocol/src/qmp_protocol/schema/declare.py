@@ -101,11 +101,11 @@ class Command(Struct, Generic[R_co]):
         return {name: " ".join(text.split()) for name, text in _ERROR.findall(found[1])}
 
     def to_json(self) -> dict[str, Json]:
-        """Return the arguments. Members that have their default are left out: the server knows it."""
+        """Return the arguments. Members that have their default are left out, as the server knows it, but for `always` ones."""
         result: dict[str, Json] = {}
         for field in self.fields():
             value = getattr(self, field.attribute)
-            if field.required or value != field.default:
+            if field.required or value != field.default or self._members[field.attribute].always:
                 result[field.name] = self.member_to_json(field.attribute)
         return result
 

@@ -42,6 +42,7 @@ class _Member(NamedTuple):
     high: int | None
     also: Mapping[str, str]
     words: tuple[str, str] | None
+    always: bool
     doc: str
 
 
@@ -54,15 +55,17 @@ def member(
     high: int | None = None,
     also: Mapping[str, str] | None = None,
     words: tuple[str, str] | None = None,
+    always: bool = False,
     doc: str = "",
 ) -> Any:
     """Say more about a member than its annotation does.
 
     `name` is its JSON name when that is no Python name; `default` makes it optional; `max_length` bounds text in characters;
     `low` and `high` bound a number; `also` maps further spellings of a choice to the one meant; `words` are how a boolean is
-    written, false first; `doc` is a sentence.
+    written, false first; `always`: a client sends it even when it says the default, because other servers have none; `doc` is a
+    sentence.
     """
-    return _Member(name, default, max_length, low, high, also or {}, words, doc)
+    return _Member(name, default, max_length, low, high, also or {}, words, always, doc)
 
 
 class Field(NamedTuple):
@@ -94,7 +97,7 @@ class Struct:
                 continue
             given = cls.__dict__.get(attribute, _REQUIRED)
             if not isinstance(given, _Member):
-                given = _Member("", given, 0, None, None, {}, None, "")
+                given = _Member("", given, 0, None, None, {}, None, False, "")
             if not given.name:
                 given = given._replace(name=attribute)
             members[attribute] = given
