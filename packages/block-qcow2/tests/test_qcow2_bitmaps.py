@@ -204,6 +204,18 @@ def test_snapshots_and_resizing_keep_bitmaps(path: Path) -> None:
     assert dirty_here(path, "one") == [(0, SIZE)], "anything may have changed"
 
 
+def test_a_size_that_a_bitmap_cannot_follow_changes_nothing(path: Path) -> None:
+    with open_image(path, read_only=False) as image:
+        size = image.size
+        with pytest.raises(BitmapError, match="'fine' takes"):
+            image.resize(1 << 40)
+        assert image.size == size
+        image.write(size - 512, b"x" * 512)
+    with open_image(path) as image:
+        assert image.size == size
+        assert Bitmaps(image).find("fine").consistent
+
+
 def test_a_wrong_directory_is_refused_and_not_believed(path: Path) -> None:
     with open_image(path) as image:
         data = image.header.extension(0x23852875)

@@ -90,6 +90,32 @@ def test_a_file_that_ends_inside_a_cluster_reads_as_zeroes(disk: Any, image: Pat
     driver.channel.close()
 
 
+def test_a_read_that_no_thread_can_do_again_is_finished_with_an_error(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file ends inside the cluster, so the fast way gives up; and the host has no thread to give."""
+    disk = open_disk(image, format="qcow2", aio="threads")
+    driver = Driver(disk)
+    driver.write(0, b"x" * 65536)
+    driver.wait(driver.channel.flush("flush"))
+    image_file = disk.image.file
+    os.truncate(image, image_file.refresh_size() - 32768)
+    submit = disk._data._pool.submit
+    results = iter([submit])
+
+    def scarce(work: Any) -> None:
+        next(results, _no_thread)(work)
+
+    monkeypatch.setattr(disk._data._pool, "submit", scarce)
+    data = bytearray(65536)
+    inline = driver.channel.readv(0, [memoryview(data)], "read")
+    assert driver.wait(inline) == -errno.EAGAIN
+    monkeypatch.setattr(disk._data._pool, "submit", submit)
+    disk.close()
+
+
+def _no_thread(work: Any) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def test_outside_the_disk_is_refused(disk: Any) -> None:
     channel = disk.channel()
     buffer = [memoryview(bytearray(512))]

@@ -206,6 +206,52 @@ def test_a_snapshot_operation_that_fails_anywhere_is_undone_or_repaired(operatio
     assert call > 10
 
 
+class NoRoom(MemoryFile):
+    """The write number `full_at` finds no room."""
+
+    full_at = -1
+    writes = 0
+    failed: tuple[int, int] = (-1, 0)  # offset, and the number of snapshots that the header named then
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self.writes += 1
+        if self.writes == self.full_at:
+            self.failed = offset, int.from_bytes(self.data[60:64], "big")
+            raise OSError(errno.ENOSPC, "injected")
+        super().pwrite(offset, data)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_snapshot_that_there_is_no_room_for_leaves_an_image_that_can_be_written(version: int) -> None:
+    """Up to the moment when the header names it, every failed write is undone."""
+    done = False
+    call = undone = 0
+    while not done:
+        call += 1
+        file: Any = NoRoom()
+        write_empty(file, 40 * 1024, Options(cluster_size=1024, version=version))
+        image = open_qcow2(file, read_only=False)
+        image.write(0, b"1" * 40 * 1024)
+        image.flush()
+        file.writes, file.full_at = 0, call
+        try:
+            Snapshots(image).create("two")
+            done = file.writes < call
+        except OSError:
+            offset, snapshots = file.failed
+            if image._broken:
+                assert snapshots or not offset, (call, image._broken)
+                continue
+            undone += 1
+        file.full_at = -1
+        image.write(0, b"2" * 40 * 1024)
+        image.flush()
+        again: Any = open_qcow2(MemoryFile(bytes(file.data)))
+        assert check(again).clean, call
+        assert again.read(0, again.size) == b"2" * 40 * 1024
+    assert undone > 4
+
+
 def test_a_compressed_write_that_fails_leaks_nothing() -> None:
     for call in range(1, 4):
         file: Any = Faulty()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from block_qcow2 import create_image, open_disk, open_image
-from block_qcow2.errors import BlockError, OpenError, UnsupportedFeatureError
+from block_qcow2.errors import BlockError, ImageFormatError, OpenError, UnsupportedFeatureError
 from block_qcow2.luks import WrongPassphraseError
 from block_qcow2.qcow2.check import check
 from block_qcow2.qcow2.create import Options
@@ -150,3 +150,18 @@ def test_a_header_with_absurd_numbers_is_refused_quickly(tmp_path: Path) -> None
         path.write_bytes(broken)
         with pytest.raises(BlockError, match="LUKS"):
             open_image(path, passphrase=PASSPHRASE)
+
+
+@pytest.mark.parametrize("slot", [0, 5])
+@pytest.mark.parametrize("offset", [0, 1, 8 + 63, 1 << 20])
+def test_key_slots_that_overlap_something_are_refused(tmp_path: Path, slot: int, offset: int) -> None:
+    """Erasing such a slot would destroy the header, another slot, or data."""
+    path = tmp_path / "evil.qcow2"
+    create_image(path, MiB, options=Options(passphrase=b"a", luks_rounds=1000))
+    with open_image(path) as image:
+        where = image.header.luks_header[0]
+    with path.open("r+b") as file:
+        file.seek(where + 208 + 48 * slot + 40)
+        file.write(offset.to_bytes(4, "big"))
+    with pytest.raises(ImageFormatError, match=r"LUKS key slot \d: key material at sector"):
+        open_image(path, passphrase=b"a")

@@ -132,7 +132,20 @@ def parse(read: Read) -> Header:
         if active == _ACTIVE and (stripes != _STRIPES or not 0 < slot_rounds <= _MAX_ITERATIONS):
             raise ImageFormatError(f"LUKS key slot {i}: {stripes} stripes, {slot_rounds} iterations")
         slots.append(Slot(active == _ACTIVE, slot_rounds, slot_salt, offset, stripes))
+    _check_places(slots, key_bytes, payload)
     return Header(mode, kind, key_bytes, digest, salt, rounds, slots, payload * SECTOR, _text(uuid))
+
+
+def _check_places(slots: list[Slot], key_bytes: int, payload: int) -> None:
+    """Refuse key slots that are in the place of the header, of each other or of the payload: one of them changes the others."""
+    sectors = -(-key_bytes * _STRIPES // SECTOR)
+    end = -(-(_HEADER.size + _SLOTS * _SLOT.size) // SECTOR)
+    for offset, number in sorted((slot.offset, number) for number, slot in enumerate(slots)):
+        if offset < end or offset + sectors > payload:
+            raise ImageFormatError(
+                f"LUKS key slot {number}: key material at sector {offset}, expected {sectors} sectors from {end} to {payload}"
+            )
+        end = offset + sectors
 
 
 def master_key(header: Header, read: Read, passphrase: bytes) -> tuple[bytes, int]:

@@ -176,8 +176,14 @@ class Bitmaps:
         if total > MAX_LOADED_BYTES:
             raise BitmapError(f"Bitmap '{bitmap.name}' makes {total} bytes of bitmaps, at most {MAX_LOADED_BYTES} work together")
 
-    def _bytes(self, bitmap: Bitmap) -> int:
-        granules = -(-self.image.size >> bitmap.granularity_bits)
+    def must_fit(self, size: int) -> None:
+        """BitmapError if the bitmaps that are loaded would take too much for a disk of `size` bytes."""
+        total = sum(self._bytes(b, size) for b in self.list if b.bits is not None)
+        if total > MAX_LOADED_BYTES:
+            raise BitmapError(f"a disk of {size} bytes takes {total} bytes of bitmaps, at most {MAX_LOADED_BYTES} work together")
+
+    def _bytes(self, bitmap: Bitmap, disk_size: int | None = None) -> int:
+        granules = -(-(self.image.size if disk_size is None else disk_size) >> bitmap.granularity_bits)
         size = -(-granules // 8)
         if size > _MAX_BYTES:
             raise BitmapError(f"Bitmap '{bitmap.name}' takes {size} bytes, at most {_MAX_BYTES} work")

@@ -262,7 +262,9 @@ class Qcow2Channel:
                 self._image.end(token.operation)
                 if result == -errno.EIO and not token.write:
                     # The file may end inside a cluster, whose rest is zeroes: the blocking way knows.
-                    self._again(token)
+                    again = self._again(token)
+                    if again is not None:
+                        done.append((token.token, again))
                     continue
                 done.append((token.token, result))
             else:

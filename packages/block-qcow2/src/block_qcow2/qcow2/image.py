@@ -397,6 +397,8 @@ class Qcow2Image(Writer):
         needed = -(-size >> self._l2_shift) if size else 0
         if needed * 8 > MAX_L1_BYTES:
             raise ImageFormatError(f"an L1 table for {size} bytes would take {needed * 8} bytes, at most {MAX_L1_BYTES} work")
+        if self.bitmaps is not None:
+            self.bitmaps.must_fit(size)
         if size > self.size:
             self._forget_tail()
         with self.exclusive():

@@ -196,6 +196,8 @@ class Snapshots:
             if needed * 8 > MAX_L1_BYTES:
                 raise ImageFormatError(f"snapshot {snapshot.name}: disk size {snapshot.disk_size} is too large")
             image.must_not_overlap(l1)
+            if image.bitmaps is not None:
+                image.bitmaps.must_fit(snapshot.disk_size)
             l1.extend(array("Q", bytes(8 * max(needed - len(l1), 0))))
             change.count(l1, 1)
             change.replace_l1(l1, snapshot.disk_size)
@@ -223,6 +225,7 @@ class _Transition:
         self._freed: list[tuple[int, int]] = []
         self._allocated: list[tuple[int, int]] = []
         self._l1: array[int] | None = None
+        self._flags_changed = False
 
     def __enter__(self) -> Self:
         image = self.image
@@ -236,18 +239,13 @@ class _Transition:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         image = self.image
         if kind is not None:
-            # Nothing names what was prepared. Counts may be too high on the disk: the dirty bit says so until a check.
-            try:
-                for l1 in self._counted:
-                    add_references(image, l1, -1)
-                with image._lock:
-                    for first, count in self._allocated:
-                        image.refcounts.add(first, count, -1)
-                        image.reserved.difference_update(range(first, first + count))
-                self._clean(image)
-            except (OSError, BlockError):
-                image._broken = "a snapshot operation could not be undone"
+            self._undo(image)
             return
+        try:
+            self._prepare(image)
+        except BaseException:
+            self._undo(image)
+            raise
         try:
             self._finish(image)
         except BaseException:
@@ -255,23 +253,44 @@ class _Transition:
             image._broken = "a snapshot operation failed half-way"
             raise
 
+    def _undo(self, image: Qcow2Image) -> None:
+        """Nothing names what was prepared. Counts may be too high on the disk: the dirty bit says so until a check."""
+        try:
+            for l1 in self._counted:
+                add_references(image, l1, -1)
+            with image._lock:
+                for first, count in self._allocated:
+                    image.refcounts.add(first, count, -1)
+                    image.reserved.difference_update(range(first, first + count))
+            if self._flags_changed:
+                image.write_counts()
+                fix_copied(image)
+            self._clean(image)
+        except (OSError, BlockError):
+            image._broken = "a snapshot operation could not be undone"
+
     def _tables(self, tables: int) -> None:
         """As many tables more were gone through."""
         self._seen += tables
         self._progress(min(self._seen, self._expected), self._expected)
 
-    def _finish(self, image: Qcow2Image) -> None:
-        header, bits = image.header, image.cluster_bits
-        old_l1 = image.l1, header.l1_table_offset
+    def _prepare(self, image: Qcow2Image) -> None:
+        """Everything that can be done before the header names it."""
         image.write_counts()
         if self._counted and self._l1 is None:
             # What the snapshot is about to share must not be written in place, also after a power loss: version 2 has no mark
             # that says that its flags cannot be trusted.
+            self._flags_changed = True
             fix_copied(image, seen=self._tables)
         if self._l1 is not None:
-            offset, size = self._new_l1_at, self._new_size
-            image.file.pwrite(offset, tables.to_bytes(self._l1) + bytes(-len(self._l1) * 8 % image.cluster_size))
-            header.l1_table_offset, header.l1_size, header.size = offset, len(self._l1), size
+            data = tables.to_bytes(self._l1) + bytes(-len(self._l1) * 8 % image.cluster_size)
+            image.file.pwrite(self._new_l1_at, data)
+
+    def _finish(self, image: Qcow2Image) -> None:
+        header, bits = image.header, image.cluster_bits
+        old_l1 = image.l1, header.l1_table_offset
+        if self._l1 is not None:
+            header.l1_table_offset, header.l1_size, header.size = self._new_l1_at, len(self._l1), self._new_size
         if self.snapshots is not None:
             header.nb_snapshots = len(self.snapshots)
             header.snapshots_offset = self._table_at
