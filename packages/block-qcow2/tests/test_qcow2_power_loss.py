@@ -7,10 +7,14 @@ Version 2 has no mark that says that its COPIED flags cannot be trusted: they ma
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from block_qcow2.images import _nothing
+from block_qcow2.qcow2.amend import downgrade, set_refcount_bits
+from block_qcow2.qcow2.bitmaps import Bitmaps
 from block_qcow2.qcow2.check import check, repair_if_dirty
 from block_qcow2.qcow2.create import Options, write_empty
 from block_qcow2.qcow2.image import open_qcow2
@@ -138,6 +142,56 @@ def snapshot_content(file: Any, snapshot: Any) -> bytes:
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_power_loss_leaves_leaks_at_worst_and_keeps_what_was_flushed(seed: int) -> None:
     run(seed, CUTS)
+
+
+OLD, NEW = "/images/" + "a" * 100 + ".qcow2", "/srv/" + "b" * 90
+
+
+def add_bitmap(image: Any) -> None:
+    bitmaps = Bitmaps(image)
+    bitmaps.add("one")
+    bitmaps.store()
+
+
+HEADER_CHANGES: dict[str, Callable[[Any], None]] = {
+    "another backing file": lambda image: image.set_backing(NEW, "qcow2"),
+    "no backing file": lambda image: image.set_backing(None, None),
+    "a bitmap": add_bitmap,
+    "another version": downgrade,
+    "another width of counts": lambda image: set_refcount_bits(image, 64),
+    "a larger L1 table": lambda image: image.resize(400 * image.cluster_size),
+}
+
+
+@pytest.mark.parametrize("cluster", [512, 1024, 65536])
+@pytest.mark.parametrize("what", HEADER_CHANGES)
+def test_a_power_loss_leaves_the_old_header_or_the_new_one(what: str, cluster: int) -> None:
+    """Extensions and names are longer than a sector: half of a new header must not go with half of an old one."""
+    file: Any = MemoryFile()
+    options = Options(cluster_size=cluster, backing_file=OLD, backing_format="qcow2")
+    write_empty(file, 200 * cluster, options)
+    image = open_qcow2(file, read_only=False, open_backing=_nothing)
+    image.write(0, b"x" * 5000)
+    image.flush()
+    start = bytes(file.data)
+    file.log = log = []
+    HEADER_CHANGES[what](image)
+    image.flush()
+    names = {OLD, image.backing_file}
+    rng = random.Random(what)
+    losses = PowerLosses(start, log)
+    for cut in sorted(rng.randrange(len(log) + 1) for _ in range(150)):
+        disk: Any = MemoryFile(losses.after(cut, rng))
+        again = open_qcow2(disk, read_only=False, open_backing=_nothing)
+        assert again.backing_file in names, cut
+        repair_if_dirty(again)
+        result = check(again)
+        assert not result.corruptions, cut
+        assert not result.check_errors, cut
+        assert again.read(0, 5000) == b"x" * 5000
+    again = open_qcow2(MemoryFile(bytes(file.data)), open_backing=_nothing)  # type: ignore[arg-type]
+    assert again.backing_file == image.backing_file
+    assert again.header.feature_names() == image.header.feature_names()
 
 
 @pytest.mark.soak

@@ -136,8 +136,7 @@ def downgrade(image: Qcow2Image) -> None:
         header.version, header.header_length, header.compatible, header.autoclear = 2, V2_LENGTH, 0, 0
         header.set_extension(EXT_FEATURE_NAMES, None)
         try:
-            image.file.pwrite(0, header.pack())
-            image.file.flush()
+            image.write_whole_header()
         except ImageFormatError:
             header.version, header.header_length, header.compatible, header.autoclear, header.extensions = old
             raise
@@ -196,13 +195,10 @@ def set_data_file(image: Qcow2Image, name: str | None, raw: bool | None) -> None
             old = list(header.extensions)
             header.set_extension(EXT_DATA_FILE, name.encode("utf-8", "surrogateescape"))
             try:
-                data = header.pack()
+                image.write_whole_header()
             except ImageFormatError:
                 header.extensions = old
                 raise
-            image.file.flush()
-            image.file.pwrite(0, data)
-            image.file.flush()
         if raw is False:
             header.autoclear &= ~AUTOCLEAR_DATA_FILE_RAW
             image.write_header()

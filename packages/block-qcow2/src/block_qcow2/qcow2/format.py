@@ -311,11 +311,28 @@ class Header:
         return data + bytes(self.cluster_size - len(data))
 
     def _pack(self) -> bytes:
-        extensions = b"".join(
-            _EXTENSION.pack(e.kind, len(e.data)) + e.data + bytes(-len(e.data) % 8) for e in self.extensions
-        ) + _EXTENSION.pack(EXT_END, 0)
+        extensions = self._packed_extensions()
         self.backing_file_offset = self.header_length + len(extensions) if self.backing_file else 0
         return self.pack_fields() + extensions + (self.backing_file or b"")
+
+    def _packed_extensions(self, without: int | None = None) -> bytes:
+        return b"".join(
+            _EXTENSION.pack(e.kind, len(e.data)) + e.data + bytes(-len(e.data) % 8) for e in self.extensions if e.kind != without
+        ) + _EXTENSION.pack(EXT_END, 0)
+
+    def packed_length(self, *, without: int | None = None) -> int:
+        """Bytes of the fields and of the extensions, but for those of a kind."""
+        return self.header_length + len(self._packed_extensions(without))
+
+    def pack_at(self, name_at: int) -> bytes:
+        """The first cluster as pack() makes it, but with the backing file name, if there is one, at `name_at`."""
+        self.backing_file_offset = name_at if self.backing_file else 0
+        data = bytearray(self.cluster_size)
+        head = self.pack_fields() + self._packed_extensions()
+        data[: len(head)] = head
+        if self.backing_file:
+            data[name_at : name_at + len(self.backing_file)] = self.backing_file
+        return bytes(data)
 
     def set_extension(self, kind: int, data: bytes | None) -> None:
         """Add, replace or (None) remove an extension."""

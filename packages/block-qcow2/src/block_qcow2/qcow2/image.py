@@ -35,6 +35,7 @@ from .format import (
 )
 from .metadata import l2_clusters
 from .reader import COMPRESSED_DATA, NORMAL, UNALLOCATED, ZERO_PLAIN, Source
+from .switch import write_whole
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -127,13 +128,10 @@ class Qcow2Image(Writer):
             header.backing_file = os.fsencode(name) if name else None
             header.set_extension(EXT_BACKING_FORMAT, fmt.encode() if name and fmt else None)
             try:
-                data = header.pack()
+                self.write_whole_header()
             except ImageFormatError:
                 header.backing_file, header.extensions = old
                 raise
-            self.file.flush()
-            self.file.pwrite(0, data)
-            self.file.flush()
 
     @property
     def backing_file(self) -> str | None:
@@ -307,13 +305,10 @@ class Qcow2Image(Writer):
         with self.exclusive():
             header.version, header.header_length = 3, V3_FULL_LENGTH
             try:
-                data = header.pack()
+                self.write_whole_header()
             except ImageFormatError:
                 header.version, header.header_length = 2, V2_LENGTH
                 raise
-            self.file.flush()
-            self.file.pwrite(0, data)
-            self.file.flush()
 
     def follow_bitmaps(self) -> None:
         """Begin to keep enabled dirty bitmaps right on writes: the image is locked. Raises BlockError, OSError."""
@@ -342,15 +337,22 @@ class Qcow2Image(Writer):
         old = list(header.extensions)
         header.set_extension(kind, data)
         try:
-            whole = header.pack()
+            self.write_whole_header()
         except ImageFormatError:
             header.extensions = old
             raise
-        self.file.pwrite(0, whole)
         if data is not None:
             header.autoclear |= autoclear
         self.write_header()
         self._find_unready()
+
+    def write_whole_header(self) -> None:
+        """Write the header with its extensions and names. ImageFormatError: they have no room, and nothing was written."""
+        try:
+            write_whole(self.file, self.header)
+        except OSError:
+            self._broken = "the header could not be changed"  # which of the two is on the disk is not known
+            raise
 
     @property
     def needs_repair(self) -> bool:
