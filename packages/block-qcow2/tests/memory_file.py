@@ -28,6 +28,9 @@ class MemoryFile:
         self.gate = RangeGate()
         self.log: list[tuple[int, bytes] | None] | None = [] if log else None  # writes; None is a flush
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        return False
+
     def refresh_size(self) -> int:
         self.size = len(self.data)
         return self.size

@@ -204,6 +204,31 @@ def test_snapshots_and_resizing_keep_bitmaps(path: Path) -> None:
     assert dirty_here(path, "one") == [(0, SIZE)], "anything may have changed"
 
 
+def test_bitmaps_that_there_is_no_room_for_are_followed_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = open_disk(path, format="qcow2")
+    disk.lock()
+    driver = Driver(disk)
+    assert driver.write(MiB, b"x" * 65536) == 0
+    driver.wait(driver.channel.flush("flush"))
+    file = disk.image.file
+    pwrite = file.pwrite
+
+    def full(offset: int, data: bytes) -> None:
+        if offset + len(data) > file.refresh_size():
+            raise OSError(errno.ENOSPC, "no room")
+        pwrite(offset, data)
+
+    monkeypatch.setattr(file, "pwrite", full)
+    with pytest.raises(OSError, match="no room"):
+        disk.unlock()
+    monkeypatch.undo()
+    assert driver.write(2 * MiB, b"y" * 65536) == 0
+    disk.unlock()
+    disk.close()
+    is_clean(path)
+    assert dirty_here(path, "fine")[-2:] == [(MiB, MiB + 65536), (2 * MiB, 2 * MiB + 65536)]
+
+
 def test_a_size_that_a_bitmap_cannot_follow_changes_nothing(path: Path) -> None:
     with open_image(path, read_only=False) as image:
         size = image.size

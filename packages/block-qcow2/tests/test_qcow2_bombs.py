@@ -13,7 +13,7 @@ import pytest
 
 from block_qcow2 import create_image, open_image
 from block_qcow2.errors import BlockError, ImageFormatError
-from block_qcow2.qcow2 import bitmaps, counts
+from block_qcow2.qcow2 import bitmaps, counts, snapshots
 from block_qcow2.qcow2.bitmaps import BitmapError, Bitmaps
 from block_qcow2.qcow2.check import check
 from block_qcow2.qcow2.create import Options, write_empty
@@ -144,6 +144,25 @@ def test_a_refcount_block_that_every_entry_of_the_table_names_is_read_once(count
     image = open_qcow2(file, read_only=False, for_repair=True)
     assert check(image, repair="all").clean
     image.write(0, b"x")
+
+
+def test_l2_tables_in_holes_of_the_file_are_not_read(tmp_path: Path, counting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 KiB of an L1 table would have 8 GiB of zeroes looked at."""
+    path = tmp_path / "holes"
+    create_image(path, 1 << 50, options=Options(cluster_size=2 << 20))
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"x")
+        image.flush()
+        holes = array("Q", [(i + 512) << 21 for i in range(1, 2048)])
+        holes.byteswap()
+        image.file.pwrite(image.header.l1_table_offset + 8, holes.tobytes())
+        image.file.truncate(1 << 34)
+    tables: list[int] = []
+    read_table = snapshots.read_table
+    monkeypatch.setattr(snapshots, "read_table", lambda image, offset: tables.append(offset) or read_table(image, offset))
+    with open_image(path) as image:
+        assert check(image).corruptions == 2047, "that nothing counts the tables"
+    assert len(tables) == 1
 
 
 def bitmap_bomb(path: Path, number: int) -> None:

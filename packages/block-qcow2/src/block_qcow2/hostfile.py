@@ -79,6 +79,13 @@ class HostFile:
         self.size = os.lseek(self.fd, 0, os.SEEK_END)
         return self.size
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Whether the file system says that a range holds nothing, so reads as zeroes. False where it does not say."""
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA) >= offset + length
+        except OSError as e:
+            return e.errno == errno.ENXIO  # nothing from there on
+
     # --- reading and writing ---
 
     def _named(self, error: OSError) -> OSError:

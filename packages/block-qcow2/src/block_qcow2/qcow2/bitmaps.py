@@ -269,15 +269,21 @@ class Bitmaps:
                 bitmap.bits = bitmap.bits[:size] + bytes(max(size - len(bitmap.bits), 0))
 
     def release(self) -> None:
-        """End following: store what was followed, without the in-use flag."""
+        """End following: store what was followed, without the in-use flag. What fails leaves them followed."""
         if not self._following:
             return
         self._following = False
         followed = [b for b in self.list if b.bits is not None and not b.consistent]
         for bitmap in followed:
             bitmap.flags &= ~IN_USE
-        if followed:
-            self.store()
+        try:
+            if followed:
+                self.store()
+        except BaseException:
+            self._following = True
+            for bitmap in followed:
+                bitmap.flags |= IN_USE  # as they are on the disk
+            raise
 
     def _write_flags(self) -> None:
         data = self.image.header.extension(EXT_BITMAPS)
@@ -293,7 +299,28 @@ class Bitmaps:
 
     def store(self) -> None:
         """Write all bitmaps and the directory anew, let the header name them, free what it named before."""
-        image, bits = self.image, self.image.cluster_bits
+        image = self.image
+        self._allocated: list[tuple[int, int]] = []
+        try:
+            extension, writes, old = self._lay_out()
+            image.commit()
+            for offset, data in writes:
+                image.file.pwrite(offset, data)
+        except BaseException:
+            with image._lock:
+                for first, clusters in self._allocated:
+                    image.refcounts.add(first, clusters, -1)
+                    image.reserved.difference_update(range(first, first + clusters))
+            raise
+        image.replace_extension(EXT_BITMAPS, extension, AUTOCLEAR_BITMAPS)
+        with image._lock:
+            for cluster in sorted(old):
+                image._free_later(cluster, 1)
+        image.commit()
+
+    def _lay_out(self) -> tuple[bytes | None, list[tuple[int, bytes]], set[int]]:
+        """The extension, what has to be written where before it counts, and the clusters that are free then."""
+        bits = self.image.cluster_bits
         old = set(self._old_clusters())
         writes: list[tuple[int, bytes]] = []
         directory = b""
@@ -320,14 +347,7 @@ class Bitmaps:
             at = self._allocate(-(-len(directory) >> bits))
             writes.append((at, directory.ljust(-(-len(directory) >> bits) << bits, b"\0")))
             extension = _EXTENSION.pack(len(self.list), 0, len(directory), at)
-        image.commit()
-        for offset, data in writes:
-            image.file.pwrite(offset, data)
-        image.replace_extension(EXT_BITMAPS, extension, AUTOCLEAR_BITMAPS)
-        with image._lock:
-            for cluster in sorted(old):
-                image._free_later(cluster, 1)
-        image.commit()
+        return extension, writes, old
 
     def _place(self, bitmap: Bitmap, content: bytearray, writes: list[tuple[int, bytes]]) -> None:
         cluster = self.image.cluster_size
@@ -353,6 +373,7 @@ class Bitmaps:
         with image._lock:
             first = image._allocate_adjacent(clusters)
             image.reserved.update(range(first, first + clusters))
+        self._allocated.append((first, clusters))
         return first << image.cluster_bits
 
     def _old_clusters(self) -> list[int]:

@@ -188,9 +188,9 @@ class _Checker:
         if length:
             self._add("snapshot table", header.snapshots_offset, length)
         self._count_extensions()
-        for done, (offset, times, active) in enumerate(counts.tables()):
+        for done, (offset, times, active, table) in enumerate(snap.l2_tables(image, counts)):
             self.progress(done, total)
-            self._found(offset, counts.add_l2(snap.read_table(image, offset), times, active=active), active)
+            self._found(offset, counts.add_l2(table, times, active=active), active)
         self._find_shared()  # before the refcount structures: those that are in somebody's place are made anew
         self._add("refcount table", header.refcount_table_offset, header.refcount_table_clusters << image.cluster_bits)
         for index, entry in enumerate(image.refcounts.table):
@@ -441,6 +441,6 @@ class _Checker:
         # What was just repaired decides, and so many are not remembered.
         again = Counts(self.image.header, self.counts.clusters, memory=self.image.count_memory, beside=self.counts)
         again.disk = self.counts.disk
-        for offset, _, active in self.counts.tables():
+        for offset, _, active, table in snap.l2_tables(self.image, self.counts):
             if active and offset not in self.shared:
-                yield from again.add_l2(snap.read_table(self.image, offset), active=True).wrong_copied
+                yield from again.add_l2(table, active=True).wrong_copied

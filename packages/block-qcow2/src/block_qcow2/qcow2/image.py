@@ -319,11 +319,11 @@ class Qcow2Image(Writer):
             self._find_unready()
 
     def release_bitmaps(self) -> None:
-        """Store the dirty bitmaps that were followed."""
-        followed, self.bitmaps = self.bitmaps, None
-        self._find_unready()
-        if followed is not None:
-            followed.release()
+        """Store the dirty bitmaps that were followed. Raises OSError, BlockError, and then they still are."""
+        if self.bitmaps is not None:
+            self.bitmaps.release()
+            self.bitmaps = None
+            self._find_unready()
 
     def mark_dirty(self, offset: int, length: int) -> None:
         if self.bitmaps is not None:

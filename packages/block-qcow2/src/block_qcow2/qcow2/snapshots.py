@@ -404,8 +404,8 @@ def add_references(image: Qcow2Image, l1: array[int], delta: int, seen: Callable
     counts = Counts(image.header, image.refcounts.end, l1_entries=len(l1), memory=image.count_memory)
     for i, entry in counts.add_tables(l1):
         raise image._corrupt(f"L1 entry {i}: L2 table at {entry & OFFSET_MASK:#x}, expected a cluster inside the file")
-    for offset, times, _ in counts.tables():
-        found = counts.add_l2(read_table(image, offset), times, active=False)
+    for offset, times, _, table in l2_tables(image, counts):
+        found = counts.add_l2(table, times, active=False)
         seen(1)
         for index, bad in found.outside + found.misaligned:
             raise image._corrupt(f"L2 table at {offset:#x}, entry {index}: cluster at {bad & OFFSET_MASK:#x}")
@@ -431,11 +431,11 @@ def fix_copied(image: Qcow2Image, leave: frozenset[int] | set[int] = frozenset()
         image.refcounts.fill(counts)
         image.l2.clear()
     impossible = {i for i, _ in counts.add_tables(image.l1)}  # a check reports them; there is nothing to correct
-    for offset, _, _ in counts.tables():
+    for offset, _, _, table in l2_tables(image, counts):
         seen(1)
         if offset in leave:
             continue
-        changed = counts.with_copied(read_table(image, offset))
+        changed = counts.with_copied(table)
         if changed is not None:
             image.file.pwrite(offset, changed)
     for i, entry in enumerate(image.l1):
@@ -446,6 +446,14 @@ def fix_copied(image: Qcow2Image, leave: frozenset[int] | set[int] = frozenset()
     if len(image.l1):
         image.file.pwrite(header.l1_table_offset, tables.to_bytes(image.l1))
         image.file.flush()
+
+
+def l2_tables(image: Qcow2Image, counts: Counts) -> Iterator[tuple[int, int, bool, bytearray]]:
+    """As `counts.tables`, with what is in the tables; without those in holes of the file, which name nothing."""
+    size = image.cluster_size
+    for offset, times, active in counts.tables():
+        if not image.file.is_hole(offset, size):
+            yield offset, times, active, read_table(image, offset)
 
 
 def read_table(image: Qcow2Image, offset: int) -> bytearray:
