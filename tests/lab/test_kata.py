@@ -25,6 +25,7 @@ CID = 3_141_592
 MiB = 1 << 20
 
 Start = Callable[..., Vmm]
+Connect = Callable[[], Qmp]
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def virtiofsd(folder: Path) -> Iterator[Path]:
 
 @pytest.mark.soak
 def test_a_sandbox_starts_as_kata_starts_it_and_takes_a_container_s_disk(
-    start: Start, cloud_kernel: guests.Kernel, folder: Path, taps: list[int], vsock: int, virtiofsd: Path
+    start: Start, qmp: Connect, cloud_kernel: guests.Kernel, folder: Path, taps: list[int], vsock: int, virtiofsd: Path
 ) -> None:
     modules = ("virtio_net", "vmw_vsock_virtio_transport", "virtiofs")
     initrd = guests.initrd(cloud_kernel, (*guests.MODULES, *modules))
@@ -83,7 +84,7 @@ def test_a_sandbox_starts_as_kata_starts_it_and_takes_a_container_s_disk(
         "-device", "vhost-user-fs-device,chardev=virtio_fs,tag=kataShared,id=virtio-fs0",
         descriptors=[*taps, vsock],
     )  # fmt: skip
-    until_it_listens(vmm, folder / "qmp.sock")
+    client = qmp()  # its answer is how the driver knows that everything is there
     console = Vmm(["socat", "-", f"UNIX-CONNECT:{folder}/console.sock"], folder, "console")
     with console:
         console.expect(r"guest:\S*# ")
@@ -101,34 +102,19 @@ def test_a_sandbox_starts_as_kata_starts_it_and_takes_a_container_s_disk(
             agent.shutdown(socket.SHUT_WR)
             assert agent.recv(16) == b"AGENT"
         # A container's disk in the slot that the driver chose.
-        with Qmp(folder / "qmp.sock") as client:
-            file = {"driver": "file", "filename": str(container), "aio": "threads"}
-            disk = {"node-name": "drive-1", "file": file, "cache": {"direct": False}, "read-only": True}
-            for _ in range(2):
-                client.execute("blockdev-add", disk)
-                client.execute("device_add", {"id": "drive-1", "driver": "virtio-blk-mmio", "drive": "drive-1", "addr": "1"})
-                found = console.run("until [ $(cat /sys/block/vdb/size) = 8192 ]; do sleep 0.1; done; sha256sum < /dev/vdb")
-                assert found.split()[0] == hashlib.sha256(container.read_bytes()).hexdigest()
-                client.execute("device_del", {"id": "drive-1"})
-                assert client.event("DEVICE_DELETED")["data"]["device"] == "drive-1"
-                console.run("until [ $(cat /sys/block/vdb/size) = 0 ]; do sleep 0.1; done")
+        file = {"driver": "file", "filename": str(container), "aio": "threads"}
+        disk = {"node-name": "drive-1", "file": file, "cache": {"direct": False}, "read-only": True}
+        for _ in range(2):
+            client.execute("blockdev-add", disk)
+            client.execute("device_add", {"id": "drive-1", "driver": "virtio-blk-mmio", "drive": "drive-1", "addr": "1"})
+            found = console.run("until [ $(cat /sys/block/vdb/size) = 8192 ]; do sleep 0.1; done; sha256sum < /dev/vdb")
+            assert found.split()[0] == hashlib.sha256(container.read_bytes()).hexdigest()
+            client.execute("device_del", {"id": "drive-1"})
+            assert client.event("DEVICE_DELETED")["data"]["device"] == "drive-1"
+            console.run("until [ $(cat /sys/block/vdb/size) = 0 ]; do sleep 0.1; done")
         console.run("umount /mnt")
         assert "Traceback" not in vmm.errors()
         vmm.kill()  # as the driver stops a sandbox
-
-
-def until_it_listens(vmm: Vmm, path: Path) -> None:
-    """As the driver finds out: it tries every 50 ms."""
-    deadline = time.monotonic() + WAIT
-    while vmm.process.poll() is None and time.monotonic() < deadline:
-        with socket.socket(socket.AF_UNIX) as attempt:
-            try:
-                attempt.connect(str(path))
-            except OSError:
-                time.sleep(0.05)
-            else:
-                return
-    pytest.fail(f"no QMP\n{vmm.errors()}")
 
 
 def connected(port: int) -> socket.socket:
