@@ -338,3 +338,33 @@ def test_secrets_may_be_of_any_bytes_and_in_lines(tmp_path: Path) -> None:
     assert read_secret("s", file=str(tmp_path / "lines"), format="base64") == b"open"
     (tmp_path / "raw").write_bytes(b"open\n")
     assert read_secret("s", file=str(tmp_path / "raw")) == b"open\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "--format", "qcow2", "--repair", "leaks", "a"],
+        ["check", "--repair=all", "a"],
+        ["info", "--format=qcow2", "--force-share", "a"],
+        ["map", "--format", "qcow2", "--force-share", "--start-offset=0", "--max-length=1M", "a"],
+        ["bench", "--force-share", "-c", "1", "-q", "a"],
+        ["measure", "--force-share", "-O", "qcow2", "a"],
+        ["bitmap", "--merge", "b", "--source-file", "other", "--source-format", "qcow2", "a", "b"],
+        ["check", "-f", "vpc", "other.vpc"],
+    ],
+    ids=" ".join,
+)
+def test_every_long_name_that_qemu_img_has(img: Any, words: list[str]) -> None:
+    for name in ("a", "other"):
+        qemu_img("create", "-q", "-f", "qcow2", name, "1M")
+        qemu_img("bitmap", "--add", name, "b")
+    qemu_img("create", "-q", "-f", "vpc", "other.vpc", "1M")
+    status = img(*words).status
+    assert subprocess.run(["qemu-img", *words], capture_output=True, check=False).returncode == status
+    assert status in (0, 63)
+
+
+def test_a_file_may_be_called_like_the_wish_for_help(img: Any) -> None:
+    assert img("create", "--", "-h", "1M").status == 0
+    assert Path("-h").stat().st_size == MiB
+    assert img("create", "-h").out.startswith("stratovirt-img create")

@@ -21,6 +21,7 @@ from .options import (
     creation_options,
     is_direct,
     preallocation,
+    read_format,
     round_up,
     take_size,
 )
@@ -142,8 +143,10 @@ CHECK = {
     "T": "value",
     "p": "",
     "r": "value",
+    "repair": "=r",
     "no_print_error": "",
     "f": "value",
+    "format": "=f",
     "output": "value",
     "q": "",
     "U": "",
@@ -163,7 +166,7 @@ def check(words: list[str]) -> int:
     if repair != "none" and given.flag("U"):
         raise UsageError("-U is for reading: what -r repairs is locked")
     path = _one_path(given.words, "Image check requires path")
-    fmt = check_format(given.last("f"))
+    fmt = read_format(given.last("f"))
     image = open_any(
         path,
         format=fmt,

@@ -151,7 +151,7 @@ def _keep_part(image: Any, base: Any, at: int, length: int) -> None:
 
 
 BITMAP = {**SECRETS, "f": "value", "F": "value", "b": "value", "g": "value", "granularity": "=g", "q": "", "merge": "value"}
-BITMAP |= {"add": "", "remove": "", "clear": "", "enable": "", "disable": ""}
+BITMAP |= {"source-file": "=b", "source-format": "=F", "add": "", "remove": "", "clear": "", "enable": "", "disable": ""}
 
 
 def bitmap(words: list[str]) -> int:

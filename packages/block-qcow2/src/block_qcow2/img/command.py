@@ -93,7 +93,7 @@ def _run(words: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UsageError(f"Command not found: {name} (try 'stratovirt-img --help')")
-    if any(word in ("-h", "-help", "--help") for word in rest):
+    if any(word in ("-h", "-help", "--help") for word in (rest[: rest.index("--")] if "--" in rest else rest)):
         print(f"stratovirt-img {COMMANDS[name][1]}")
         return 0
     command: Callable[[list[str]], int] = getattr(import_module(f".{COMMANDS[name][0]}", __package__), name)

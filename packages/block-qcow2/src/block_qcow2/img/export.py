@@ -27,6 +27,7 @@ from .secrets import SECRETS, passphrase
 SERVE = {
     **SECRETS,
     "f": "value",
+    "format": "=f",
     "r": "",
     "read-only": "=r",
     "k": "value",
@@ -217,7 +218,7 @@ BENCH = {
     "direct": "",
     "q": "",
 }
-BENCH |= {"U": "", "pattern": "value", "flush-interval": "value", "allow-chain": ""} | SECRETS
+BENCH |= {"U": "", "force-share": "=U", "pattern": "value", "flush-interval": "value", "allow-chain": ""} | SECRETS
 
 
 def bench(words: list[str]) -> int:

@@ -17,7 +17,7 @@ from .options import cache_mode, read_format
 from .progress import Progress
 from .secrets import SECRETS, secrets
 
-COMMON = {**SECRETS, "f": "value", "output": "value", "U": "", "force-share": "=U", "allow-chain": ""}
+COMMON = {**SECRETS, "f": "value", "format": "=f", "output": "value", "U": "", "force-share": "=U", "allow-chain": ""}
 
 # --- info ---
 
