@@ -1,6 +1,6 @@
-"""An open qcow2 image: opening with the rules for what an image may name, flushing, resizing, closing.
+"""An open qcow2 image: opening with the rules for what an image may name, its header, flushing, closing.
 
-Not here: reading (`reader`), writing (`writer`), the order on the disk (`metadata`), snapshots, checking.
+Not here: reading (`reader`), writing (`writer`), resizing (`resize`), the order on the disk (`metadata`), snapshots, checking.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ..errors import ImageFormatError, UnsupportedFeatureError
-from ..hostfile import Cursor, HostFile, read_padded
+from ..hostfile import HostFile, read_padded
 from ..image import Qcow2Snapshots
 from . import bitmaps, tables
 from .format import (
@@ -27,16 +27,13 @@ from .format import (
     INCOMPAT_DATA_FILE,
     INCOMPAT_DIRTY,
     INCOMPAT_EXTENDED_L2,
-    MAX_L1_BYTES,
-    MAX_VIRTUAL_SIZE,
     V2_LENGTH,
     V3_FULL_LENGTH,
     Header,
 )
 from .metadata import l2_clusters
 from .reader import COMPRESSED_DATA, NORMAL, UNALLOCATED, ZERO_PLAIN, Source
-from .switch import write_whole
-from .writer import Writer
+from .resize import Resizer
 
 if TYPE_CHECKING:
     from .check import CheckResult
@@ -57,7 +54,7 @@ class Extent(NamedTuple):
     host: int | None  # where the data are in the (data) file, if they are there as they are; of zeroes, the place kept for data
 
 
-class Qcow2Image(Writer):
+class Qcow2Image(Resizer):
     """A qcow2 image over an open file, which it owns. See `open_qcow2`."""
 
     format = "qcow2"
@@ -73,7 +70,6 @@ class Qcow2Image(Writer):
         l2_cache_bytes: int = 0,
         discard: bool = False,
     ) -> None:
-        self.bitmaps: bitmaps.Bitmaps | None = None  # followed, while the image is ours to write
         super().__init__(file, header, read_only=read_only, data_file=data_file, l2_cache_bytes=l2_cache_bytes, discard=discard)
         self.path = file.path
         self.backing = backing
@@ -348,6 +344,8 @@ class Qcow2Image(Writer):
 
     def write_whole_header(self) -> None:
         """Write the header with its extensions and names. ImageFormatError: they have no room, and nothing was written."""
+        from .switch import write_whole
+
         try:
             write_whole(self.file, self.header)
         except OSError:
@@ -380,119 +378,6 @@ class Qcow2Image(Writer):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    # --- size ---
-
-    def resize(self, size: int, *, shrink: bool = False) -> None:
-        """Set the virtual size, in bytes. Making it smaller loses data and wants `shrink`."""
-        self.must_be_writable()
-        if not 0 <= size <= MAX_VIRTUAL_SIZE:
-            raise ValueError(f"size {size}: expected 0 to 2^63-1")
-        if self.header.version < 3 and self.header.nb_snapshots:
-            raise ImageFormatError("Can't resize a version 2 image with snapshots")
-        if size < self.size:
-            if not shrink:
-                raise ValueError("making an image smaller loses data: it has to be asked for")
-            self._cut(size)
-        elif size == self.size:
-            return
-        needed = -(-size >> self._l2_shift) if size else 0
-        if needed * 8 > MAX_L1_BYTES:
-            raise ImageFormatError(f"an L1 table for {size} bytes would take {needed * 8} bytes, at most {MAX_L1_BYTES} work")
-        if self.bitmaps is not None:
-            self.bitmaps.must_fit(size)
-        if size > self.size:
-            self._forget_tail()
-        with self.exclusive():
-            old = self.size
-            if size < old and not shrink:
-                raise ValueError("the image was made larger meanwhile")
-            if needed > len(self.l1):
-                self._grow_l1(needed, size)
-            else:
-                self._write_size(size)
-            self.size = size
-            if self.bitmaps is not None:
-                self.bitmaps.resized()
-            if self.external and self.header.autoclear & AUTOCLEAR_DATA_FILE_RAW:
-                self.data_file.truncate(size)
-        if self.backing is not None and self.backing.size > old:
-            # A backing image that is longer than this one was must not show through.
-            self.write_zeroes(old, min(size, self.backing.size) - old)
-            self.flush()
-
-    def _cut(self, size: int) -> None:
-        """Drop what is behind `size`: whole clusters are freed, the rest of the last one is zeroed."""
-        mask = self.cluster_size - 1
-        border = (size + mask) & ~mask
-        if border > size and size < self.size:
-            self._zero_part(size, min(border, self.size) - size)
-        if border < self.size:
-            self._clusterwise(border, self.size - border, self._forget_clusters, True, None)
-        self.commit()
-
-    def _forget_clusters(self, offset: int, length: int, unmap: bool) -> None:
-        self._set_clusters(offset, length, keep=False, zero=False)
-
-    def _forget_tail(self) -> None:
-        """What is added reads as zeroes: so must the last cluster's bytes behind the old end, whatever stands there.
-
-        They are written like guest data: a snapshot that is longer than the disk is now may share the cluster.
-        """
-        mask = self.cluster_size - 1
-        start, end = self.size, (self.size + mask) & ~mask
-        if start == end:
-            return
-        with self.operation():
-            with self._lock:
-                kinds = {run.kind for run in self._map(start, end - start)}
-            if kinds & {NORMAL, COMPRESSED_DATA}:
-                self._write_gated(start, Cursor([memoryview(bytes(end - start))]), end - start)
-        self.commit()
-
-    def _grow_l1(self, needed: int, size: int) -> None:
-        """Move the L1 table to a larger place, for a disk of `size` bytes; a failure changes nothing. Nothing else runs."""
-        header, bits = self.header, self.cluster_bits
-        self.commit()
-        clusters = -(-needed * 8 >> bits)
-        larger = self.l1 + array("Q", bytes(8 * (needed - len(self.l1))))
-        with self._lock:
-            first = self._allocate_adjacent(clusters)
-            self.reserved.update(range(first, first + clusters))
-        old = header.l1_table_offset, header.l1_size
-        try:
-            self.file.pwrite(first << bits, tables.to_bytes(larger) + bytes((clusters << bits) - 8 * needed))
-            self.write_counts()
-            header.l1_table_offset, header.l1_size = first << bits, needed
-            self._write_size(size)
-        except OSError:
-            if header.l1_size != old[1]:
-                header.l1_table_offset, header.l1_size = old
-                self._write_back("the L1 table could not be moved")
-            with self._lock:
-                self.refcounts.add(first, clusters, -1)
-                self.reserved.difference_update(range(first, first + clusters))
-            raise
-        self.l1 = larger
-        if old[0] and old[1]:
-            with self._lock:
-                self._free_later(old[0] >> bits, -(-old[1] * 8 >> bits))
-
-    def _write_size(self, size: int) -> None:
-        """Let the header say how large the disk is."""
-        old, self.header.size = self.header.size, size
-        try:
-            self.write_header()
-        except OSError:
-            self.header.size = old
-            raise
-
-    def _write_back(self, what: str) -> None:
-        """A change of the header failed: have the one on the disk be the old one for certain, or refuse writes from now on."""
-        try:
-            self.write_header()
-        except OSError:
-            self._broken = what
 
 
 class _Locked:
