@@ -110,3 +110,13 @@ def test_what_fails_does_not_claim_to_be_done(images: Path) -> None:
     done = subprocess.run(command, cwd=images, capture_output=True, check=False)
     assert done.returncode == 1
     assert b"100.00" not in done.stderr
+
+
+def test_a_result_stands_on_a_line_of_its_own(images: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "block_qcow2.img", "compare", "-f", "raw", "-F", "raw", "raw", "raw"]
+    subprocess.run(command, cwd=images, stdout=theirs, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 4096)
+    os.close(ours)
+    assert shown.endswith(b"(100.00/100%)\r\r\nImages are identical.\r\n")

@@ -330,17 +330,16 @@ def compare(words: list[str]) -> int:
                 longer = a if a.size > b.size else b
                 at = first_nonzero(longer, min(a.size, b.size))
                 differs = _content(at) if at is not None else None
-            if differs is not None:
-                say(differs)
-                return 1
-            say("Images are identical.")
-            return 0
+    except BrokenPipeError:  # of our output: no image is a pipe
+        raise
     except _ReadError as e:
         args.warn(args.text_of(e))
         return 4
     except (BlockError, OSError) as e:
         args.warn(args.text_of(e))
         return status
+    say(differs or "Images are identical.")  # when the line of progress has ended
+    return 1 if differs else 0
 
 
 class _ReadError(BlockError):
