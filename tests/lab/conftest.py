@@ -1,8 +1,9 @@
 """Fixtures of the whole-VM tests. They need a /dev/kvm that runs Linux: `tox -e lab` gives them one on any machine.
 
 Each test starts VMMs with `start`, and leaves nothing behind: afterwards there is no process of theirs, no socket of one
-that ended by itself, no new temporary file, and no complaint of KVM in the kernel's log. Consoles, logs and command
-lines of a failed test are kept in $LAB_OUT (or lab-results/), in a folder with the test's name.
+that ended by itself, no new temporary file, and no complaint of KVM in the kernel's log. Consoles, logs,
+command lines, and where the threads and vCPUs were, are kept of a failed test in $LAB_OUT (or lab-results/), in a folder with the
+test's name.
 """
 
 from __future__ import annotations

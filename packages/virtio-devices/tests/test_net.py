@@ -115,6 +115,14 @@ def test_a_network_without_offloads_offers_none(make: Make) -> None:
     assert not make(Cable(features=0)).offered() & (OFFLOADS | F_CTRL_GUEST_OFFLOADS)
 
 
+def test_what_a_back_end_has_without_what_it_needs_is_not_offered(make: Make) -> None:
+    """DPDK's without TSO has ECN for it; a driver that takes all that is offered must be welcome."""
+    ecn, ufo = 1 << 13, 1 << 14
+    driver = make(Cable(features=F_CSUM | ecn | ufo | F_GUEST_TSO4))
+    assert driver.offered() & OFFLOADS == F_CSUM | ufo
+    assert driver.negotiate(driver.offered())
+
+
 @pytest.mark.parametrize("features", [F_GUEST_TSO4, 1 << 13 | F_CSUM, F_MQ, F_CTRL_VLAN])
 def test_a_feature_without_the_one_it_needs_is_refused(make: Make, features: int) -> None:
     driver = make(Cable(2), pairs=2)

@@ -481,4 +481,8 @@ def _offered(backend: Backend | None, pairs: int) -> int:
     features = F_VERSION_1 | F_MAC | F_STATUS | CONTROL | offloads
     features |= Backend.queue_features if backend is None else backend.queue_features
     features |= (F_MQ if pairs > 1 else 0) | (F_CTRL_GUEST_OFFLOADS if offloads & GUEST_OFFLOADS else 0)
+    # A back end may have what the driver could not accept: DPDK without TSO still says that it can do ECN with it.
+    for chosen, needed in REQUIREMENTS:
+        if features & chosen and not features & needed:
+            features &= ~chosen
     return features
