@@ -12,7 +12,7 @@ import pytest
 
 import block_qcow2
 from block_qcow2 import Image, ImageFile, Options, create_image, open_disk, open_image
-from block_qcow2.errors import ImageReadOnlyError, UnsupportedFeatureError
+from block_qcow2.errors import BlockError, ImageReadOnlyError, OpenError, UnsupportedFeatureError
 from block_qcow2.qcow2.snapshots import SnapshotError
 
 from .conftest import Driver
@@ -203,3 +203,30 @@ def test_copying_a_file_into_an_image(image: Image) -> None:
         target = io.BytesIO()
         shutil.copyfileobj(file, target)
     assert target.getvalue() == (b"\7" * 300_000).ljust(MiB, b"\0")
+
+
+@pytest.mark.parametrize("size", [-1, -511, -(1 << 40), 1 << 63])
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_no_image_has_an_impossible_size(tmp_path: Path, fmt: str, size: int) -> None:
+    with pytest.raises(BlockError, match=f"size={size}: expected 0 to"):
+        create_image(tmp_path / "a", size, format=fmt)
+    assert not (tmp_path / "a").exists()
+    create_image(tmp_path / "a", MiB, format=fmt)
+    with open_image(tmp_path / "a", format=fmt, read_only=False) as image, pytest.raises(ValueError, match="expected 0 to"):
+        image.resize(size, shrink=True)
+
+
+def test_a_path_that_is_none_is_refused_as_any_other() -> None:
+    for act in (open_image, lambda path: create_image(path, MiB)):
+        with pytest.raises(OpenError, match="null byte"):
+            act("a\0b")
+
+
+@pytest.mark.parametrize("fmt", ["raw", "vdi", "vmdk"])
+def test_block_status_is_of_the_image_only(tmp_path: Path, fmt: str) -> None:
+    qemu_img("create", "-f", fmt, tmp_path / "a", "4M")
+    with open_image(tmp_path / "a", format=fmt) as image:
+        with pytest.raises(ValueError, match="of an image of"):
+            list(image.block_status(-5, 10))
+        assert list(image.block_status(8 * MiB)) == []
+        assert sum(e.length for e in image.block_status(3 * MiB, 8 * MiB)) == MiB

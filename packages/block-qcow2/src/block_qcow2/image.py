@@ -80,7 +80,7 @@ class Image(Protocol):
         ...
 
     def block_status(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
-        """What backs each part of a range, in order."""
+        """What backs each part of a range, in order; None for up to the end, and nothing is behind it."""
         ...
 
     def check(self, *, repair: str = "none", report: Callable[[str], None] = lambda line: None) -> CheckResult:

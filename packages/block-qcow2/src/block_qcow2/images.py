@@ -85,6 +85,7 @@ class RawImage(PlainImage):
         """Data and holes as the file system tells them."""
         from .qcow2.image import Extent
 
+        self._check(min(offset, self.size), 0)
         end = self.size if length is None else min(offset + length, self.size)
         while offset < end:
             try:
@@ -107,6 +108,8 @@ class RawImage(PlainImage):
         self._check(0, 0, write=True)
         if self.file.is_block:
             raise OpenError(f"{self.path}: a block device cannot be resized")
+        if not 0 <= size < 1 << 63:
+            raise ValueError(f"size {size}: expected 0 to 2^63-1")
         if size < self.size and not shrink:
             raise ValueError("making an image smaller loses data: it has to be asked for")
         self.file.truncate(size)
@@ -387,7 +390,7 @@ def create_image(
         raise OpenError(f"{path}: format {format!r} is not supported; there are: {', '.join(FORMATS)}")
     o = options or create.Options()
     if format == "qcow2":
-        size = -(-size // _SECTOR) * _SECTOR  # as qemu-img does: QEMU opens no other
+        size = -(-size // _SECTOR) * _SECTOR if size > 0 else size  # as qemu-img does: QEMU opens no other
         create.check_options(size, o)
     else:
         _check_raw_options(path, size, o)
@@ -403,6 +406,8 @@ def create_image(
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
     except OSError as e:
         raise OpenError(f"{path}: {e.strerror}") from e
+    except ValueError as e:
+        raise OpenError(f"{path!r}: {e}") from e
     file = HostFile(path)
     try:
         locks.lock(file.fd, path, write=True)

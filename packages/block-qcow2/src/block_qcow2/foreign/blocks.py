@@ -132,6 +132,8 @@ class ForeignImage(ReadOnlyImage):
     def block_status(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         from ..qcow2.image import Extent
 
+        if offset < 0:
+            raise ValueError(f"bytes from {offset} on of an image of {self.size}")
         end = self.size if length is None else min(offset + length, self.size)
         while offset < end:
             index = offset // self.block_size
