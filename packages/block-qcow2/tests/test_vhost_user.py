@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import random
@@ -557,6 +558,38 @@ def test_a_front_end_that_leaves_with_requests_in_flight(serve: Serve, image: Pa
                 driver.chain(0, 3 * n, [(at, 16, False), (at + 16, 16384, False), (at + 20000, 1, True)])
                 driver.offer(0, 3 * n, kick=n == 19)
     assert one.complaints == []
+
+
+def test_a_system_without_descriptors_turns_front_ends_away_and_serves_the_next(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, blk = socket.socket.accept, server.Blk
+    full = [True, True]
+
+    def no_accept(sock: socket.socket) -> Any:
+        if len(full) == 2 and sock.family == socket.AF_UNIX:
+            full.pop()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(sock)
+
+    def no_channel(*args: Any, **options: Any) -> Any:
+        if full:
+            full.pop()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return blk(*args, **options)
+
+    monkeypatch.setattr(socket.socket, "accept", no_accept)
+    monkeypatch.setattr(server, "Blk", no_channel)
+    one = serve()
+    with socket.socket(socket.AF_UNIX) as early:
+        early.connect(one.path)
+        early.settimeout(30)
+        assert early.recv(1) == b""
+    with front(one) as driver:
+        driver.start()
+        assert driver.request(IN, 0, room=512) == (OK, bytes(512))
+    assert len(one.complaints) == 1
+    assert "turned away" in one.complaints[0]
 
 
 def test_a_socket_that_is_in_use_is_not_taken_and_a_stale_one_is(serve: Serve, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from ..errors import BlockError
@@ -19,6 +19,7 @@ from .protocol import Connection
 from .session import Session
 
 MAX_QUEUES = 64
+_ACCEPT_AGAIN = 0.1  # seconds until another try, when there are no descriptors left; nobody is served meanwhile
 _MESSAGES = 64  # of a front end that sends without end, before its rings have their turn
 
 
@@ -77,8 +78,12 @@ def serve(
         waiting: list[socket.socket] = []
 
         def come() -> None:
-            with suppress(BlockingIOError, ConnectionAbortedError):
+            try:
                 waiting.append(listener.accept()[0])
+            except (BlockingIOError, ConnectionError):
+                pass
+            except OSError:
+                time.sleep(_ACCEPT_AGAIN)
 
         while not stopped:
             loop.watch(listener.fileno(), come)
@@ -86,7 +91,14 @@ def serve(
                 loop.turn()
             loop.forget(listener.fileno())
             if waiting:
-                _serve_one(loop, waiting.pop(), Blk(disk, queues=queues, serial=encoded), stopped, report)
+                sock = waiting.pop()
+                try:
+                    device = Blk(disk, queues=queues, serial=encoded)
+                except (BlockError, OSError) as e:
+                    report(f"a front end is turned away: {e}")
+                    sock.close()
+                    continue
+                _serve_one(loop, sock, device, stopped, report)
     finally:
         loop.close()
 
