@@ -86,6 +86,20 @@ class MemoryFile:
         """Nothing is open."""
 
 
+class Below:
+    """A backing image full of "B"."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        for buffer in buffers:
+            buffer[:] = b"B" * len(buffer)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class PowerLosses:
     """What a disk holds when the power fails after some entries of a log: what was flushed, any sectors of what was not."""
 

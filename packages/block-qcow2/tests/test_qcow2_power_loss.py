@@ -20,7 +20,7 @@ from block_qcow2.qcow2.create import Options, write_empty
 from block_qcow2.qcow2.image import open_qcow2
 from block_qcow2.qcow2.snapshots import Snapshots
 
-from .memory_file import SECTOR, MemoryFile, PowerLosses
+from .memory_file import SECTOR, Below, MemoryFile, PowerLosses
 
 SEEDS, CUTS = 40, 100
 
@@ -192,6 +192,44 @@ def test_a_power_loss_leaves_the_old_header_or_the_new_one(what: str, cluster: i
     again = open_qcow2(MemoryFile(bytes(file.data)), open_backing=_nothing)  # type: ignore[arg-type]
     assert again.backing_file == image.backing_file
     assert again.header.feature_names() == image.header.feature_names()
+
+
+@pytest.mark.parametrize("more", [40, 400], ids=["the same L1 table", "a larger one"])
+@pytest.mark.parametrize("inside", [0, 512], ids=["at a cluster's end", "inside a cluster"])
+@pytest.mark.parametrize(
+    "options",
+    [Options(cluster_size=1024), Options(cluster_size=1024, version=2), Options(cluster_size=16384, extended_l2=True)],
+    ids=["version 3", "version 2", "extended L2 entries"],
+)
+def test_a_power_loss_while_an_image_grows_shows_nothing_of_a_longer_backing_file(
+    options: Options, inside: int, more: int
+) -> None:
+    cluster = options.cluster_size
+    old, new = 10 * cluster + inside, (10 + more) * cluster
+    below = Below(new - 3 * cluster - 512)
+    file: Any = MemoryFile()
+    write_empty(file, old, options._replace(backing_file="below", backing_format="raw"))
+    image = open_qcow2(file, read_only=False, open_backing=lambda name, fmt: below)
+    start = bytes(file.data)
+    file.log = log = []
+    image.resize(new)
+    image.flush()
+    rng = random.Random(more)
+    losses = PowerLosses(start, log)
+    sizes = set()
+    for cut in sorted([0, len(log), *(rng.randrange(len(log) + 1) for _ in range(50))]):
+        disk: Any = MemoryFile(losses.after(cut, rng))
+        again = open_qcow2(disk, read_only=False, open_backing=lambda name, fmt: below)
+        repair_if_dirty(again)
+        if options.version == 3:
+            result = check(again)
+            assert not result.corruptions, cut
+            assert not result.check_errors, cut
+        assert again.read(0, again.size) == (b"B" * old).ljust(again.size, b"\0"), f"cut {cut} of {len(log)}"
+        sizes.add(again.size)
+        again.resize(new)  # who was interrupted does it again
+        assert again.read(0, new) == (b"B" * old).ljust(new, b"\0"), f"cut {cut} of {len(log)}"
+    assert sizes == {old, new}
 
 
 @pytest.mark.soak

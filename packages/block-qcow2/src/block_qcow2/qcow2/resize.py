@@ -12,7 +12,7 @@ from ..errors import ImageFormatError
 from ..hostfile import Cursor
 from . import tables
 from .format import AUTOCLEAR_DATA_FILE_RAW, MAX_L1_BYTES, MAX_VIRTUAL_SIZE
-from .reader import COMPRESSED_DATA, NORMAL
+from .reader import COMPRESSED_DATA, NORMAL, UNALLOCATED
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -42,25 +42,26 @@ class Resizer(Writer):
             raise ImageFormatError(f"an L1 table for {size} bytes would take {needed * 8} bytes, at most {MAX_L1_BYTES} work")
         if self.bitmaps is not None:
             self.bitmaps.must_fit(size)
-        if size > self.size:
-            self._forget_tail()
         with self.exclusive():
             old = self.size
             if size < old and not shrink:
                 raise ValueError("the image was made larger meanwhile")
+            hidden = min(size, self.backing.size) if self.backing is not None else 0
+            if size > old:
+                self._forget_tail()
             if needed > len(self.l1):
-                self._grow_l1(needed, size)
-            else:
+                self._grow_l1(needed, old if hidden > old else size)
+            if hidden > old:
+                self._hide_backing(hidden)
+            if self.header.size != size:
                 self._write_size(size)
             self.size = size
             if self.bitmaps is not None:
                 self.bitmaps.resized()
+                with self._lock:  # whoever copies what is marked may have the backing image's bytes there
+                    self.mark_dirty(old, hidden - old)
             if self.external and self.header.autoclear & AUTOCLEAR_DATA_FILE_RAW:
                 self.data_file.truncate(size)
-        if self.backing is not None and self.backing.size > old:
-            # A backing image that is longer than this one was must not show through.
-            self.write_zeroes(old, min(size, self.backing.size) - old)
-            self.commit()
 
     def _cut(self, size: int) -> None:
         """Drop what is behind `size`: whole clusters are freed, the rest of the last one is zeroed."""
@@ -78,17 +79,37 @@ class Resizer(Writer):
     def _forget_tail(self) -> None:
         """What is added reads as zeroes: so must the last cluster's bytes behind the old end, whatever stands there.
 
-        They are written like guest data: a snapshot that is longer than the disk is now may share the cluster.
+        They are written like guest data: a snapshot that is longer than the disk is now may share the cluster. Nothing else runs.
         """
         mask = self.cluster_size - 1
         start, end = self.size, (self.size + mask) & ~mask
         if start == end:
             return
-        with self.operation():
-            with self._lock:
-                kinds = {run.kind for run in self._map(start, end - start)}
-            if kinds & {NORMAL, COMPRESSED_DATA}:
-                self._write_gated(start, Cursor([memoryview(bytes(end - start))]), end - start)
+        with self._lock:
+            kinds = {run.kind for run in self._map(start, end - start)}
+        shown = {NORMAL, COMPRESSED_DATA}
+        if self.backing is not None and self.backing.size > start:
+            shown.add(UNALLOCATED)
+        if kinds & shown:
+            self._write_gated(start, Cursor([memoryview(bytes(end - start))]), end - start)
+        self.commit()
+
+    def _hide_backing(self, end: int) -> None:
+        """A backing image that is longer than this one must not show through up to `end`. Nothing else runs.
+
+        On the disk when this returns, before any header says that the disk is that long: a power loss between the two would
+        show what is in the backing image.
+        """
+        mask = self.cluster_size - 1
+        at, end = (self.size + mask) & ~mask, (end + mask) & ~mask
+        while at < end:
+            stop = min((at >> self._l2_shift) + 1 << self._l2_shift, end)
+            if self.header.version < 3:
+                self._write_zero_data(at, stop - at)
+            else:
+                self._set_clusters(at, stop - at, keep=True, zero=True)
+            self.commit_if_crowded()
+            at = stop
         self.commit()
 
     def _grow_l1(self, needed: int, size: int) -> None:

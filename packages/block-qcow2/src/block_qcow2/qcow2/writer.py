@@ -522,8 +522,7 @@ class Writer(Reader):
             self.l2.touch(table, words * first, words * (first + (length + self.cluster_size - 1 >> bits)))
 
     def _write_zero_data(self, offset: int, length: int) -> None:
-        """Real zeroes, where the format has no other. The gate is held."""
-        length = min(length, self.size - offset)
+        """Real zeroes in whole clusters, where the format has no other. The gate is held, or nothing else runs."""
         while length:
             n = min(length, len(_ZEROES))
             source = Cursor([_ZEROES[:n]])
