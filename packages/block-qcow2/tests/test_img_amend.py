@@ -73,6 +73,21 @@ def test_counts_follow_in_an_image_that_stays_open(img: Any) -> None:
     is_clean(Path("a"))
 
 
+@pytest.mark.parametrize("where", [3 << 40, 0x40200], ids=["outside the file", "inside a cluster"])
+def test_a_refcount_table_that_names_impossible_blocks_is_left_alone(img: Any, where: int) -> None:
+    """Also if the block would count clusters that the file does not have."""
+    img("create", "-f", "qcow2", "a", "1M")
+    data = bytearray(Path("a").read_bytes())
+    table = int.from_bytes(data[48:56], "big")
+    data[table + 8 * 100 : table + 8 * 101] = where.to_bytes(8, "big")
+    data += bytes(0x50000 - len(data))
+    Path("a").write_bytes(data)
+    said = img("amend", "-o", "refcount_bits=64", "a")
+    assert (said.status, said.out) == (1, "")
+    assert f"refcount table entry 100: block at {where:#x}, expected a cluster inside the file" in said.err
+    assert Path("a").read_bytes() == data
+
+
 @pytest.mark.parametrize("backing", [False, True])
 def test_going_back_to_version_2_keeps_the_content(img: Any, backing: bool) -> None:
     if backing:

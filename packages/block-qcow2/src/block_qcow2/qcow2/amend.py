@@ -40,7 +40,10 @@ class AmendError(BlockError):
 
 
 def set_refcount_bits(image: Qcow2Image, bits: int) -> None:
-    """Give every refcount another width. AmendError if a count does not fit; version 3 only."""
+    """Give every refcount another width; version 3 only.
+
+    AmendError if a count does not fit; ImageCorruptError if a refcount block cannot be where the table says.
+    """
     image.must_be_writable()
     order = bits.bit_length() - 1
     if bits != 1 << order or order > 6:
@@ -51,9 +54,12 @@ def set_refcount_bits(image: Qcow2Image, bits: int) -> None:
     if header.version < 3:
         raise AmendError("refcount_bits other than 16 need compat=1.1")
     with image.exclusive():
+        old = image.refcounts
+        for index, entry in enumerate(old.table):  # also those of clusters that the file does not have
+            if entry & REFCOUNT_OFFSET_MASK:
+                old.block_offset(index)
         image.commit()
         image.commit()  # with the counts that fell
-        old = image.refcounts
         counts = Counts(header, old.end, memory=image.count_memory)
         old.fill(counts)
         values = counts.disk
