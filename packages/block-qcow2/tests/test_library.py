@@ -64,6 +64,16 @@ def test_checking_and_repairing_an_image(tmp_path: Path) -> None:
     is_clean(path)
 
 
+def test_a_check_repairs_nothing_leaks_or_all(tmp_path: Path) -> None:
+    create_image(tmp_path / "a", MiB)
+    before = (tmp_path / "a").read_bytes()
+    with open_image(tmp_path / "a", read_only=False) as image:
+        with pytest.raises(ValueError, match="repair='foo': expected one of none, leaks, all"):
+            image.check(repair="foo")
+        assert image.check(repair="all").clean
+    assert (tmp_path / "a").read_bytes() == before
+
+
 @pytest.mark.parametrize("fmt", ["raw", "vdi", "vmdk"])
 def test_formats_without_snapshots_say_so(tmp_path: Path, fmt: str) -> None:
     qemu_img("create", "-f", fmt, tmp_path / "a", "10M")
@@ -222,7 +232,7 @@ def test_a_path_that_is_none_is_refused_as_any_other() -> None:
             act("a\0b")
 
 
-@pytest.mark.parametrize("fmt", ["raw", "vdi", "vmdk"])
+@pytest.mark.parametrize("fmt", ["raw", "qcow2", "vdi", "vmdk"])
 def test_block_status_is_of_the_image_only(tmp_path: Path, fmt: str) -> None:
     qemu_img("create", "-f", fmt, tmp_path / "a", "4M")
     with open_image(tmp_path / "a", format=fmt) as image:

@@ -86,7 +86,7 @@ class Image(Protocol):
     def check(self, *, repair: str = "none", report: Callable[[str], None] = lambda line: None) -> CheckResult:
         """Check the metadata and repair "none", "leaks" or "all" of what is wrong; `report` gets a line for each finding.
 
-        UnsupportedFeatureError: the format has nothing to check.
+        UnsupportedFeatureError: the format has nothing to check. ValueError: `repair` is another word.
         """
         ...
 

@@ -36,6 +36,7 @@ from .image import Qcow2Image
 from .repair import Fix, rebuild, set_counts, write_entries
 
 # New refcount structures are a matter of one pass, flags of a second, the snapshot table of a third; the last finds nothing.
+_REPAIRS = ("none", "leaks", "all")
 _PASSES = 5
 _MANY = 1 << 16  # findings of one kind that are remembered
 
@@ -73,8 +74,10 @@ def check(
 
     `progress` is told how many L2 tables, of how many at most, one pass has looked at.
     What was repaired is checked again: what `CheckResult` says is left was found in an image that nothing more was done to.
-    Raises OSError when the image cannot be read or written.
+    Raises OSError when the image cannot be read or written, ValueError for another word than those three.
     """
+    if repair not in _REPAIRS:
+        raise ValueError(f"repair={repair!r}: expected one of {', '.join(_REPAIRS)}")
     return _check(image, repair, report, wholly=False, progress=progress)
 
 

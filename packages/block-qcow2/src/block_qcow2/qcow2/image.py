@@ -145,7 +145,12 @@ class Qcow2Image(Resizer):
         return os.fsdecode(data) if data else None
 
     def block_status(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
-        """What backs each part of a range, in order. Looks at this image only, not at its backing image."""
+        """What backs each part of a range, in order. Looks at this image only, not at its backing image.
+
+        ValueError: a negative offset.
+        """
+        if offset < 0:
+            raise ValueError(f"bytes from {offset} on of an image of {self.size}")
         end = self.size if length is None else min(offset + length, self.size)
         while offset < end:
             # One L2 table at a time: the answer for a large image is as lazy as its reader.
