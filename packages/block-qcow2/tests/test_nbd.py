@@ -404,6 +404,27 @@ def test_requests_outside_the_disk_are_errors_and_not_the_end(start: Start, imag
         assert client.recv(1) == b""
 
 
+def test_flags_that_a_command_does_not_have_are_errors_and_not_the_end(start: Start, image: Path) -> None:
+    where = start(image)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(where)
+        client.sendall(struct.pack(">I", 3) + struct.pack(">QII", p.IHAVEOPT, p.OPT_EXPORT_NAME, 0))
+        receive(client, 18 + 10)
+        kinds = [p.CMD_READ, p.CMD_WRITE, p.CMD_FLUSH, p.CMD_TRIM, p.CMD_WRITE_ZEROES]
+        own = {p.CMD_READ: p.CMD_FLAG_DF, p.CMD_WRITE_ZEROES: p.CMD_FLAG_NO_HOLE}
+        for kind in kinds:
+            data = b"x" * 512 if kind == p.CMD_WRITE else b""
+            for flag in (1 << bit for bit in range(16)):
+                client.sendall(p.REQUEST.pack(0x25609513, flag, kind, 42, 0, 0 if kind == p.CMD_FLUSH else 512) + data)
+                known = flag in (p.CMD_FLAG_FUA, own.get(kind))  # any command may be asked to be on the disk
+                error = 0 if known else 22
+                assert struct.unpack(">IIQ", receive(client, 16)) == (0x67446698, error, 42), (kind, flag)
+                if kind == p.CMD_READ and known:
+                    receive(client, 512)
+        client.sendall(p.REQUEST.pack(0x25609513, 1 << 15, p.CMD_DISC, 0, 0, 0))
+        assert client.recv(1) == b""
+
+
 def receive(client: socket.socket, n: int) -> bytes:
     client.settimeout(30)
     data = b""

@@ -205,18 +205,19 @@ class Connection:
                 if queued > _BATCH:
                     return True
                 request = p.parse_request(data, at)
-                _, kind, _, offset, length = request
+                flags, kind, _, offset, length = request
+                known = not flags or p.flags_are_known(request)
                 if kind in _CARRY and length <= p.MAX_PAYLOAD and not self._coming and not self._has_room(length):
                     self._full = True
                     return bool(self._output)
                 reply = None
-                if kind == p.CMD_READ and length <= p.MAX_PAYLOAD:
+                if kind == p.CMD_READ and length <= p.MAX_PAYLOAD and known:
                     at += size
                     # In the place that it has in the reply: nothing is copied but by the socket.
                     reply = bytearray(room + length)
                     result = channel.readv(offset, [memoryview(reply)[room:]], (request, reply)) if length else 0
                     queued += length
-                elif kind == p.CMD_BLOCK_STATUS and self._chosen and length and offset + length <= self._export.disk.size:
+                elif kind == p.CMD_BLOCK_STATUS and known and self._chosen and 0 < length <= self._export.disk.size - offset:
                     at += size
                     pieces = self._block_status(request)
                     self._output += pieces
@@ -229,7 +230,7 @@ class Connection:
                         return False
                     self._coming = 0
                     start, at = at + size, at + size + payload
-                    result = self._start(channel, request, data[start:at] if payload else b"")
+                    result = self._start(channel, request, data[start:at] if payload else b"", known)
                 if result is None:
                     self._running += 1
                 else:
@@ -238,11 +239,15 @@ class Connection:
         finally:
             del data[:at]
 
-    def _start(self, channel: Any, request: p.Request, payload: bytes | bytearray) -> int | None:
-        """Begin anything but a read and a block status, and return the channel's result."""
+    def _start(self, channel: Any, request: p.Request, payload: bytes | bytearray, known: bool) -> int | None:
+        """Begin anything but a read and a block status, and return the channel's result. `known`: its flags are."""
         _, kind, _, offset, length = request
         token = (request, None)
         result: int | None = -errno.EINVAL
+        if kind == p.CMD_DISC:
+            raise p.ProtocolError("the client said goodbye")  # there is no reply to it, whatever its flags are
+        if not known:
+            return result
         if kind in (p.CMD_WRITE, p.CMD_WRITE_ZEROES) and offset + length > self._export.disk.size:
             result = -errno.ENOSPC  # what the protocol wants instead
         elif kind == p.CMD_WRITE:
@@ -253,8 +258,6 @@ class Connection:
             result = channel.discard(offset, length, token)
         elif kind == p.CMD_WRITE_ZEROES:
             result = channel.write_zeroes(offset, length, token, not request.flags & p.CMD_FLAG_NO_HOLE)
-        elif kind == p.CMD_DISC:
-            raise p.ProtocolError("the client said goodbye")
         return result
 
     def _finished(self, channel: Any, request: p.Request, reply: bytearray | None, result: int, flushed: bool = False) -> None:

@@ -35,6 +35,8 @@ SEND_TRIM, SEND_WRITE_ZEROES, SEND_DF, CAN_MULTI_CONN = 1 << 5, 1 << 6, 1 << 7, 
 
 CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM, _, CMD_WRITE_ZEROES, CMD_BLOCK_STATUS = range(8)
 CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_DF, CMD_FLAG_REQ_ONE = 1, 2, 4, 8
+# Besides FUA, which any command may have ("Command flags").
+_COMMAND_FLAGS = {CMD_READ: CMD_FLAG_DF, CMD_WRITE_ZEROES: CMD_FLAG_NO_HOLE, CMD_BLOCK_STATUS: CMD_FLAG_REQ_ONE}
 
 CHUNK_NONE, CHUNK_OFFSET_DATA, CHUNK_BLOCK_STATUS, CHUNK_ERROR = 0, 1, 5, (1 << 15) + 1
 CHUNK_DONE = 1
@@ -235,6 +237,11 @@ def parse_request(data: bytes | bytearray | memoryview, at: int = 0) -> Request:
     if kind == CMD_WRITE and length > MAX_PAYLOAD:
         raise ProtocolError(f"a write of {length} bytes, at most {MAX_PAYLOAD}")
     return _new(Request, (flags, kind, cookie, offset, length))
+
+
+def flags_are_known(request: Request) -> bool:
+    """Whether every flag of the request is one that its command has; if not, the answer is EINVAL ("Error values")."""
+    return not request.flags & ~(CMD_FLAG_FUA | _COMMAND_FLAGS.get(request.kind, 0))
 
 
 def wire_error(result: int) -> int:
