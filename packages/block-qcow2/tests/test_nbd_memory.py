@@ -18,7 +18,6 @@ from block_qcow2 import create_image, open_disk, open_image
 from block_qcow2.nbd import budget
 from block_qcow2.nbd import protocol as p
 from block_qcow2.nbd.connection import Connection
-from block_qcow2.nbd.server import Export
 
 from .test_nbd import receive
 
@@ -130,6 +129,8 @@ def test_a_client_that_does_not_send_what_it_announced_costs_what_the_others_hav
 
 
 def test_who_holds_up_others_with_a_large_request_is_cut_off(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from block_qcow2.nbd.server import Export  # needs anyio, which is not there where these tests are left out
+
     monkeypatch.setattr(budget, "_TURN_SECONDS", 0)
     disk = open_disk(image, format="qcow2", read_only=True)
     export = Export(disk, {}, connections=16)
