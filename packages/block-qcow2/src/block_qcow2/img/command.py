@@ -60,6 +60,15 @@ COMMANDS = {
 
 def run(words: list[str]) -> int:
     """Run one command; return the exit status. What goes wrong is one line on standard error."""
+    status = _report(words)
+    try:
+        sys.stdout.flush()
+    except OSError:  # reported already; what is still in the buffer would make the exit status 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return status
+
+
+def _report(words: list[str]) -> int:
     try:
         status = _run(words)
         try:
@@ -69,9 +78,7 @@ def run(words: list[str]) -> int:
         except OSError as e:
             return fail(f"standard output: {e.strerror}")
     except BrokenPipeError:
-        # Whoever read our output has gone: that is no news to anybody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+        return 1  # whoever read our output has gone: that is no news to anybody
     except MemoryError:
         return fail("out of memory")
     except (BlockError, OSError, ValueError, OverflowError) as e:
