@@ -184,6 +184,11 @@ def test_quotes_around_a_memory_path_are_dropped() -> None:
     assert kernel("-mem-path", '"/dev/hugepages"').memory.path == "/dev/hugepages"
 
 
+def test_memory_in_a_file_can_be_preallocated() -> None:
+    memory = kernel("-mem-path", "/dev/shm", "-mem-prealloc").memory
+    assert (memory.path, memory.prealloc) == ("/dev/shm", True)
+
+
 def test_two_commas_are_a_comma_inside_a_value() -> None:
     assert kernel("-drive", "id=a,file=one,,two").drives["a"].file == "one,two"
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm_core import guestmem
-from vmm_core.errors import GuestMemoryError
+from vmm_core.errors import GuestMemoryError, PreallocError
 from vmm_core.guestmem import PAGE_SIZE, GuestMemory, Region
 
 LOW = 16 * PAGE_SIZE
@@ -274,6 +274,31 @@ def test_preallocation_that_cannot_succeed_is_a_clear_error(monkeypatch: pytest.
     with pytest.raises(GuestMemoryError, match="cannot allocate 0x10000 bytes of guest RAM in advance: No space left"):
         GuestMemory([(0, LOW)], share=True, prealloc=1)
     assert descriptors() == before
+
+
+def test_a_file_that_its_disk_has_no_room_for_takes_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = os.statvfs(tmp_path)
+    fields = [*system[:3], 100, 10, *system[5:]]  # f_bfree, f_bavail
+    monkeypatch.setattr(os, "fstatvfs", lambda _fd: os.statvfs_result(fields))
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(PreallocError, match=r"64 MiB of guest RAM cannot be there .* the file system has 0 MiB"):
+        GuestMemory([(0, 64 << 20)], path=str(tmp_path / "ram"), share=True, prealloc=1)
+    assert (tmp_path / "ram").stat().st_size == 0
+
+
+def test_a_file_that_was_empty_is_empty_again_when_its_blocks_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = os.posix_fallocate
+
+    def half(fd: int, offset: int, size: int) -> None:
+        allocate(fd, offset, size // 2)
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "posix_fallocate", half)
+    with pytest.raises(PreallocError, match="No space left"):
+        GuestMemory([(0, LOW)], path=str(tmp_path / "ram"), share=True, prealloc=1)
+    assert (tmp_path / "ram").stat().st_blocks == 0
 
 
 @pytest.mark.parametrize("share", [False, True])

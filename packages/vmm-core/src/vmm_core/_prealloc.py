@@ -27,6 +27,19 @@ def expect_room(size: int) -> None:
         )
 
 
+def expect_blocks(fd: int, size: int) -> None:
+    """Raise PreallocError when the file system of `fd` has no room for `size` bytes of it.
+
+    Finding out by allocating would take the last of a disk from everybody else on it.
+    """
+    system = os.fstatvfs(fd)
+    free = system.f_bavail * system.f_frsize + os.fstat(fd).st_blocks * 512
+    if system.f_blocks and size > free:  # one without a limit has 0 of 0 blocks
+        raise PreallocError(
+            f"{size >> 20} MiB of guest RAM cannot be there from the start: the file system has {free >> 20} MiB for them"
+        )
+
+
 def populate(views: Sequence[memoryview], fd: int, size: int, threads: int) -> None:
     """Make every page of `views` present and writable, without changing its content, with up to `threads` threads.
 

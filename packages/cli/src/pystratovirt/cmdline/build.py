@@ -127,12 +127,10 @@ def _one(given: Mapping[str, list[str]], name: str, schema: type[P]) -> P | None
 
 def _memory(given: Mapping[str, list[str]], machine: Machine) -> Memory:
     amount = _one(given, "m", MemorySize)
-    path = given.get("mem-path")
-    if path:
-        given = {"mem-path": [path[0].replace('"', "")]}  # libvirt's habit of quoting (reference, section 4.6)
+    path = [text.replace('"', "") for text in given.get("mem-path", ())]  # libvirt's habit of quoting (reference, section 4.6)
     return Memory(
         size=amount.size if amount else Memory.size,
-        path=_text(given, "mem-path", PATH) if path else None,
+        path=_text({"mem-path": path}, "mem-path", PATH),
         prealloc="mem-prealloc" in given,
         share=machine.mem_share,
         dump=machine.dump_guest_core,

@@ -78,7 +78,7 @@ _TABLE = (
         "",
         MACHINE,
         "touch all memory at start",
-        note="more than the host or a cgroup around this process has available is refused (StratoVirt: the OOM killer)",
+        note="more than the host, its cgroup or the disk of `-mem-path` has left is refused (StratoVirt: the OOM killer)",
     ),
     Option("cpu", ONE, "host", MACHINE, "CPU that the guest sees", schema=machine.Cpu),
     Option("accel", ONE, "kvm", MACHINE, "what runs the guest", schema=machine.Accel),
