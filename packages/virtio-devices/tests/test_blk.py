@@ -663,6 +663,21 @@ def test_a_disk_brings_its_serial_number_and_its_limit(make: Make, loop: DirectL
     assert not driver.device.has_disk
 
 
+def test_the_limit_of_a_disk_that_was_taken_out_holds_nothing_up(make: Make, loop: DirectLoop) -> None:
+    driver = make().start(size=16)
+    driver.device.attach(MemoryDisk(), bps=512)
+    for _ in range(3):
+        driver.offer(header(IN), 64 * 512, 1)  # a minute's worth each
+    driver.kick()
+    assert [written for _, written in driver.rings[0].collect()] == [64 * 512 + 1]
+    driver.device.detach()
+    loop.poll()
+    assert len(driver.rings[0].collect()) == 2, "what waited fails with the disk"
+    assert loop.next_deadline() is None
+    driver.device.attach(MemoryDisk())
+    assert driver.read_disk(0, 512)[0] == S_OK
+
+
 def test_a_serial_number_has_at_most_20_bytes(make: Make) -> None:
     for serial in ("x" * 21, "ä" * 11):
         with pytest.raises(DeviceError, match="at most 20"):

@@ -172,7 +172,6 @@ class BlkDevice(VirtioDevice):
             if self._disk is not None:
                 raise DeviceError(f"{self.name}: has a disk already")
             self._serial = self._padded(serial)
-            self._buckets = self._limits(iops, bps)
             self._disk = disk
             for lane in self._all_lanes:
                 lane.counted = list(Statistics())
@@ -182,6 +181,7 @@ class BlkDevice(VirtioDevice):
                 except DeviceError:
                     self._disk = None
                     raise
+            self._set_limits(iops, bps)
             self._read_only = disk.read_only
             if not self.active:
                 self._offer()
@@ -194,6 +194,7 @@ class BlkDevice(VirtioDevice):
                 raise DeviceError(f"{self.name}: has no disk")
             self._disk = None
             self._close_channels()
+            self._set_limits(0, 0)
             self._read_only = False
             if not self.active:
                 self._offer()
@@ -226,6 +227,19 @@ class BlkDevice(VirtioDevice):
             LeakyBucket(self._clock, iops, _BURST) if iops else None,
             LeakyBucket(self._clock, bps, _BURST) if bps else None,
         )
+
+    def _set_limits(self, iops: int, bps: int) -> None:
+        """Have the limits of another disk. What waits for the old ones to allow it, for as long as they say, waits no more."""
+        self._buckets = self._limits(iops, bps)
+        for lane in self._all_lanes:
+
+            def serve(lane: _Lane = lane) -> None:
+                for index, timer in lane.timers.items():
+                    timer.cancel()
+                    self._kick_later(index)
+                lane.timers.clear()
+
+            lane.loop.run(serve)
 
     def _padded(self, serial: str) -> bytes:
         encoded = serial.encode()
