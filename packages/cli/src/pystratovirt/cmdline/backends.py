@@ -144,7 +144,7 @@ class PtyChardev(Parameters, selector="pty"):
 
 
 class FileChardev(Parameters, selector="file"):
-    """A file that output is appended to; there is no input."""
+    """A file that output is written over, from its beginning; there is no input."""
 
     id: str = key(ID, doc="the name that its user gives")
     path: str = key(PATH, doc="the file, created when missing, never truncated")

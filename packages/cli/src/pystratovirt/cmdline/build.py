@@ -317,6 +317,12 @@ def _serial(given: Mapping[str, list[str]], users: _Users) -> Chardev | None:
         users.use("-serial", show(text), _CHARDEV, name, "-serial")
         chardev = users.chardevs[name]
     else:
+        if (word := word_in_front(text)) not in CHARDEVS:
+            from .qemu import serial  # only a mistake pays for it
+
+            if advice := serial(text):
+                raise CommandLineError("-serial", show(word), advice)
+            _choose("-serial", text, CHARDEVS, "backend")
         try:
             if any(key == "id" for key, _ in items(text)):
                 raise BadKey(show(text), "takes no id; -chardev BACKEND,id=ID with -serial chardev:ID does")

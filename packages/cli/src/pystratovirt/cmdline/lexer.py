@@ -62,6 +62,8 @@ def _room(name: str, taken: int, argument: str) -> None:
 def _unknown(argument: str) -> str:
     import difflib  # only a mistake pays for it
 
-    near = difflib.get_close_matches(argument.lstrip("-").partition("=")[0][:40], [*OPTIONS, "help", "version", "freeze"], n=1)
+    typed, known = argument.lstrip("-").partition("=")[0][:40], [*OPTIONS, "help", "version", "freeze"]
+    # A longer or shorter word for the same thing, such as QEMU's -monitor, comes before what only looks like it.
+    near = [name for name in known if len(name) > 2 and typed.startswith(name)] or difflib.get_close_matches(typed, known, n=1)
     hint = f"did you mean -{near[0]}?" if near else "-h lists the options"
     return f"no such option; {hint}"

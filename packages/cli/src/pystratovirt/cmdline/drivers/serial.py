@@ -38,6 +38,10 @@ class VirtioSerial(Device, selector="virtio-serial-device"):
 class SerialPort(Device):
     """What the two kinds of port share."""
 
+    unknown: ClassVar[dict[str, str]] = {
+        **Device.unknown,
+        "bus": "there is one virtio-serial-device, and every port belongs to it: leave this out",
+    }
     place: ClassVar[str] = NOWHERE
 
     id: str = key(ID, doc="name of the device")
