@@ -96,7 +96,7 @@ class TestReboots:
     def test_a_guest_reboots_from_the_kernel_it_has_whatever_becomes_of_the_files_names(
         self, tmp_path: Path, replaced: bool
     ) -> None:
-        content = {"kernel": b"\xfa\xf4Linux version 6.1.0".ljust(MiB, b"k"), "initrd": b"i" * 5000}
+        content = {"kernel": b"\xfa\xf4Linux version 6.1.0 (a@b) (gcc 12) #1 SMP\n".ljust(MiB, b"k"), "initrd": b"i" * 5000}
         for name, data in content.items():
             (tmp_path / name).write_bytes(data)
         run = Run(tmp_path, "-kernel", str(tmp_path / "kernel"), "-initrd", str(tmp_path / "initrd"))

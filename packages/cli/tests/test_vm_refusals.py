@@ -14,7 +14,7 @@ from vmm_core.errors import HypervisorError
 from vmm_core.hypervisor.testmode import RecordingHypervisor
 
 MiB = 1 << 20
-KERNEL = b"\xfa\xf4Linux version 6.1.0".ljust(MiB, b"k")
+KERNEL = b"\xfa\xf4Linux version 6.1.0 (a@b) (gcc 12) #1 SMP\n".ljust(MiB, b"k")
 
 
 def refusal(*options: str) -> str:

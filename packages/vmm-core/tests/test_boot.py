@@ -19,7 +19,7 @@ from vmm_core.x86_64.memory_map import RAM, RESERVED, memory_map
 
 MIB = 1 << 20
 GIB = 1 << 30
-BANNER = b"Linux version 5.10.0"
+BANNER = b"Linux version 5.10.0 (root@host) (gcc 10.2.1, GNU ld 2.35) #1 SMP Thu Jan 1 00:00:00 UTC 1970\n"
 
 
 @pytest.fixture
@@ -61,13 +61,15 @@ def test_a_plain_linux_image_runs_from_where_linux_is_linked_to(kernel: Path) ->
         (b"", "not a kernel image (no bzImage header, no ELF magic at offset 0)"),
         (b"#!/bin/sh\n", "not a kernel image (no bzImage header, no ELF magic at offset 0)"),
         (bytes(2 * MIB), "not a kernel image (no bzImage header, no ELF magic at offset 0)"),
+        (bytes(1024) + plain(), "not a kernel image (no bzImage header, no ELF magic at offset 0)"),
+        (plain().replace(b"(gcc", b"\x04\x01"), "not a kernel image (no bzImage header, no ELF magic at offset 0)"),
         (plain(20 * MIB), "does not fit: needs 20971520 bytes of RAM at 0x1000000, where the machine has 16777216"),
         (bytes(56) + b"ARM\x64" + bytes(MIB), "an arm64 kernel; a bzImage or ELF kernel for x86_64 is needed"),
         (bytes(56) + b"RSC\x05" + bytes(MIB), "a riscv kernel; a bzImage or ELF kernel for x86_64 is needed"),
         (b"\x1f\x8b\x08", "a gzip file, which must be unpacked first; a bzImage or ELF kernel for x86_64 is needed"),
         (b"QFI\xfb", "a qcow2 disk image; a bzImage or ELF kernel for x86_64 is needed"),
     ],
-    ids=["empty", "script", "zeros", "large", "arm64", "riscv", "gzip", "qcow2"],
+    ids=["empty", "script", "zeros", "a disk with a log", "compressed by LZ4", "large", "arm64", "riscv", "gzip", "qcow2"],
 )
 def test_what_is_no_kernel_is_refused_by_name(kernel: Path, image: bytes, message: str) -> None:
     assert refusal(kernel, image) == message

@@ -332,7 +332,7 @@ def pages(g: Guest) -> set[int]:
 def test_a_guest_that_tries_every_way_to_reset_is_stopped_by_the_first_and_boots_again(tmp_path: Path) -> None:
     # 64-bit code: mov eax, 0xF0000012; mov byte [rax], 0x42; mov al, 0xFE; out 0x64, al; ud2 (a triple fault: there is no IDT)
     code = b"\xb8" + Layout.RESET.base.to_bytes(4, "little") + b"\xc6\x00\x42\xb0\xfe\xe6\x64\x0f\x0b"
-    (tmp_path / "kernel").write_bytes((code + b"Linux version 1").ljust(MiB, b"\0"))
+    (tmp_path / "kernel").write_bytes((code + b"Linux version 1 (a@b) (gcc 12) #1 SMP\n").ljust(MiB, b"\0"))
     asked: SimpleQueue[MachineEvent] = SimpleQueue()
     topology, time = CpuTopology.flat(2), MonotonicClock()
     loop = DirectLoop("main", time)
