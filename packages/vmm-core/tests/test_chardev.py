@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import stat
 import subprocess
@@ -284,6 +285,45 @@ raise KeyError("a bug")
     )
     assert b"KeyError: 'a bug'" in done.stderr
     assert termios.tcgetattr(slave) == before
+    os.close(slave)
+    os.close(master)
+
+
+@pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGUSR1, signal.SIGTERM, signal.SIGABRT])
+def test_a_process_that_a_signal_ends_leaves_the_terminal_as_it_was(number: signal.Signals) -> None:
+    program = """
+import signal, sys, termios
+from vmm_core.clock import MonotonicClock
+from vmm_core.devices.chardev_terminal import StdioBackend
+from vmm_core.devices.serial import Serial
+from vmm_core.directloop import DirectLoop
+from vmm_core.hypervisor.testmode import RecordedLine
+uart = Serial(RecordedLine(4), DirectLoop("main", MonotonicClock()), print)
+uart.connect(StdioBackend(print))
+assert not termios.tcgetattr(0)[3] & termios.ICANON
+sys.stderr.write("raw")
+signal.pause()
+"""
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=slave, stdout=slave, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    assert process.stderr.read(3) == b"raw"
+    process.send_signal(number)
+    assert process.wait(GENEROUS) == -number, "it ends as by that signal"
+    process.stderr.close()
+    assert termios.tcgetattr(slave) == before
+    os.close(slave)
+    os.close(master)
+
+
+def test_signals_are_left_alone_when_the_terminal_is_given_back(desk: Desk) -> None:
+    master, slave = os.openpty()
+    stdio = StdioBackend(desk.reports.append, slave, slave)
+    stdio.start(desk.loop, desk.front)
+    assert signal.getsignal(signal.SIGQUIT) is not signal.SIG_DFL
+    stdio.close()
+    assert signal.getsignal(signal.SIGQUIT) is signal.SIG_DFL
     os.close(slave)
     os.close(master)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -50,10 +51,42 @@ def raw_mode(fd: int, *, keep_output: bool) -> Callable[[], None]:
     return restore
 
 
+# What ends a process unless somebody minds. Faults are not among them: what Python's handler would come back to faults again.
+_DEADLY = ("SIGHUP", "SIGQUIT", "SIGABRT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGTERM")
+
+
+def _before_death(restore: Callable[[], None]) -> Callable[[], None]:
+    """Call `restore` when a signal that nobody minds ends the process, which it then does. Returns the function that undoes this.
+
+    Only the main thread may mind signals; on any other nothing happens.
+    """
+    import signal
+
+    def killed(number: int, _frame: object) -> None:
+        restore()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    minded: list[int] = []
+
+    def undo() -> None:
+        with suppress(ValueError):  # another thread closes: `restore` once more does no harm
+            for number in minded:
+                if signal.getsignal(number) is killed:
+                    signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in _DEADLY):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, killed)
+                minded.append(number)
+    return undo
+
+
 class StdioBackend(FdBackend):
     """Standard input and output, whatever they are: terminal, pipe, file or /dev/null.
 
-    A terminal is in raw mode from start() to close(), or to the end of the process if that comes first.
+    A terminal is in raw mode from start() to close(), or to the end of the process if that comes first (but for SIGKILL).
     """
 
     def __init__(self, report: Report, read_fd: int = 0, write_fd: int = 1) -> None:
@@ -79,7 +112,7 @@ class StdioBackend(FdBackend):
 
             restore = raw_mode(self._terminal, keep_output=True)
             atexit.register(restore)
-            self._undo += [restore, lambda: atexit.unregister(restore)]
+            self._undo += [restore, lambda: atexit.unregister(restore), _before_death(restore)]
         super().start(loop, frontend)
 
     def close(self) -> None:
