@@ -1,4 +1,4 @@
-"""What a package imports it declares, and its README says why. Installing what it declares shows less: a dependency's own come along."""
+"""What a package imports it declares, and its README says why. Installing what is declared brings more than that along."""
 
 from __future__ import annotations
 
