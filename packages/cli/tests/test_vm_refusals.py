@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+import block_qcow2
 from pystratovirt.cmdline import parse
 from pystratovirt.errors import VmError
+from pystratovirt.main import main
 from pystratovirt.vm import VirtualMachine
+from running_vm import holdings
 from vmm_core import _available
 from vmm_core.errors import HypervisorError
 from vmm_core.hypervisor.testmode import RecordingHypervisor
@@ -55,3 +61,40 @@ def test_vcpus_that_the_hypervisor_refuses_are_blamed_on_their_number(tmp_path: 
     monkeypatch.setattr(RecordingHypervisor, "create_vcpu", refuse)
     (tmp_path / "kernel").write_bytes(KERNEL)
     assert refusal("-kernel", f"{tmp_path}/kernel", "-smp", "3") == "-smp 3: KVM_CREATE_VCPU: Cannot allocate memory"
+
+
+def none_left(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_disk_that_there_is_no_descriptor_for_is_blamed_on_its_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_qcow2, "open_disk", none_left)
+    assert refusal("-drive", f"id=d,file={tmp_path}/disk") == f"-drive id=d: {tmp_path}/disk: Too many open files"
+
+
+def test_a_device_that_gets_no_place_in_the_machine_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pystratovirt.vm.MmioTransport", none_left)
+    path = tmp_path / "vsock"
+    options = ["-mod-test", "unused", "-device", f"virtio-vsock-device,id=v,guest-cid=3,path={path}"]
+    before = holdings()
+    with pytest.raises(OSError, match="Too many open files"):
+        VirtualMachine(parse(options), print)
+    assert not path.exists()
+    assert holdings() == before
+
+
+@pytest.mark.parametrize("what", [MemoryError(), OSError(errno.ENFILE, "Too many open files in system")])
+def test_a_host_without_room_ends_a_start_with_one_line(
+    what: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise what
+
+    monkeypatch.setattr("pystratovirt.events.EventChannel", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(["-mod-test", "unused"])
+    assert caught.value.code == 1
+    why = "Cannot allocate memory" if isinstance(what, MemoryError) else "Too many open files in system"
+    assert capfd.readouterr().err == f"stratovirt: out of resources: {why}\n"

@@ -309,6 +309,22 @@ def test_a_process_that_does_not_end_is_ended(program: Callable[[str], str], mon
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_a_process_ends_with_the_back_end_when_no_descriptor_is_left_to_watch_it(
+    program: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    before = descriptors()
+    backend = PasstBackend("net0", program(_ANSWERS))
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+    pid = backend._pid
+    backend.close()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    assert descriptors() == before
+
+
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 
 def open_image(drive: Drive, secrets: Mapping[str, Secret]) -> Disk:
     """Open and lock an image; its passphrase is one of `secrets`. Raises BlockError, and has nothing open then."""
+    from block_qcow2.errors import BlockError
+
+    try:
+        return _open(drive, secrets)
+    except OSError as error:  # no descriptor left, or no memory: engines need both
+        raise BlockError(f"{drive.file}: {error.strerror or error}") from None
+
+
+def _open(drive: Drive, secrets: Mapping[str, Secret]) -> Disk:
     from block_qcow2 import open_disk
 
     disk = open_disk(

@@ -7,7 +7,9 @@ is built, and are served once it runs. What takes long to import comes after the
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -18,10 +20,12 @@ from pystratovirt.cmdline.errors import show
 if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
+    from typing import NoReturn
 
     from pystratovirt.cmdline.backends import Listener as MonitorAddress
     from pystratovirt.cmdline.config import Config
     from pystratovirt.daemon import Daemon
+    from pystratovirt.errors import StartError
     from pystratovirt.events import EventChannel
     from qmp_server.sockets import Listener
 
@@ -59,9 +63,20 @@ def _main(argv: Sequence[str] | None) -> int:
         try:
             return _run(config, stack)
         except StartError as error:
-            if config.log_file:
-                log.error(str(error))
-            fail(error)
+            _give_up(config, error)
+        except (OSError, MemoryError) as error:
+            # What a part of the machine cannot be made for is said by that part; this can happen anywhere, and is no bug of ours.
+            if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise
+            why = error.strerror if isinstance(error, OSError) else os.strerror(errno.ENOMEM)
+            _give_up(config, StartError(f"out of resources: {why}"))
+
+
+def _give_up(config: Config, error: StartError) -> NoReturn:
+    """Say why there is no machine, before anything is undone: with -daemonize the caller listens only as long."""
+    if config.log_file:
+        log.error(str(error))
+    fail(error)
 
 
 def _run(config: Config, stack: contextlib.ExitStack) -> int:

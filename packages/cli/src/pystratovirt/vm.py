@@ -297,9 +297,14 @@ class VirtualMachine:
                 self.machine.clear(slot)
 
     def _plug(self, slot: int, declaration: Device | None, device: VirtioDevice | None) -> None:
+        try:
+            line = self.machine.interrupt_line(Layout.slot(slot).gsi)
+            transport = MmioTransport(device, self.machine.memory, line, report=log.warn)
+        except BaseException:
+            if device:  # nobody else knows of it yet
+                device.close()
+            raise
         self.slots[slot] = Plugged(declaration, device)
-        line = self.machine.interrupt_line(Layout.slot(slot).gsi)
-        transport = MmioTransport(device, self.machine.memory, line, report=log.warn)
         self.transports[slot] = transport
         self.machine.plug(slot, transport, f"virtio-mmio{slot}")
         if device:

@@ -126,15 +126,22 @@ class PasstBackend(StreamBackend):
         """Wait up to `limit` seconds for its end; return its status, None while it runs on."""
         if self._pid <= 0:
             return None
-        pidfd = os.pidfd_open(self._pid)
+        flags = 0
         try:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            if not poll.poll(limit * 1000):
-                return None
-        finally:
-            os.close(pidfd)
-        _, status = os.waitpid(self._pid, 0)
+            pidfd = os.pidfd_open(self._pid)
+        except OSError:  # no descriptor left, which is no reason to leave a process behind: see where it is by now
+            flags = os.WNOHANG
+        else:
+            try:
+                poll = select.poll()
+                poll.register(pidfd, select.POLLIN)
+                if not poll.poll(limit * 1000):
+                    return None
+            finally:
+                os.close(pidfd)
+        pid, status = os.waitpid(self._pid, flags)
+        if not pid:
+            return None
         self._pid = -1
         return status
 
