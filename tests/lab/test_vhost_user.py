@@ -6,6 +6,7 @@ import hashlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,6 +52,7 @@ class Peer:
         self.monitor = folder / f"{name}.qmp"
         self.file = folder / f"{name}.img"
         self._name = name
+        self._pid_file = folder / f"{name}.pid"
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
@@ -58,13 +60,16 @@ class Peer:
         if self._name == "files":
             self._process = serve_files(self.file, self.path, stdout=subprocess.PIPE)
         elif self._name == "daemon":
+            self._pid_file.unlink(missing_ok=True)
             self._run(
                 debian.tool("qemu-storage-daemon"), "--blockdev", f"driver=file,node-name=file,filename={self.file}",
                 "--blockdev", "driver=raw,node-name=disk,file=file",
                 "--export", f"type=vhost-user-blk,id=e,node-name=disk,writable=on,addr.type=unix,addr.path={self.path}",
                 "--chardev", f"socket,id=m,path={self.monitor},server=on,wait=off", "--monitor", "chardev=m",
+                "--pidfile", str(self._pid_file),
             )  # fmt: skip
-            Qmp(self.monitor).close()  # it listens here last
+            # Written when it is ready. Its monitor says so too, but to a command that comes before that it may never answer.
+            self._await(lambda: self._pid_file.is_file() and self._pid_file.stat().st_size > 0)
         else:
             self._run(*IMG, "serve", "--type", "vhost-user-blk", "-f", self._name, "-k", str(self.path), str(self.file))
             assert self._process is not None
@@ -91,6 +96,14 @@ class Peer:
 
     def _run(self, *command: str) -> None:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def _await(self, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + WAIT
+        while not ready():
+            assert self._process is not None
+            assert self._process.poll() is None, f"{self._name} ended"
+            assert time.monotonic() < deadline, f"{self._name} did not become ready"
+            time.sleep(0.05)
 
 
 @pytest.mark.soak
@@ -172,12 +185,16 @@ def disks_survive_their_back_ends(vmm: Vmm, client: Qmp, peers: dict[str, Peer],
 
 
 def sizes_reach_the_guest(vmm: Vmm, peers: dict[str, Peer], disks: dict[str, str]) -> None:
-    """A disk grows under a running back end, and another while it is away."""
+    """A disk grows under a running back end, and another while it is away.
+
+    QEMU's daemon tells its front end of no change before version 8.1, so the guest learns both when they are back.
+    """
     with Qmp(peers["daemon"].monitor) as monitor:
         monitor.execute("block_resize", {"node-name": "disk", "size": 40 * MiB})
-    assert peers["raw"].end() == 0
+    assert [peers[name].end() for name in ("daemon", "raw")] == [0, 0]
     subprocess.run([*IMG, "resize", "-q", "-f", "raw", str(peers["raw"].file), "44M"], check=True)
-    peers["raw"].start()
+    for name in ("daemon", "raw"):
+        peers[name].start()
     for name, size in (("daemon", 40), ("raw", 44)):
         disk = disks[name]
         vmm.run(f"until [ $(cat /sys/block/{disk}/size) = {size * 2048} ]; do usleep 50000; done")

@@ -4,9 +4,8 @@ A guest with one CPU keeps one core busy with its emulation, so two lab hosts si
 one. Each takes the next test that no other has taken, and has a folder of its own below the folder of results, named by its
 number.
 
-The lab is QEMU's software emulation of a processor with SVM, and QEMU 7.2's is not exact: about once in some minutes of two
-busy CPUs, a guest's CPU shuts down or the lab host's own kernel finds its stack broken, whoever's VMM runs. So a few failures
-are run again, once, in a lab host that was booted for them, and named; what fails twice has failed. Where this machine's own
+The lab is QEMU's software emulation of a processor with SVM, and that is not exact (CONTRIBUTING.md says what is known). So a few
+failures are run again, once, in a lab host that was booted for them, and named; what fails twice has failed. Where this machine's own
 KVM runs the tests there is one run, and nothing is run again.
 
 Not here: booting (`host`), and what a test writes down about itself (tests/lab/conftest.py).

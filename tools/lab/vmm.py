@@ -62,7 +62,8 @@ class Vmm:
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
-                env={**os.environ, **(environment or {})},
+                # At this level it says what ended the guest.
+                env={"STRATOVIRT_LOG_LEVEL": "info", **os.environ, **(environment or {})},
                 pass_fds=descriptors,
                 start_new_session=True,  # its session is how left-over children are found
             )
