@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from pystratovirt import log
+from pystratovirt.cmdline import parse
 from pystratovirt.stdio import say
+from pystratovirt.vm import VirtualMachine
+from vmm_core.devices.chardev_terminal import PtyBackend
 
 SHELL = 'exec "$@" <&- >&- 2>&-'
 
@@ -45,3 +49,19 @@ def test_text_for_a_reader_that_has_gone_is_dropped() -> None:
 def test_text_arrives_whole_and_encodable(capfd: pytest.CaptureFixture[str]) -> None:
     say(1, "\udc80 done\n")
     assert capfd.readouterr().out == "\\udc80 done\n"
+
+
+@pytest.mark.parametrize("level", ["warn", "info"])
+def test_the_path_of_a_pseudo_terminal_is_told_whatever_is_logged(
+    level: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(log, "_log", log.Log(log.level_from(level)))
+    with VirtualMachine(parse(["-mod-test", "unused", "-chardev", "pty,id=tty", "-serial", "chardev:tty"]), print) as vm:
+        backend = vm.chardevs["tty"]
+        assert isinstance(backend, PtyBackend)
+        path = f'Pty path is: "{backend.path}"'
+    said = capfd.readouterr().err.splitlines()
+    if level == "warn":
+        assert said == [f"stratovirt: chardev tty: {path}"]
+    else:
+        assert [line.rpartition(":INFO: ")[2] for line in said] == [path]

@@ -131,6 +131,18 @@ def test_a_client_that_came_early_is_not_waited_for_again(start: Any, tmp_path: 
         assert status(early)["running"] is True
 
 
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_start_says_that_it_waits_for_who_is_at_the_serial_port(start: Any, tmp_path: Path, port: int, kind: str) -> None:
+    where = f"path={tmp_path}/c" if kind == "unix" else f"host=127.0.0.1,port={port}"
+    waiting = start("-serial", f"socket,{where},server")
+    name = f"unix:{tmp_path}/c" if kind == "unix" else f"tcp:127.0.0.1:{port}"
+    assert waiting.said() == f"stratovirt: waiting for a client on {name}\n"
+    with connect(f"{tmp_path}/c" if kind == "unix" else ("127.0.0.1", port)):
+        waiting.test.settimeout(LIMIT)
+        waiting.test.sendall(b"readl 0xf0100000\n")
+        assert waiting.test.recv(100).startswith(b"OK")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_wait(start: Any, tmp_path: Path, number: signal.Signals) -> None:
     waiting = start("-qmp", f"unix:{tmp_path}/q,server")

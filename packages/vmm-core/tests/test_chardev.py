@@ -375,7 +375,7 @@ def attach(pty: PtyBackend) -> int:
 
 def test_a_pty_can_be_attached_to_left_and_attached_to_again(desk: Desk) -> None:
     pty = desk.start(PtyBackend(desk.reports.append))
-    assert desk.reports == [f"Pty path is: {pty.path}"]
+    assert desk.reports == [f'Pty path is: "{pty.path}"']
     assert pty.write(b"nobody sees this") == 16
     for visit in (b"first", b"second"):
         terminal = attach(pty)

@@ -29,7 +29,7 @@ def open_chardev(chardev: Chardev, report: Callable[[str], None], warn: Callable
     if isinstance(chardev, PtyChardev):
         from vmm_core.devices.chardev_terminal import PtyBackend
 
-        return PtyBackend(report)
+        return PtyBackend(lambda text: _announce(chardev.id, text, report))
     if isinstance(chardev, FileChardev):
         from vmm_core.devices.chardev import FileBackend
 
@@ -39,11 +39,21 @@ def open_chardev(chardev: Chardev, report: Callable[[str], None], warn: Callable
     listener = _listen(chardev, report)
     if not chardev.nowait:
         try:
-            _wait(listener, report)
+            _wait(listener, f"unix:{chardev.path}" if chardev.path is not None else f"tcp:{listener.name}")
         except BaseException:
             listener.close()
             raise
     return listener
+
+
+def _announce(chardev: str, text: str, report: Callable[[str], None]) -> None:
+    """Say what whoever starts a machine has to know to use it: in the log, or on standard error when the log leaves it out."""
+    from pystratovirt import log
+    from pystratovirt.stdio import say
+
+    report(text)
+    if not log.enabled(log.INFO):
+        say(2, f"stratovirt: chardev {chardev}: {text}\n")
 
 
 def _connect(chardev: SocketChardev, report: Callable[[str], None]) -> CharBackend:
@@ -62,15 +72,20 @@ def _listen(chardev: SocketChardev, report: Callable[[str], None]) -> SocketList
     return listen_tcp(chardev.host, chardev.port or 0, report)
 
 
-def _wait(listener: SocketListener, report: Callable[[str], None]) -> None:
-    """Wait for the first client; a signal that a handler was set up for ends that, as it ends the machine."""
+def _wait(listener: SocketListener, address: str) -> None:
+    """Wait for the first client; a signal that a handler was set up for ends that, as it ends the machine.
+
+    People are told: a start that stands still, and does not say why, looks like one that has failed.
+    """
     import os
     import signal
+
+    from pystratovirt.stdio import say
 
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        report(f"waiting for a client on {listener.name}")
+        say(2, f"stratovirt: waiting for a client on {address}\n")
         if not listener.wait(reader):
             raise ChardevError(f"{listener.name}: interrupted while waiting for a client")
     finally:

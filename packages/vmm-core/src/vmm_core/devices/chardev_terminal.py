@@ -173,7 +173,7 @@ class PtyBackend:
     def start(self, loop: Loop, frontend: CharFrontend) -> None:
         """Begin to look for someone who opens it."""
         self._loop, self._frontend = loop, frontend
-        self._report(f"Pty path is: {self.path}")
+        self._report(f'Pty path is: "{self.path}"')  # the quotes are StratoVirt's, whose clients look for the line
         loop.run(self._look)
 
     def write(self, data: bytes | memoryview) -> int:
