@@ -5,8 +5,8 @@ one. Each takes the next test that no other has taken, and has a folder of its o
 number.
 
 The lab is QEMU's software emulation of a processor with SVM, and that is not exact (CONTRIBUTING.md says what is known). So a few
-failures are run again, once, in a lab host that was booted for them, and named; what fails twice has failed. Where this machine's own
-KVM runs the tests there is one run, and nothing is run again.
+failures are run again, once, in a lab host that was booted for them, and named; what fails twice has failed. Where this machine's
+own KVM runs the tests there is one run, and nothing is run again.
 
 Not here: booting (`host`), and what a test writes down about itself (tests/lab/conftest.py).
 """
