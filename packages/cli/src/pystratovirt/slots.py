@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, cast
 
 from pystratovirt.cmdline.drivers.base import DISK, NET, NOWHERE, OTHER
 from pystratovirt.cmdline.errors import CommandLineError, show
-from pystratovirt.cmdline.netdevs import Tap, VhostUser
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,6 +53,8 @@ def _kind(device: Device, netdevs: Mapping[str, Netdev]) -> str:
     """Return which slots a device goes into."""
     if device.place != NET:
         return device.place
+    from pystratovirt.cmdline.netdevs import Tap, VhostUser  # of use to those only that have a network
+
     netdev = netdevs[cast("VirtioNet", device).netdev]
     return OTHER if isinstance(netdev, VhostUser) or (isinstance(netdev, Tap) and netdev.vhost) else NET
 

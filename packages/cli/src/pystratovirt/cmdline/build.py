@@ -30,6 +30,7 @@ from .drivers import DRIVERS
 from .errors import BadKey, CommandLineError, listing, show
 from .lexer import lex
 from .machine import Accel, Cpu, Machine, Memory, MemorySize, Smp, ignores_acpi
+from .options import NETDEVS
 from .values import ID, PATH, SOCKET_PATH, Reference, Text
 
 if TYPE_CHECKING:
@@ -253,8 +254,6 @@ class _Users:
         return made
 
     def _netdev(self, text: str) -> None:
-        from .netdevs import NETDEVS
-
         made: Connected = _choose("-netdev", text, NETDEVS, "type").parse("-netdev", text)
         _new("-netdev", made.id, self.netdevs)
         for key in made.keys.values():

@@ -15,8 +15,7 @@ from . import notyet
 from .backends import CHARDEVS, OBJECTS
 from .declare import Key, Parameters
 from .drivers import DRIVERS
-from .netdevs import NETDEVS
-from .options import IGNORED, LATER, NUMA, OPTIONS, Option
+from .options import IGNORED, LATER, NETDEVS, NUMA, OPTIONS, Option
 
 _BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

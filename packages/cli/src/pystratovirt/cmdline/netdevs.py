@@ -5,14 +5,9 @@ Not here: opening them (`pystratovirt.devices.net`), and what a guest sees of th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .declare import Parameters, key
 from .errors import BadKey, show
 from .values import ID, PATH, SWITCH, Integer, Kind, Reference, Text
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 PAIRS_MAX = 16
 
@@ -119,4 +114,3 @@ class Unconnected(Parameters):
 
 Connected = Tap | User | VhostUser
 Netdev = Connected | Unconnected
-NETDEVS: Mapping[str, type[Connected]] = {"tap": Tap, "user": User, "vhost-user": VhostUser}

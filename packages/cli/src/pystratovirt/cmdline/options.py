@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING, cast
 
 from pystratovirt.lazy import Lazy
 
-from . import backends, drivers, machine, netdevs
+from . import backends, drivers, machine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .declare import Parameters
+    from .netdevs import Connected
 
 NUMA: Mapping[str, type[Parameters]] = cast(
     "Mapping[str, type[Parameters]]",
     Lazy("pystratovirt.cmdline", {"node": ("numa", "NumaNode"), "dist": ("numa", "NumaDistance")}),
+)
+
+NETDEVS: Mapping[str, type[Connected]] = cast(
+    "Mapping[str, type[Connected]]",
+    Lazy(
+        "pystratovirt.cmdline",
+        {"tap": ("netdevs", "Tap"), "user": ("netdevs", "User"), "vhost-user": ("netdevs", "VhostUser")},
+    ),
 )
 
 FLAG, ONE, OPTIONAL, MANY = (
@@ -137,7 +146,7 @@ _TABLE = (
         "serial port: stdio, pty, file,path=..., socket,path=...,server,nowait",
         note="`chardev:ID` works whatever the order (StratoVirt: never); stdio needs no terminal",
     ),
-    Option("netdev", MANY, "TYPE,id=ID[,...]", BACKENDS, "network for a -device", schema=netdevs.NETDEVS),
+    Option("netdev", MANY, "TYPE,id=ID[,...]", BACKENDS, "network for a -device", schema=NETDEVS),
     Option(
         "global",
         MANY,

@@ -8,15 +8,14 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from pystratovirt import log
-from pystratovirt.cmdline.drivers.net import VirtioNet
-from pystratovirt.cmdline.netdevs import Tap, User, VhostUser
 from virtio_devices.device import DeviceError
 from virtio_devices.net.device import NetDevice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pystratovirt.cmdline.netdevs import Connected
+    from pystratovirt.cmdline.drivers.net import VirtioNet
+    from pystratovirt.cmdline.netdevs import Connected, Tap, User
     from pystratovirt.vm import VirtualMachine
     from virtio_devices.net.backend import Backend
 
@@ -45,7 +44,7 @@ def empty_net(vm: VirtualMachine, slot: int) -> NetDevice:
 
 def _free_mac(vm: VirtualMachine) -> bytes:
     """Return the first default address that no card has, nor is to have."""
-    used = {device.mac for device in vm.config.devices if isinstance(device, VirtioNet)}
+    used = {getattr(device, "mac", None) for device in vm.config.devices}
     used |= {plugged.device.mac for plugged in vm.slots.values() if isinstance(plugged.device, NetDevice)}
     for last in range(MAC_FIRST[5], MAC_LAST[5] + 1):
         mac = bytes([*MAC_FIRST[:5], last])
@@ -56,6 +55,8 @@ def _free_mac(vm: VirtualMachine) -> bytes:
 
 def open_network(vm: VirtualMachine, netdev: Connected, take: Callable[[str], int | None]) -> Backend:
     """Open what a -netdev or netdev_add of any type describes, as open_netdev() does."""
+    from pystratovirt.cmdline.netdevs import VhostUser  # most machines have empty slots only
+
     if isinstance(netdev, VhostUser):
         from pystratovirt.devices import vhost_user
 
@@ -71,6 +72,8 @@ def open_netdev(netdev: Tap | User, take: Callable[[str], int | None] = lambda _
 
     Raises DeviceError, which names the netdev and the reason.
     """
+    from pystratovirt.cmdline.netdevs import User
+
     if isinstance(netdev, User):
         from virtio_devices.net.passt import PasstBackend
 

@@ -11,7 +11,7 @@ makes, and addresses (`vmm_core.x86_64.layout`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vmm_core.bus import BusDevice
 from vmm_core.clock import Clock
@@ -27,11 +27,13 @@ from vmm_core.machine.core import Closable, Component, Machine, MachineEvent, Pa
 from vmm_core.topology import CpuTopology
 from vmm_core.x86_64.acpi_tables import acpi_tables, write_acpi_tables
 from vmm_core.x86_64.boot import KernelFiles
-from vmm_core.x86_64.io_apic import IoApic
 from vmm_core.x86_64.layout import Microvm as Layout
 from vmm_core.x86_64.layout import Slot
 from vmm_core.x86_64.mp_table import command_line_words, mp_table, write_mp_table
 from vmm_core.x86_64.vcpu_boot import VcpuBoot
+
+if TYPE_CHECKING:
+    from vmm_core.x86_64.io_apic import IoApic
 
 QUEUE_NOTIFY = 0x50  # virtio 1.2, section 4.2.2: the doorbell of every queue
 
@@ -213,6 +215,8 @@ class Microvm(Machine):
         """Plug in the second I/O APIC, for the wires that the first has no pin for. The tables tell of it."""
         if self.status is not VmStatus.CREATED:
             raise ValueError("this machine has started without a second I/O APIC")
+        from vmm_core.x86_64.io_apic import IoApic  # for machines of more than 17 slots
+
         self.io_apic = IoApic(self.hypervisor, 1, Layout.SECOND_IO_APIC_GSI, Layout.IO_APIC_PINS)
         self.mmio.add(*Layout.SECOND_IO_APIC, self.io_apic, "second I/O APIC")
         self.add_component("io-apic", self.io_apic)
