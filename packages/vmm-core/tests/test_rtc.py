@@ -453,6 +453,16 @@ def test_an_enabled_interrupt_goes_on_after_restore(machine: Machine) -> None:
     fresh.close()
 
 
+def test_updates_go_on_at_once_on_a_host_whose_clock_is_behind(machine: Machine) -> None:
+    machine.set(B, UIE | H24)
+    fresh = Machine()
+    fresh.wall = machine.wall - 3600 * SECOND
+    fresh.rtc.restore(machine.rtc.save())
+    fresh.passes(SECOND)
+    assert fresh.interrupts() == 1
+    fresh.close()
+
+
 @pytest.mark.parametrize(("field", "value"), [("cells", bytes(127)), ("selected", 128), ("offset", 1 << 80), ("seen", 1 << 50)])
 def test_a_state_that_no_clock_can_be_in_is_refused(machine: Machine, field: str, value: object) -> None:
     with pytest.raises(StateError, match=rf"^rtc\.{field}"):

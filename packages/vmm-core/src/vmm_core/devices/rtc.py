@@ -307,6 +307,8 @@ class Rtc:
         expect_range(new.seen, FIRST, LAST, "rtc.seen")
         with self._lock:
             self._cells[:] = new.cells
-            self._index, self._offset, self._seen = new.selected, new.offset, new.seen
+            self._index, self._offset = new.selected, new.offset
+            # A host whose clock is behind that of the last one must not wait for the difference to the next update.
+            self._seen = min(new.seen, self._now() // SECOND)
             self._ticks_seen = self._ticks()
             self._set_timer()
