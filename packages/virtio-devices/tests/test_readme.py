@@ -31,3 +31,9 @@ def test_the_examples_run_one_after_the_other() -> None:
     for example in EXAMPLES:
         exec(example, names)
     assert len(EXAMPLES) == 2
+
+
+def test_every_module_is_in_the_table() -> None:
+    source = Path(__file__).parent.parent / "src/virtio_devices"
+    modules = {path.stem for path in source.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} - {"__init__"}
+    assert modules == set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))

@@ -1,1 +1,1 @@
-"""Virtio devices for virtual machine monitors: virtqueues, transports, block, console and entropy devices."""
+"""Virtio devices for virtual machine monitors: virtqueues, the MMIO transport, and devices, vhost-user among them."""
