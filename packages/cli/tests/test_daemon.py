@@ -193,6 +193,14 @@ def test_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_pidfile_in_a_folder_that_is_gone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    (tmp_path / "folder").rmdir()
+    with pytest.raises(DaemonError, match=r"^-pidfile pid: No such file or directory$"):
+        PidFile("pid")
+
+
 def test_a_pidfile_that_another_took_over_is_left_to_it(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     pidfile = PidFile(str(path))

@@ -111,10 +111,11 @@ class PidFile:
 
     def __init__(self, path: str) -> None:
         """Create the file. Raises DaemonError when another process holds it, or when it is something else than a pidfile."""
-        self.path = os.path.abspath(path)  # noqa: PTH100 - pathlib is not imported at a start
+        self.path = path
         self._fd = -1
         self._locked = False
         try:
+            self.path = os.path.abspath(path)  # noqa: PTH100 - pathlib is not imported at a start
             self._create()
         except OSError as error:
             self.remove()

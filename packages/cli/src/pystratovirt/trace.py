@@ -125,6 +125,7 @@ POINTS: Final = tuple(
 )
 
 _LONGEST_VALUE = 200  # characters
+_FILE_MAX = 1 << 16  # bytes of a file of patterns
 LONGEST_PATTERN: Final = 256  # characters
 _PATTERN_MEMORY = 1 << 20  # bytes that a compiled pattern and its search may take
 
@@ -161,10 +162,14 @@ class Registry:
     def enable_from_file(self, path: str) -> None:
         """Switch on what the patterns in a file match, one a line; blank lines count for nothing. Raises TraceError."""
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            with Path(path).open("rb") as file:
+                data = file.read(_FILE_MAX + 1)  # a device such as /dev/zero has no end
+            if len(data) > _FILE_MAX:
+                raise TraceError(f"{path}: more than {_FILE_MAX} bytes, which is no list of patterns")
+            text = data.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise TraceError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
                 try:
                     self.set_states(line.strip(), True)
