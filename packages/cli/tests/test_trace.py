@@ -123,7 +123,7 @@ def test_a_bad_file_says_where(registry: Registry, tmp_path: Path, content: byte
         registry.enable_from_file(str(tmp_path / "t"))
     with pytest.raises(TraceError, match="No such file"):
         registry.enable_from_file(str(tmp_path / "none"))
-    with pytest.raises(TraceError, match="^/dev/zero: more than 65536 bytes"):
+    with pytest.raises(TraceError, match=r"^/dev/zero: more than 65536 bytes"):
         registry.enable_from_file("/dev/zero")
 
 
