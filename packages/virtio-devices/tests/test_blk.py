@@ -685,6 +685,11 @@ def test_a_serial_number_has_at_most_20_bytes(make: Make) -> None:
     make(MemoryDisk(), serial="x" * 20)
 
 
+def test_a_serial_number_is_bytes_as_they_are_in_an_argument(make: Make) -> None:
+    driver = make(MemoryDisk(), serial="\udcff\udc80").start()
+    assert driver.request(header(GET_ID), 20, 1)[1] == b"\xff\x80".ljust(21, b"\0")
+
+
 def test_a_disk_can_be_put_in_before_there_is_a_driver(make: Make) -> None:
     driver = make()
     disk = MemoryDisk()

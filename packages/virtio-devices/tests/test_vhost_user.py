@@ -71,6 +71,13 @@ def test_a_tag_that_cannot_be_is_refused(memory: GuestMemory, loop: DirectLoop, 
         VhostUserFs("fs0", loop, memory, "/nowhere", tag=tag)
 
 
+def test_a_tag_is_bytes_as_they_are_in_an_argument(back_end: Make, memory: GuestMemory, loop: DirectLoop) -> None:
+    server = back_end(protocol=ACK)
+    device = VhostUserFs("fs0", loop, memory, str(server.path), tag="\udcff")
+    assert device.read_config(0, 2) == 0x00FF
+    device.close()
+
+
 def test_features_that_need_more_than_a_ring_are_not_offered(back_end: Make, guest: MakeGuest) -> None:
     back_end(protocol=ACK, features=(1 << 42) - 1)
     offered = guest("fs").offered()

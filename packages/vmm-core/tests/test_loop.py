@@ -462,6 +462,15 @@ def test_the_thread_is_visible_under_its_name(thread: IoThread) -> None:
     assert comm == "iothread0\n"
 
 
+@pytest.mark.parametrize("name", ["\udcff", "ü" * 20])
+def test_a_name_that_is_no_text_ends_no_thread(clock: MonotonicClock, failures: Failures, name: str) -> None:
+    thread = IoThread(name, clock, failures)
+    thread.start()
+    thread.run(lambda: None)  # it names itself before anything else
+    assert thread.thread_id in {int(task.name) for task in Path("/proc/self/task").iterdir()}
+    thread.stop()
+
+
 def test_a_long_name_is_cut_where_the_kernel_cuts_it(clock: MonotonicClock, failures: Failures) -> None:
     thread = IoThread("a-thread-with-a-long-name", clock, failures)
     thread.start()

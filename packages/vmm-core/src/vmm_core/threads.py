@@ -33,7 +33,7 @@ def name_thread(name: str) -> None:
     with suppress(OSError):  # no /proc in a jail: the name is for people only
         fd = os.open(f"/proc/self/task/{get_native_id()}/comm", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.write(fd, name.encode()[:15])
+            os.write(fd, name.encode(errors="replace")[:15])  # an argument can be bytes that are no text
         finally:
             os.close(fd)
 

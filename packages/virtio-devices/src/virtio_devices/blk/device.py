@@ -242,7 +242,7 @@ class BlkDevice(VirtioDevice):
             lane.loop.run(serve)
 
     def _padded(self, serial: str) -> bytes:
-        encoded = serial.encode()
+        encoded = serial.encode(errors="surrogateescape")
         if len(encoded) > SERIAL_MAX:
             raise DeviceError(f"{self.name}: a serial number has at most {SERIAL_MAX} bytes")
         return encoded.ljust(SERIAL_MAX, b"\0")

@@ -39,7 +39,7 @@ class VhostUserFs(VhostUserDevice):
 
         Raises DeviceError for a tag that is empty or too long, and when nobody is there or cannot serve a file system.
         """
-        encoded = tag.encode()
+        encoded = tag.encode(errors="surrogateescape")
         if not 0 < len(encoded) <= TAG_MAX:
             raise DeviceError(f"{name}: a tag has 1 to {TAG_MAX} bytes")
         session = Session(name, path, memory, settles=True, retry=retry)
