@@ -11,6 +11,7 @@ import pytest
 
 from pystratovirt import log
 from pystratovirt.cmdline import parse
+from pystratovirt.main import main
 from pystratovirt.stdio import say
 from pystratovirt.vm import VirtualMachine
 from vmm_core.devices.chardev_terminal import PtyBackend
@@ -37,6 +38,13 @@ os.write(image, (" ".join(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)
 def test_a_wrong_command_line_has_its_status_when_nobody_reads_the_answer() -> None:
     script = "from pystratovirt.cmdline import parse_or_exit; parse_or_exit(['-smp', '300'])"
     assert subprocess.run(["sh", "-c", SHELL, "sh", sys.executable, "-c", script], check=False).returncode == 1
+
+
+def test_a_start_that_fails_says_so_in_one_line_that_does_nothing_to_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["-mod-test", "unused", "-serial", "file,path=/none\n\x1b[31m/\udcff"])
+    line = "stratovirt: -serial: cannot open /none\\n\\x1b[31m/\\udcff: No such file or directory\n"
+    assert capfd.readouterr().err == line
 
 
 def test_text_for_a_reader_that_has_gone_is_dropped() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pystratovirt.cmdline.backends import FileChardev, PtyChardev, StdioChardev
+from pystratovirt.cmdline.errors import printable
 from vmm_core.errors import ChardevError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _announce(chardev: str, text: str, report: Callable[[str], None]) -> None:
 
     report(text)
     if not log.enabled(log.INFO):
-        say(2, f"stratovirt: chardev {chardev}: {text}\n")
+        say(2, f"stratovirt: chardev {printable(chardev)}: {text}\n")
 
 
 def _connect(chardev: SocketChardev, report: Callable[[str], None]) -> CharBackend:
@@ -85,7 +86,7 @@ def _wait(listener: SocketListener, address: str) -> None:
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        say(2, f"stratovirt: waiting for a client on {address}\n")
+        say(2, f"stratovirt: waiting for a client on {printable(address)}\n")
         if not listener.wait(reader):
             raise ChardevError(f"{listener.name}: interrupted while waiting for a client")
     finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pystratovirt import log
 from pystratovirt.cmdline import CommandLineError, fail, parse_or_exit
-from pystratovirt.cmdline.errors import show
+from pystratovirt.cmdline.errors import printable, show
 
 if TYPE_CHECKING:
     import socket
@@ -137,7 +137,7 @@ def _wait_for_client(where: MonitorAddress, listener: Listener, events: EventCha
     from pystratovirt.errors import VmError
     from pystratovirt.stdio import say
 
-    say(2, f"stratovirt: waiting for a client on {where}\n")
+    say(2, f"stratovirt: waiting for a client on {printable(str(where))}\n")
     watch = select.poll()
     watch.register(listener.socket, select.POLLIN)
     watch.register(events, select.POLLIN)

@@ -17,7 +17,7 @@ from pystratovirt.stdio import ensure_standard_descriptors, say
 
 from .build import build as parse
 from .config import Config
-from .errors import CommandLineError, Information
+from .errors import CommandLineError, Information, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,5 +50,5 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> Config:
 
 def fail(error: Exception) -> NoReturn:
     """End the program: one line to standard error, status 1."""
-    say(2, f"{PROGRAM}: {error}\n")
+    say(2, f"{PROGRAM}: {printable(str(error))}\n")  # parts of a machine name paths as they are
     raise SystemExit(1) from None

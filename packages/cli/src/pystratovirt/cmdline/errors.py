@@ -9,8 +9,11 @@ def show(text: str, limit: int = _SHOWN) -> str:
     """Return `text` as one printable line of about `limit` characters: control characters and undecodable bytes escaped."""
     if len(text) > limit:
         text = text[: limit - 3] + "..."
-    if not text:
-        return '""'
+    return printable(text) if text else '""'
+
+
+def printable(text: str) -> str:
+    """Return `text` as one line that does nothing to a terminal: control characters and undecodable bytes escaped."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
