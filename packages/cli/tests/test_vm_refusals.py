@@ -17,7 +17,7 @@ from pystratovirt.vm import VirtualMachine
 from running_vm import holdings
 from vmm_core import _available
 from vmm_core.errors import HypervisorError
-from vmm_core.hypervisor.testmode import RecordingHypervisor
+from vmm_core.hypervisor.testmode import RecordedLine, RecordingHypervisor
 
 MiB = 1 << 20
 KERNEL = b"\xfa\xf4Linux version 6.1.0 (a@b) (gcc 12) #1 SMP\n".ljust(MiB, b"k")
@@ -61,6 +61,33 @@ def test_vcpus_that_the_hypervisor_refuses_are_blamed_on_their_number(tmp_path: 
     monkeypatch.setattr(RecordingHypervisor, "create_vcpu", refuse)
     (tmp_path / "kernel").write_bytes(KERNEL)
     assert refusal("-kernel", f"{tmp_path}/kernel", "-smp", "3") == "-smp 3: KVM_CREATE_VCPU: Cannot allocate memory"
+
+
+def test_memory_that_the_hypervisor_refuses_is_one_line_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise HypervisorError("KVM_SET_USER_MEMORY_REGION: Cannot allocate memory")
+
+    monkeypatch.setattr(RecordingHypervisor, "map_memory", refuse)
+    before = holdings()
+    assert refusal() == "KVM_SET_USER_MEMORY_REGION: Cannot allocate memory"
+    assert holdings() == before
+
+
+@pytest.mark.parametrize("gsi", [4, 5, 16], ids=["the serial port", "a disk", "the machine itself"])
+def test_a_wire_that_the_hypervisor_refuses_is_one_line_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, gsi: int
+) -> None:
+    make = RecordingHypervisor.interrupt_line
+
+    def refuse(hypervisor: RecordingHypervisor, number: int) -> RecordedLine:
+        if number == gsi:
+            raise HypervisorError("KVM_IRQFD: Too many open files")
+        return make(hypervisor, number)
+
+    monkeypatch.setattr(RecordingHypervisor, "interrupt_line", refuse)
+    before = holdings()
+    assert refusal("-serial", "file,path=/dev/null") == "KVM_IRQFD: Too many open files"
+    assert holdings() == before
 
 
 def none_left(*_: object, **__: object) -> NoReturn:

@@ -19,6 +19,7 @@ import pytest
 from kvm_guest import real_mode
 from vmm_core.bus import Bus
 from vmm_core.errors import HypervisorError, StateError
+from vmm_core.guestmem import GuestMemory
 from vmm_core.hypervisor import ExitReason
 from vmm_core.hypervisor.kvm import KvmHypervisor, ioctl
 from vmm_core.hypervisor.kvm import vcpu as vcpu_module
@@ -132,21 +133,32 @@ def test_an_error_names_the_call_and_the_reason(kvm: FakeKvm) -> None:
 def test_a_set_up_that_fails_half_way_leaves_nothing_behind(kvm: FakeKvm, name: str) -> None:
     kvm.fail(name, errno.ENOMEM)
     before = descriptors()
+    hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
     with pytest.raises(HypervisorError, match=f"^{name}: Cannot allocate memory$"):
-        KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+        hypervisor.interrupt_line(4)
+    hypervisor.close()
     assert descriptors() == before
 
 
-def test_set_up_is_in_the_order_that_kvm_wants(kvm: FakeKvm) -> None:
-    KvmHypervisor(CpuTopology.flat(1), "/dev/null").close()
+def test_set_up_is_in_the_order_that_kvm_wants_with_memory_first_because_it_waits_behind_the_others(kvm: FakeKvm) -> None:
+    hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+    memory = GuestMemory([(0, 1 << 20)])
+    hypervisor.map_memory(memory)
+    hypervisor.interrupt_line(4)
+    hypervisor.interrupt_line(5)
+    hypervisor.close()
+    memory.close()
     made = [name for name in kvm.calls if "GET" not in name and "CHECK" not in name]
     assert made == [
         "KVM_CREATE_VM",
+        "KVM_SET_USER_MEMORY_REGION",
         "KVM_CREATE_IRQCHIP",
         "KVM_SET_GSI_ROUTING",
         "KVM_SET_IDENTITY_MAP_ADDR",
         "KVM_SET_TSS_ADDR",
         "KVM_CREATE_PIT2",
+        "KVM_IRQFD",
+        "KVM_IRQFD",
     ]
 
 
@@ -174,6 +186,7 @@ def test_an_interrupt_line_that_cannot_be_made_leaves_nothing_behind(kvm: FakeKv
 
 def test_a_message_that_kvm_refuses_changes_nothing(kvm: FakeKvm) -> None:
     hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+    hypervisor.interrupt_line(4)
     sent: list[int] = []
     kvm.fail("KVM_SET_GSI_ROUTING", errno.EINVAL)
     with pytest.raises(HypervisorError, match="KVM_SET_GSI_ROUTING"):
@@ -219,14 +232,17 @@ def test_the_cpuid_buffer_grows_until_the_table_fits(kvm: FakeKvm) -> None:
 
     kvm.handlers["KVM_GET_SUPPORTED_CPUID"] = supported
     hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+    hypervisor.interrupt_line(4)
     assert tried == [256, 512, 1024]
     hypervisor.close()
 
 
 def test_a_cpuid_table_without_end_is_an_error_and_no_loop(kvm: FakeKvm) -> None:
     kvm.fail("KVM_GET_SUPPORTED_CPUID", errno.E2BIG)
+    hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
     with pytest.raises(HypervisorError, match="KVM_GET_SUPPORTED_CPUID: Argument list too long"):
-        KvmHypervisor(CpuTopology.flat(1), "/dev/null")
+        hypervisor.interrupt_line(4)
+    hypervisor.close()
 
 
 class MsrBank:

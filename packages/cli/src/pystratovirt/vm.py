@@ -72,6 +72,9 @@ class VirtualMachine:
         self._post = post
         try:
             self._build()
+        except VmmError as error:  # of a part that no option is to blame for: a memory slot, a wire
+            self.close()
+            raise VmError(str(error)) from None
         except BaseException:
             self.close()
             raise
@@ -122,23 +125,22 @@ class VirtualMachine:
         self._stack.callback(self._close_netdevs)
         with blame(""):
             hypervisor = self._hypervisor()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(hypervisor.close)
             memory = self._memory()
-        except BaseException:
-            hypervisor.close()
-            raise
-        kernel = Kernel(config.kernel, config.initrd, config.append) if config.kernel else None
-        self.machine = Microvm(
-            hypervisor,
-            memory,
-            self._post,
-            topology=config.topology,
-            clock=self.clock,
-            loop=self.main_loop,
-            kernel=kernel,
-            acpi=config.machine.acpi,
-            acpi_ignored=config.acpi_ignored,
-        )
+            undo.callback(memory.close)
+            self.machine = Microvm(
+                hypervisor,
+                memory,
+                self._post,
+                topology=config.topology,
+                clock=self.clock,
+                loop=self.main_loop,
+                kernel=Kernel(config.kernel, config.initrd, config.append) if config.kernel else None,
+                acpi=config.machine.acpi,
+                acpi_ignored=config.acpi_ignored,
+            )
+            undo.pop_all()
         self._stack.callback(self.machine.close)
         for netdev in config.netdevs.values():
             self.open_netdev(netdev)
