@@ -230,6 +230,19 @@ def test_a_client_that_does_not_wait_takes_its_request_back(make: Make, client: 
     assert device(guest).connections == 0
 
 
+def test_a_guest_that_takes_no_requests_hears_of_no_client_that_has_gone(make: Make, path: str) -> None:
+    guest = make(buffers=0)
+    for _ in range(5):
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+                client.sendall(b"CONNECT 52\n")
+                guest.driver.loop.poll()
+        guest.driver.loop.poll()
+    assert device(guest).connections == 0
+    assert not device(guest)._switch.packets
+
+
 @pytest.mark.parametrize(
     "line",
     [

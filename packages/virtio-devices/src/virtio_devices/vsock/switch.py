@@ -286,6 +286,16 @@ class Switchboard:
         else:
             self._forget(connection)
 
+    def _withdraw(self, connection: Connection) -> None:
+        """A client did not wait for the answer. A guest that has not taken the request never hears of it: else one that takes
+        nothing, while clients try again and again, would have us keep more and more."""
+        for packet in self.packets:
+            if packet[-1] is connection:
+                self.packets.remove(packet)
+                self._forget(connection)
+                return
+        self._abort(connection)
+
     def _forget(self, connection: Connection) -> None:
         if self._connections.get(connection.key) is connection:
             del self._connections[connection.key]
@@ -343,7 +353,7 @@ class Switchboard:
         if connection in self._draining:
             self._forget(connection)
         elif not connection.established:
-            self._abort(connection)  # a client that did not wait for the answer
+            self._withdraw(connection)
         else:
             connection.give_up_writing()
             if not connection.guest_receives:
