@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vmm_core.guestmem import GuestMemory
 from vmm_core.topology import CpuTopology
 from vmm_core.x86_64.layout import Microvm
-from vmm_core.x86_64.mp_table import command_line_words, mp_table, write_mp_table
+from vmm_core.x86_64.mp_table import add_words, command_line_words, mp_table, write_mp_table
 
 SIZES = {0: 20, 1: 8, 2: 8, 3: 8, 4: 8}  # MP specification 1.4, table 4-3
 
@@ -108,3 +108,19 @@ def test_linux_is_told_of_its_devices_in_the_words_that_clients_know() -> None:
 def test_slots_that_such_a_kernel_cannot_use_are_not_named() -> None:
     words = command_line_words(Microvm.slot(number) for number in range(Microvm.SLOTS))
     assert [word.rpartition(":")[2] for word in words] == [str(irq) for irq in range(5, 16)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "whole"),
+    [
+        ("", "a=1 b"),
+        ("quiet  root=/dev/vda ", "quiet  root=/dev/vda  a=1 b"),
+        ("quiet -- single user", "quiet a=1 b -- single user"),
+        ("-- single", "a=1 b -- single"),
+        ("quiet --", "quiet a=1 b --"),
+        ('x="1 -- 2" -- 3', 'x="1 -- 2" a=1 b -- 3'),
+        ("--x y--", "--x y-- a=1 b"),
+    ],
+)
+def test_words_for_the_kernel_stand_before_those_for_its_first_program(typed: str, whole: str) -> None:
+    assert add_words(typed, ["a=1", "b"]) == whole

@@ -29,7 +29,7 @@ from vmm_core.x86_64.acpi_tables import acpi_tables, write_acpi_tables
 from vmm_core.x86_64.boot import KernelFiles
 from vmm_core.x86_64.layout import Microvm as Layout
 from vmm_core.x86_64.layout import Slot
-from vmm_core.x86_64.mp_table import command_line_words, mp_table, write_mp_table
+from vmm_core.x86_64.mp_table import add_words, command_line_words, mp_table, write_mp_table
 from vmm_core.x86_64.vcpu_boot import VcpuBoot
 
 if TYPE_CHECKING:
@@ -231,9 +231,8 @@ class Microvm(Machine):
             rsdp = write_acpi_tables(memory, acpi_tables(apic_ids, slots, serial=self._has_serial, empty=empty))
         if self._kernel is None or self._files is None:
             return None
-        words = self._kernel.command_line
         # Also with ACPI: a kernel built for StratoVirt's microvm has no ACPI, and one that has both takes each device once.
-        command_line = " ".join([*([words] if words else []), *command_line_words(slots)])
+        command_line = add_words(self._kernel.command_line, command_line_words(slots))
         return self._files.load(memory, command_line, rsdp=rsdp).vcpu_boot
 
 

@@ -73,3 +73,17 @@ def command_line_words(slots: Iterable[Slot]) -> list[str]:
     Slots beyond StratoVirt's have no ISA interrupt; a kernel that needs these words could not use them, so they get none.
     """
     return [f"virtio_mmio.device={size}@{base:#010x}:{gsi}" for number, base, size, gsi in slots if number < Microvm.LEGACY_SLOTS]
+
+
+def add_words(command_line: str, words: Sequence[str]) -> str:
+    """Return a kernel's command line with `words` behind its own.
+
+    What follows the word `--` is for the guest's first program (Linux kernel, init/main.c), which has no use for them.
+    """
+    at, quoted = 0, False
+    for word in command_line.split(" "):
+        if word == "--" and not quoted:
+            return " ".join([*([command_line[: at - 1]] if at else []), *words, command_line[at:]])
+        at += len(word) + 1
+        quoted ^= word.count('"') % 2 == 1
+    return " ".join([*([command_line] if command_line else []), *words])
