@@ -162,6 +162,21 @@ class TestRequests:
         bench.machine.reset()
         assert bench.runs()
 
+    def test_a_vcpu_that_is_let_go_after_another_has_asked_does_not_go_on(self, bench: Bench) -> None:
+        first, go = bench.vcpus[0], bench.vcpus[0].resume
+
+        def go_and_ask() -> None:
+            go()
+            bench.machine.reset_requested()
+
+        first.resume = go_and_ask  # type: ignore[method-assign]
+        bench.machine.pause()
+        bench.machine.resume()
+        assert not any(vcpu.running for vcpu in bench.vcpus)
+        first.resume = go  # type: ignore[method-assign]
+        bench.machine.reset()
+        assert bench.runs()
+
 
 class TestFailures:
     def test_a_failed_vcpu_stops_everything_until_a_reset(self, bench: Bench) -> None:

@@ -380,6 +380,9 @@ class Machine:
             return  # whoever has asked for a reset, or for the end, waits for it
         for vcpu in self.vcpus:
             vcpu.resume()
+        if self._asked == self._generation:  # by one that was in the guest before the last of them was let go
+            for vcpu in self.vcpus:
+                vcpu.request_pause()
 
     def _rest(self, part: Pausable) -> None:
         with self._named(part, "pause"):
