@@ -9,9 +9,10 @@ from vmm_core.topology import MAX_APIC_ID, CpuTopology
 
 from .declare import Parameters, Record, key
 from .errors import BadKey
-from .values import ON_OFF, SWITCH, Choice, GiB, Integer, MiB, Size
+from .values import ON_OFF, SWITCH, Choice, GiB, Integer, KiB, MiB, Size
 
 MAX_CPUS = 254
+PAGE = 4 * KiB
 _LEVEL = Integer(1, MAX_CPUS)
 
 
@@ -143,7 +144,11 @@ class Smp(Parameters):
 class MemorySize(Parameters):
     """`-m`: amount of guest memory."""
 
-    size: int = key(Size(128 * MiB, 512 * GiB), positional=True, doc="guest memory")
+    size: int = key(Size(128 * MiB, 512 * GiB), positional=True, doc="guest memory", note="in whole pages of 4 KiB")
+
+    def check(self) -> None:
+        if self.size % PAGE:
+            raise BadKey(f"{self.size // KiB}K", "not in whole pages of 4 KiB")
 
 
 class MemoryNode(Record):

@@ -31,12 +31,16 @@ class Kind(Generic[T]):
         return str(value)
 
 
+class _TooLarge(ValueError):
+    """A number that no 64 bits hold."""
+
+
 def _number(text: str) -> int:
     digits = text[1:] if text.startswith("+") else text
     if not (digits.isascii() and digits.isdigit()):
         raise ValueError("not a whole decimal number")
     if len(digits.lstrip("0")) > 20:
-        raise ValueError("does not fit in 64 bits")
+        raise _TooLarge("does not fit in 64 bits")
     return int(digits)
 
 
@@ -91,6 +95,8 @@ class Size(Kind[int]):
         unit = _UNITS.get(text[-1:].lower())
         try:
             value = _number(text[:-1] if unit else text) * (unit or MiB)
+        except _TooLarge:
+            value = self.high + 1
         except ValueError:
             raise ValueError("not a size: a whole number, then K, M, G or nothing (MiB)") from None
         if value > self.high:
