@@ -20,7 +20,7 @@ from pystratovirt.devices import net
 from qmp_protocol.commands.block import BlockdevAdd, BlockdevCache, BlockdevFile
 from qmp_protocol.commands.device import NetdevAdd
 from qmp_protocol.schema import Struct
-from running_vm import Refused, RunningVm, holdings, open_pair
+from running_vm import STATUS, Refused, RunningVm, holdings, open_pair
 from virtio_devices.net.stream import StreamBackend
 from vmm_core.state import decode, encode
 
@@ -413,6 +413,23 @@ class TestNetworks:
         vm.run("system_reset")
         assert vm.read()["event"] == "RESET"
         assert vm.access.read(present, 4) == bytes(4)
+
+    @pytest.mark.parametrize("driver", [False, True])
+    def test_an_address_that_came_with_a_network_goes_with_it(self, vm: RunningVm, peer: socket.socket, driver: bool) -> None:
+        def mac() -> str:
+            return vm.access.read(0xF010_0900, 8)[:6].hex(":")
+
+        vm.run("netdev_add", id="n", fds="tapA")
+        vm.run("device_add", id="n", driver="virtio-net-mmio", mac="52:54:00:00:00:99")
+        if driver:
+            vm.drive_slot(4)
+        vm.run("device_del", id="n")
+        if driver:
+            assert mac() == "52:54:00:00:00:99", "a driver keeps what it has"
+            vm.register(4, STATUS, 0)
+        vm.run("netdev_add", id="m")
+        vm.run("device_add", id="m", driver="virtio-net-mmio")
+        assert mac() == "52:54:00:12:34:56"
 
     def test_a_descriptor_stays_passed_when_the_command_fails(self, vm: RunningVm, peer: socket.socket, image: Path) -> None:
         vm.add_drive("n", image)

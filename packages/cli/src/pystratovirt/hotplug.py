@@ -54,6 +54,7 @@ class Backend:
         self.name = name  # of the drive or netdev
         self.device = device  # the id of the device that has it; empty when that has none
         self.slot = slot
+        self.mac: bytes | None = None  # the slot's own address, while this has brought another
 
 
 class HotPlug:
@@ -279,18 +280,22 @@ class HotPlug:
         device = self._vm.slots[slot].device
         if backend.kind == NET:
             card = cast("NetDevice", device)
-            if mac is not None and not card.active:  # a driver has read its address; StratoVirt never changes it
-                card.set_mac(mac)
             if backend.name in self._vm.networks:  # or it is connected to nothing
                 card.attach(self._vm.networks[backend.name])
+            if mac is not None and not card.active:  # a driver has read its address; StratoVirt never changes it
+                backend.mac = card.mac
+                card.give_mac(mac)
         else:
             drive, disk = self._vm.drives[backend.name], self._vm.disks[backend.name]
             cast("BlkDevice", device).attach(disk, serial=serial, iops=drive.iops_total or 0, bps=drive.bps_total or 0)
 
     def _detach(self, backend: Backend) -> None:
         assert backend.slot is not None
+        device = cast("BlkDevice | NetDevice", self._vm.slots[backend.slot].device)
         if backend.kind == DISK or backend.name in self._vm.networks:
-            cast("BlkDevice | NetDevice", self._vm.slots[backend.slot].device).detach()
+            device.detach()
+        if backend.mac is not None:  # else it would be the next network's, and its own may be back in another slot by then
+            cast("NetDevice", device).give_mac(backend.mac)
 
     def _expect_alive(self) -> None:
         if self._vm.machine.status is VmStatus.SHUTDOWN:

@@ -113,6 +113,13 @@ class NetDevice(VirtioDevice):
         """The address that the driver reads, and may have set."""
         return self._config[1][:6]
 
+    def give_mac(self, mac: bytes) -> None:
+        """Have another address of its own: what the next driver finds, and one that is there keeps what it has."""
+        with self._lock:
+            self._own_mac = mac
+            if not self.active:
+                self._patch_config(0, mac)
+
     @property
     def link_up(self) -> bool:
         """Whether the driver is told that there is a network."""
