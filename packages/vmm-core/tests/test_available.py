@@ -128,5 +128,6 @@ class TestRefusals:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
     ) -> None:
         monkeypatch.setattr(guestmem, "_file_system", lambda fd: kind)
-        monkeypatch.setattr(guestmem.os, "fstatvfs", lambda fd: SimpleNamespace(f_bsize=2 * MiB))
+        free = SimpleNamespace(f_bsize=2 * MiB, f_frsize=4096, f_blocks=4096, f_bavail=1024)
+        monkeypatch.setattr(guestmem.os, "fstatvfs", lambda fd: free)
         GuestMemory([(0, 4 * MiB)], path=str(tmp_path), share=True, prealloc=1).close()
