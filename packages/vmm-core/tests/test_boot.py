@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
         (tmp_path, "not a regular file"),
         (fifo, "not a regular file"),
         (Path("/dev/zero"), "not a regular file"),
-        (tmp_path / "a\0b", "cannot open: embedded null byte"),
+        (tmp_path / "a\0b", "cannot open: .*embedded null"),
     ]:
         with pytest.raises(BootError, match=reason):
             load_kernel(ram(), str(path))
