@@ -363,6 +363,12 @@ class TestNetworks:
         vm.run("netdev_del", id="nic7")
         assert refusal(vm, "netdev_del", id="nic7") == "Netdev nic7 not found"
 
+    def test_a_netdev_add_that_fails_leaves_the_netdev_del_behind_device_del_as_it_was(self, cabled: RunningVm) -> None:
+        cabled.run("device_del", id="nic1")
+        assert "Add netdev error" in refusal(cabled, "netdev_add", id="b", fds="nobody")
+        cabled.run("netdev_del", id="b")
+        assert refusal(cabled, "netdev_del", id="b") == "Netdev b not found"
+
     @pytest.mark.parametrize("more", [{}, {"type": "tap"}, {"queues": 1, "script": "no"}])
     def test_a_network_that_names_no_tap_is_a_card_without_a_link(self, vm: RunningVm, more: dict[str, Any]) -> None:
         for _ in range(2):

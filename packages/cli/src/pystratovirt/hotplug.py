@@ -108,6 +108,7 @@ class HotPlug:
             disk.close()
             raise
         self._vm.drives[drive.id], self._vm.disks[drive.id] = drive, disk
+        self._gone.pop((DISK, drive.id), None)
 
     def remove_drive(self, name: str) -> None:
         """Close an image that no device uses, or that went with its device. Raises HotPlugError."""
@@ -128,6 +129,7 @@ class HotPlug:
             self._backends.remove(backend)
             raise HotPlugError(f"Add netdev error: {error}") from None
         self._vm.netdevs[netdev.id] = netdev
+        self._gone.pop((NET, netdev.id), None)
 
     def remove_netdev(self, name: str) -> None:
         """Close a network that no device uses, or that went with its device. Raises HotPlugError."""
@@ -159,7 +161,6 @@ class HotPlug:
             # Two spaces: StratoVirt's.
             raise HotPlugError(f"A maximum of  {REPLACEABLE} replaceable devices are supported.")
         self._backends.append(backend)
-        self._gone.pop((backend.kind, backend.name), None)
 
     def _remove(self, kind: str, name: str, what: str) -> None:
         self._expect_alive()
