@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,15 @@ class TestTheReference:
         vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="1")
         assert refusal(vm, "device_add", id="d", driver="virtio-blk-mmio", addr="2") == "Device id d existed"
 
+    @pytest.mark.parametrize("direct", [True, False])
+    def test_what_holds_no_image_is_not_even_opened(self, vm: RunningVm, tmp_path: Path, direct: bool) -> None:
+        os.mkfifo(tmp_path / "fifo")
+        for path in (tmp_path / "fifo", tmp_path, Path("/dev/null")):
+            file = {"driver": "file", "filename": str(path), "aio": "threads"}
+            answer = refusal(vm, "blockdev-add", node_name="d", file=file, cache={"direct": direct})
+            assert answer == f"{path} is not a regular file or block device."
+            assert "is not a regular file" in refusal(vm, "human-monitor-command", command_line=f"drive_add 0 id=d,file={path}")
+
     def test_six_drives_and_networks_are_the_most(self, vm: RunningVm, tmp_path: Path) -> None:
         for number in range(7):
             (tmp_path / f"d{number}").write_bytes(bytes(MiB))
@@ -251,9 +261,10 @@ class TestLettingGo:
         folder, missing, broken = tmp_path / "folder", tmp_path / "missing", tmp_path / "broken"
         folder.mkdir()
         broken.write_bytes(b"no qcow2")
-        for path in (folder, missing):
-            with pytest.raises(Refused, match=f"^failed to open the file for block {path}. Error: "):
-                vm.add_drive("d", path)
+        with pytest.raises(Refused, match=f"^{folder} is not a regular file or block device"):
+            vm.add_drive("d", folder)
+        with pytest.raises(Refused, match=f"^failed to open the file for block {missing}. Error: "):
+            vm.add_drive("d", missing)
         with pytest.raises(Refused, match="Error: "):
             vm.add_drive("d", broken, driver="qcow2")
         assert holdings() == before

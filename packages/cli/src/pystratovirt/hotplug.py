@@ -12,7 +12,10 @@ Not here: QMP (`qmp_handlers`), and what back ends and devices are.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from pystratovirt.cmdline.drivers.base import DISK, NET, NOWHERE
@@ -93,6 +96,11 @@ class HotPlug:
         secrets = self._vm.config.secrets
         if drive.key_secret is not None and drive.key_secret not in secrets:
             raise HotPlugError(f"encrypt.key-secret: no -object secret has the id {drive.key_secret}")
+        with suppress(OSError, ValueError):  # opening it says why
+            # Before it is opened: for a watchdog or a tape that alone is too much.
+            mode = os.stat(drive.file).st_mode  # noqa: PTH116 - pathlib is not imported at a start
+            if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+                raise HotPlugError(f"{drive.file} is not a regular file or block device.")
         try:
             disk = open_image(drive, secrets)
         except ImageInUseError:
