@@ -123,6 +123,15 @@ def test_a_number_is_only_taken_for_a_descriptor_that_was_inherited() -> None:
     os.close(ours)
 
 
+def test_a_descriptor_is_one_descriptor_however_its_number_is_written() -> None:
+    ours = os.open("/dev/null", os.O_RDWR)
+    os.set_inheritable(ours, True)
+    with pytest.raises(DeviceError, match=f"n: 0{ours}: the same descriptor twice"):
+        open_netdev(Tap(id="n", fds=(str(ours), f"0{ours}")))
+    assert os.get_inheritable(ours)
+    os.close(ours)
+
+
 def test_a_descriptor_that_was_passed_by_name_is_closed_when_it_is_of_no_use() -> None:
     passed = os.open("/dev/null", os.O_RDWR)
     with pytest.raises(DeviceError, match=f"n: descriptor {passed} is no tap"):

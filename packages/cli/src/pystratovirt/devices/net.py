@@ -107,6 +107,8 @@ def _descriptors(netdev: str, names: Sequence[str], take: Callable[[str], int | 
             undo.callback(os.set_inheritable, fd, True)
         else:
             undo.callback(os.close, fd)
+        if fd in fds:  # 3 and 03
+            raise DeviceError(f"{netdev}: {name}: the same descriptor twice")
         fds.append(fd)
     return fds
 
