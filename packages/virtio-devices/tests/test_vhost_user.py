@@ -71,6 +71,20 @@ def test_a_tag_that_cannot_be_is_refused(memory: GuestMemory, loop: DirectLoop, 
         VhostUserFs("fs0", loop, memory, "/nowhere", tag=tag)
 
 
+def test_a_host_without_threads_is_named_and_nothing_stays_open(
+    back_end: Make, memory: GuestMemory, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = back_end(**BLK)
+
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as host:
+        host.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(DeviceError, match=r"^disk0: can't start new thread$"):
+            VhostUserBlk("disk0", loop, memory, str(server.path))
+
+
 def test_a_tag_is_bytes_as_they_are_in_an_argument(back_end: Make, memory: GuestMemory, loop: DirectLoop) -> None:
     server = back_end(protocol=ACK)
     device = VhostUserFs("fs0", loop, memory, str(server.path), tag="\udcff")

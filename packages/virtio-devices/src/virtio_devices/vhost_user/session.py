@@ -140,10 +140,18 @@ class Session:
             raise DeviceError(f"{name}: {reason}") from None
 
     def start(self, owner: Owner) -> None:
-        """Begin to look after the back end, for `owner`."""
+        """Begin to look after the back end, for `owner`.
+
+        Raises DeviceError when the system gives no thread for it; the session is closed then.
+        """
         self._owner = owner
-        self._thread = threading.Thread(target=self._main, name=f"vu-{self.name}", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._main, name=f"vu-{self.name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system's limit of threads
+            self._release()
+            raise DeviceError(f"{self.name}: {error}") from None
+        self._thread = thread
 
     @property
     def features(self) -> int:
