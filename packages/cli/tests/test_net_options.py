@@ -89,7 +89,7 @@ def test_every_key_is_read_and_written_back() -> None:
         ("-netdev tap,id=n,ifname=t,queues=17", "at most 16"),
         ("-netdev tap,id=n,ifname=t,queues=0", "at least 1"),
         ("-netdev tap,id=n,ifname=t,vhostfd=3", "Argument 'vhostfd' is not needed"),
-        ("-netdev tap,id=n,fds=3:4,vhost=on,vhostfds=5", "1 descriptors for 2 pairs"),
+        ("-netdev tap,id=n,fds=3:4,vhost=on,vhostfds=5", "1 descriptor for 2 pairs"),
         ("-netdev tap,id=n,ifname=t,script=no", "no such key"),
         ("-netdev bridge,id=n", "no such type"),
         ("-netdev tap,id=n,ifname=t -netdev tap,id=n,ifname=u", "given more than once"),

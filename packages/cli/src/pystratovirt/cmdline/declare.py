@@ -236,6 +236,8 @@ class Parameters(Record):
 
 def items(text: str) -> Iterator[tuple[str, str | None]]:
     """Yield the items of a parameter string: (key, value), or (word, None) for an item without `=`. Raises BadKey."""
+    if not text:  # often a variable of a script that has none
+        raise BadKey(show(text), "empty")
     if "\0" in text:
         raise BadKey(show(text), "contains a NUL character")
     for part in text.replace(",,", "\0").split(","):

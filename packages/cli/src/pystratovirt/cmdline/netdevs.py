@@ -82,9 +82,10 @@ class Tap(Parameters, selector="tap"):
             raise BadKey(name, "Argument 'vhostfd' is not needed for virtio-net device (it needs vhost=on)")
         if self.vhostfd and self.vhostfds:
             raise BadKey("vhostfds", "vhostfd says already which descriptor; give one of the two")
-        for name, found in (("fds", self.descriptors), ("vhostfds", self.vhost_descriptors)):
+        for name in ("fd", "fds", "vhostfd", "vhostfds"):
+            found = getattr(self, name) or ()
             if found and len(found) != self.pairs:
-                raise BadKey(name, f"{len(found)} descriptors for {self.pairs} pairs of queues")
+                raise BadKey(name, f"{len(found)} descriptor{'s' if len(found) > 1 else ''} for {self.pairs} pairs of queues")
             if len(set(found)) != len(found):
                 raise BadKey(name, "the same descriptor twice")
 
