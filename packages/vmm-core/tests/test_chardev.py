@@ -339,6 +339,16 @@ def test_a_terminal_that_goes_away_ends_input_and_output_and_nothing_else(desk: 
     os.close(slave)
 
 
+def test_a_terminal_that_has_gone_before_the_start_is_refused(desk: Desk) -> None:
+    master, slave = os.openpty()
+    stdio = StdioBackend(desk.reports.append, slave, slave)
+    os.close(master)
+    with pytest.raises(ChardevError, match=r"^standard input: Input/output error$"):
+        stdio.start(desk.loop, desk.front)
+    stdio.close()
+    os.close(slave)
+
+
 # Files
 
 

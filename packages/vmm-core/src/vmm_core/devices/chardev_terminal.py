@@ -109,8 +109,12 @@ class StdioBackend(FdBackend):
         """Put a terminal into raw mode and begin to read."""
         if self._terminal is not None:
             import atexit
+            import termios
 
-            restore = raw_mode(self._terminal, keep_output=True)
+            try:
+                restore = raw_mode(self._terminal, keep_output=True)
+            except termios.error as error:  # it was one, and has hung up since
+                raise ChardevError(f"standard input: {error.args[-1]}") from None
             atexit.register(restore)
             self._undo += [restore, lambda: atexit.unregister(restore), _before_death(restore)]
         super().start(loop, frontend)
