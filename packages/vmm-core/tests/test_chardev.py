@@ -292,7 +292,7 @@ raise KeyError("a bug")
 @pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGUSR1, signal.SIGTERM, signal.SIGABRT])
 def test_a_process_that_a_signal_ends_leaves_the_terminal_as_it_was(number: signal.Signals) -> None:
     program = """
-import signal, sys, termios
+import signal, sys, termios, time
 from vmm_core.clock import MonotonicClock
 from vmm_core.devices.chardev_terminal import StdioBackend
 from vmm_core.devices.serial import Serial
@@ -302,7 +302,8 @@ uart = Serial(RecordedLine(4), DirectLoop("main", MonotonicClock()), print)
 uart.connect(StdioBackend(print))
 assert not termios.tcgetattr(0)[3] & termios.ICANON
 sys.stderr.write("raw")
-signal.pause()
+while True:
+    time.sleep(0.05)  # pause() would miss a signal that comes just before it
 """
     master, slave = os.openpty()
     before = termios.tcgetattr(slave)
