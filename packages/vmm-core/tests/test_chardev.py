@@ -301,7 +301,7 @@ from vmm_core.hypervisor.testmode import RecordedLine
 uart = Serial(RecordedLine(4), DirectLoop("main", MonotonicClock()), print)
 uart.connect(StdioBackend(print))
 assert not termios.tcgetattr(0)[3] & termios.ICANON
-sys.stderr.write("raw")
+print("raw", file=sys.stderr, flush=True)
 while True:
     time.sleep(0.05)  # pause() would miss a signal that comes just before it
 """
