@@ -155,7 +155,7 @@ def held(pid: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_five_hundred_disks_and_cards_in_turn_under_load_leave_nothing_and_lose_nothing(
     start: Start, qmp: Connect, arguments: list[object], folder: Path, taps: None
 ) -> None:
