@@ -129,6 +129,8 @@ class VmArch:
 
     def _set_chips(self, chips: list[bytearray]) -> None:
         *irqchips, pit = chips
+        # A timer that runs would raise its line in controllers that were put back already: it stands still first.
+        kvm.call(self._vm_fd, structs.SET_PIT2, bytearray(self._power_on[-1]))
         for chip in irqchips:
             kvm.call(self._vm_fd, structs.SET_IRQCHIP, bytearray(chip))
         kvm.call(self._vm_fd, structs.SET_PIT2, bytearray(pit))
