@@ -228,7 +228,7 @@ def test_no_image_has_an_impossible_size(tmp_path: Path, fmt: str, size: int) ->
 
 def test_a_path_that_is_none_is_refused_as_any_other() -> None:
     for act in (open_image, lambda path: create_image(path, MiB)):
-        with pytest.raises(OpenError, match="null (byte|character)"):
+        with pytest.raises(OpenError, match=r"null (byte|character)"):
             act("a\0b")
 
 
