@@ -251,6 +251,44 @@ def test_zeroing_works_where_the_file_system_cannot_do_it(image: Path, monkeypat
     assert image.read_bytes() == before[:1000] + bytes(5000) + before[6000:]
 
 
+def test_where_the_page_cache_says_nothing_a_read_runs_in_the_caller_until_one_waits(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from block_qcow2.engines import threads
+
+    real, clock, wait = os.preadv, 0, 0
+
+    def preadv(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        nonlocal clock
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "as overlayfs answers RWF_NOWAIT")
+        clock += wait
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(threads.time, "perf_counter_ns", lambda: clock)
+    content = image.read_bytes()
+    disk = open_disk(image, aio="off")
+    driver = Driver(disk)
+    buffer = memoryview(bytearray(4096))
+
+    def in_the_caller(offset: int) -> bool:
+        result = driver.channel.readv(offset, [buffer], 0)
+        at_once = result is not None
+        assert (result if at_once else driver.wait(result)) == 0
+        assert buffer == content[offset : offset + 4096]
+        return at_once
+
+    assert all(in_the_caller(4096 * n) for n in range(3))
+    wait = 10_000_000
+    assert in_the_caller(0), "it is known to have waited only afterwards"
+    wait = 0
+    others = [in_the_caller(0) for _ in range(100)]
+    assert not any(others[:64])
+    assert all(others[64:])
+    disk.close()
+
+
 def test_direct_io_wants_an_aligned_file(tmp_path: Path) -> None:
     if not offered("threads", True, tmp_path):
         pytest.skip("this file system has no direct I/O")

@@ -1,7 +1,8 @@
 """The thread-pool engine, and the base of the asynchronous ones: they leave to it whatever the kernel only does blocking.
 
 With `inline` (engine `off`), a read that the page cache holds and a small buffered write finish in the caller: a hand-over to
-another thread costs thirty times a 4 KiB copy. Everything else runs on the disk's pool.
+another thread costs thirty times a 4 KiB copy. Everything else runs on the disk's pool. Some file systems cannot say what the
+page cache holds (overlayfs, and tmpfs of older kernels): there a read is tried in the caller as long as none was seen to wait.
 
 Not here: kernel rings (`native`, `uring`).
 """
@@ -12,6 +13,7 @@ import errno
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -23,6 +25,9 @@ from ..zeroes import all_zero
 _RWF_NOWAIT = os.RWF_NOWAIT
 # A buffered write up to this many bytes is a copy into the page cache; longer ones would hold the caller's loop.
 _INLINE_WRITE = 1 << 18
+# Where the kernel does not tell, a read that takes longer (ns) has waited for a device, and so many go to the pool after it.
+_WAITED = 500_000
+_AFTER_A_WAIT = 64
 
 
 class Options(Protocol):
@@ -49,6 +54,8 @@ class ThreadChannel:
         self._pool = pool
         self._inline_write = inline and not disk.file.direct
         self._nowait = _RWF_NOWAIT if not disk.file.direct else 0
+        self._untold = False  # the file system does not know RWF_NOWAIT
+        self._pooled = 0  # reads that go to the pool before one is tried in the caller again
         self._detect_zeroes = disk.detect_zeroes != "off"
         self._done: deque[tuple[Any, int]] = deque()
         # Held from appending to signalling: who finds everything finished and closes waits for the signal of the last one.
@@ -70,6 +77,22 @@ class ThreadChannel:
                 # EAGAIN: not in the page cache. EINVAL: more than 1024 buffers. Others may be of this file system's making.
                 if e.errno == errno.EOPNOTSUPP:
                     self._nowait = 0
+                    self._untold = self._inline_write
+        if self._untold and length <= _INLINE_WRITE:
+            if self._pooled:
+                self._pooled -= 1
+            else:
+                began = time.perf_counter_ns()
+                try:
+                    whole = os.preadv(self._fd, buffers, offset) == length
+                except OSError as e:
+                    if e.errno != errno.EINVAL:
+                        return -(e.errno or errno.EIO)
+                    whole = False
+                if time.perf_counter_ns() - began > _WAITED:
+                    self._pooled = _AFTER_A_WAIT
+                if whole:
+                    return 0
         return self._start_read(offset, buffers, length, token)
 
     def writev(self, offset: int, buffers: Sequence[memoryview], token: Any) -> int | None:
