@@ -187,7 +187,7 @@ def disks_survive_their_back_ends(vmm: Vmm, client: Qmp, peers: dict[str, Peer],
 def sizes_reach_the_guest(vmm: Vmm, peers: dict[str, Peer], disks: dict[str, str]) -> None:
     """A disk grows under a running back end, and another while it is away.
 
-    QEMU's daemon tells its front end of no change before version 8.1, so the guest learns both when they are back.
+    QEMU 7.2's daemon tells its front end of no change, so the guest learns both when they are back.
     """
     with Qmp(peers["daemon"].monitor) as monitor:
         monitor.execute("block_resize", {"node-name": "disk", "size": 40 * MiB})

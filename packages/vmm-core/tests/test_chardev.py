@@ -265,9 +265,8 @@ def test_a_terminal_is_raw_while_the_guest_has_it_and_as_before_afterwards(desk:
     os.close(master)
 
 
-def test_a_process_that_ends_without_closing_anything_leaves_the_terminal_as_it_was() -> None:
-    program = """
-import sys, termios
+RAW_TERMINAL = """
+import signal, sys, termios, time
 from vmm_core.clock import MonotonicClock
 from vmm_core.devices.chardev_terminal import StdioBackend
 from vmm_core.devices.serial import Serial
@@ -276,6 +275,11 @@ from vmm_core.hypervisor.testmode import RecordedLine
 uart = Serial(RecordedLine(4), DirectLoop("main", MonotonicClock()), print)
 uart.connect(StdioBackend(print))
 assert not termios.tcgetattr(0)[3] & termios.ICANON
+"""
+
+
+def test_a_process_that_ends_without_closing_anything_leaves_the_terminal_as_it_was() -> None:
+    program = f"""{RAW_TERMINAL}
 raise KeyError("a bug")
 """
     master, slave = os.openpty()
@@ -291,16 +295,7 @@ raise KeyError("a bug")
 
 @pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGUSR1, signal.SIGTERM, signal.SIGABRT])
 def test_a_process_that_a_signal_ends_leaves_the_terminal_as_it_was(number: signal.Signals) -> None:
-    program = """
-import signal, sys, termios, time
-from vmm_core.clock import MonotonicClock
-from vmm_core.devices.chardev_terminal import StdioBackend
-from vmm_core.devices.serial import Serial
-from vmm_core.directloop import DirectLoop
-from vmm_core.hypervisor.testmode import RecordedLine
-uart = Serial(RecordedLine(4), DirectLoop("main", MonotonicClock()), print)
-uart.connect(StdioBackend(print))
-assert not termios.tcgetattr(0)[3] & termios.ICANON
+    program = f"""{RAW_TERMINAL}
 print("raw", file=sys.stderr, flush=True)
 while True:
     time.sleep(0.05)  # pause() would miss a signal that comes just before it

@@ -30,6 +30,14 @@ class UnsupportedFeatureError(ImageFormatError):
     """The image needs a feature, or an optional dependency, that is not there; the message names it."""
 
 
+class ExternalFileError(UnsupportedFeatureError):
+    """The image names another file, which the caller has not allowed it to open; the message names both."""
+
+
+class PassphraseNeededError(UnsupportedFeatureError, OpenError):
+    """The image is encrypted, and was opened without its passphrase."""
+
+
 class ImageReadOnlyError(BlockError):
     """A change was asked of an image that is open for reading."""
 

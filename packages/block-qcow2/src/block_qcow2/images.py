@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import locks, prealloc
-from .errors import ImageFormatError, ImageReadOnlyError, OpenError, UnsupportedFeatureError
+from .errors import ExternalFileError, ImageFormatError, ImageReadOnlyError, OpenError, UnsupportedFeatureError
 from .hostfile import HostFile, read_padded
 from .image import Image, PlainImage
 from .prealloc import Report
@@ -361,7 +361,7 @@ def resolve_name(image: str, name: str, allow: Allow) -> str:
         raise ImageFormatError(f"{image}: the image names {name!r}, which is no path")
     path = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(image)), name))  # noqa: PTH118,PTH120,PTH100
     if not allow or (callable(allow) and not allow(path)):
-        raise UnsupportedFeatureError(f"{image}: the image names {path!r}: opening it has to be allowed")
+        raise ExternalFileError(f"{image}: the image names {path!r}: opening it has to be allowed")
     return path
 
 

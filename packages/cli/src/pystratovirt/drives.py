@@ -12,24 +12,17 @@ if TYPE_CHECKING:
     from pystratovirt.cmdline.secrets import Secret
 
 
-# How a drive is told what an image needs; the library that says so has no keys.
-_ALLOWED_BY = (
-    ("opening it has to be allowed", "external-files=allow"),
-    ("its passphrase is needed", "encrypt.key-secret=ID, of an -object secret"),
-)
-
-
 def open_image(drive: Drive, secrets: Mapping[str, Secret]) -> Disk:
     """Open and lock an image; its passphrase is one of `secrets`. Raises BlockError, and has nothing open then."""
-    from block_qcow2.errors import BlockError
+    from block_qcow2.errors import BlockError, ExternalFileError, PassphraseNeededError
 
     try:
         return _open(drive, secrets)
-    except BlockError as error:
-        for words, key in _ALLOWED_BY:
-            if str(error).endswith(words):
-                raise BlockError(f"{error} ({key})") from None
-        raise
+    # How a drive is told what the image needs: the library that says so has no keys.
+    except ExternalFileError as error:
+        raise BlockError(f"{error} (external-files=allow)") from None
+    except PassphraseNeededError as error:
+        raise BlockError(f"{error} (encrypt.key-secret=ID, of an -object secret)") from None
     except OSError as error:  # no descriptor left, or no memory: engines need both
         raise BlockError(f"{drive.file}: {error.strerror or error}") from None
 

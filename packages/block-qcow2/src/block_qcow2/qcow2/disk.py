@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import locks
 from ..disk import Channel
-from ..errors import BlockError, ImageReadOnlyError, OpenError
+from ..errors import BlockError, ImageReadOnlyError, OpenError, PassphraseNeededError
 from ..raw import RawDisk
 from ..zeroes import all_zero
 from .image import Extent, Qcow2Image
@@ -53,7 +53,7 @@ class Qcow2Disk:
         self.discard = discard
         self.detect_zeroes = detect_zeroes
         if image.encrypted and not image.unlocked:
-            raise OpenError(f"{image.path}: the image is encrypted (LUKS): its passphrase is needed")
+            raise PassphraseNeededError(f"{image.path}: the image is encrypted (LUKS): its passphrase is needed")
         if image.size % self.request_alignment:
             raise OpenError(
                 f"{image.path}: the size of the qcow2 image, {image.size}, is not aligned to {self.request_alignment}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from ..errors import ImageFormatError, UnsupportedFeatureError
+from ..errors import ExternalFileError, ImageFormatError, PassphraseNeededError, UnsupportedFeatureError
 from ..hostfile import HostFile, read_padded
 from ..image import Qcow2Snapshots
 from . import bitmaps, tables
@@ -394,7 +394,7 @@ class _Locked:
         self._path = path
 
     def _refuse(self, *_: object, **__: object) -> Any:
-        raise UnsupportedFeatureError(f"{self._path}: the image is encrypted (LUKS): its passphrase is needed")
+        raise PassphraseNeededError(f"{self._path}: the image is encrypted (LUKS): its passphrase is needed")
 
     read_some = writev = write_zeroes = _refuse
 
@@ -446,12 +446,12 @@ def open_qcow2(
         if header.has_data_file:
             name = os.fsdecode(header.extension(EXT_DATA_FILE) or b"")
             if open_data_file is None:
-                raise UnsupportedFeatureError(f"{path}: the image names a data file, {name!r}: opening it has to be allowed")
+                raise ExternalFileError(f"{path}: the image names a data file, {name!r}: opening it has to be allowed")
             data_file = open_data_file(name)
         if header.backing_file:
             name = os.fsdecode(header.backing_file)
             if open_backing is None:
-                raise UnsupportedFeatureError(f"{path}: the image names a backing file, {name!r}: opening it has to be allowed")
+                raise ExternalFileError(f"{path}: the image names a backing file, {name!r}: opening it has to be allowed")
             fmt = header.extension(EXT_BACKING_FORMAT)
             backing = open_backing(name, fmt.decode("utf-8", "replace") if fmt else None)
         return Qcow2Image(
