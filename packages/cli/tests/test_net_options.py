@@ -79,7 +79,7 @@ def test_every_key_is_read_and_written_back() -> None:
         ("-netdev tap,id=n", "Tap device is missing, use 'ifname' or 'fd'"),
         ("-netdev tap,ifname=t", "needs id="),
         ("-netdev tap,id=n,ifname=a-name-of-16-byte", "at most 15 bytes"),
-        ("-netdev tap,id=n,ifname=t,fd=3", "fd: ifname says already which tap"),
+        ("-netdev tap,id=n,ifname=t,fd=3", "fd=3: ifname says already which tap"),
         ("-netdev tap,id=n,fd=3:4", "at most 1 descriptor"),
         ("-netdev tap,id=n,fd=-1", "not a descriptor's number"),
         ("-netdev tap,id=n,fds=3:x", "'?x'? is not a descriptor's number"),

@@ -144,13 +144,14 @@ class Parameters(Record):
         cls.keys = keys
 
     def check(self) -> None:
-        """Check what depends on several keys; raise BadKey."""
+        """Check what depends on several keys. Raises BadKey; where its name is a key's, a user reads what was typed for it."""
 
     @classmethod
     def parse(cls, option: str, text: str) -> Self:
         """Return the parameters in `text`; `option` names the option in errors. Raises CommandLineError."""
         where = ""
         values: dict[str, Any] = {}
+        typed: dict[str, str] = {}  # items by key
         inverse = {found.inverse: found for found in cls.keys.values() if found.inverse}
         try:
             for number, (name, value) in enumerate(items(text)):
@@ -174,14 +175,17 @@ class Parameters(Record):
                     parsed = not parsed
                 if found.later and parsed != found.default:
                     raise BadKey(item, "not supported yet")
-                values[found.attribute] = parsed
+                values[found.attribute], typed[found.name] = parsed, item
                 if name == "id" and not where:
                     where = f"{item}: "
             for found in cls.keys.values():
                 if found.required and found.attribute not in values:
                     raise BadKey("", f"needs {found.name}=... ({found.doc})")
             result = cls(**values)
-            result.check()
+            try:
+                result.check()
+            except BadKey as error:
+                raise BadKey(typed.get(error.name, error.name), error.reason) from None
         except BadKey as error:
             raise CommandLineError(option, (where + error.name).removesuffix(": "), error.reason) from None
         return result
