@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import resource
 import socket
 from typing import Any
 
@@ -135,17 +136,37 @@ class TestDescriptors:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(reader)
 
-    async def test_are_not_hoarded_without_end(self, serve: Any, server: QmpServer) -> None:
+    @pytest.mark.parametrize(("may_open", "most"), [(1 << 20, 256), (1024, 256), (40, 10)])
+    async def test_are_not_hoarded_without_end(
+        self, serve: Any, server: QmpServer, monkeypatch: pytest.MonkeyPatch, may_open: int, most: int
+    ) -> None:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (may_open, 1 << 20))
+
+        async def put(peer: Any, name: int, fd: int) -> Any:
+            _pass(peer.socket, b'{"execute":"getfd","arguments":{"fdname":"%d"}}' % name, [fd])
+            return await peer.read()
+
+        refused = {"error": {"class": "GenericError", "desc": f"at most {most} descriptors can wait for a device"}}
         async with serve(server) as running:
             with await running.connect() as peer:
-                reader, writer = os.pipe()
-                replies = []
-                for number in range(300):
-                    _pass(peer.socket, b'{"execute":"getfd","arguments":{"fdname":"%d"}}' % number, [writer])
-                    replies.append(await peer.read())
-                os.close(reader)
-                os.close(writer)
-        assert sum("error" in reply for reply in replies) == 300 - 256
+                old, new, late = os.pipe(), os.pipe(), os.pipe()
+                before = open_files()
+                for number in range(most):
+                    assert await put(peer, number, old[1]) == {"return": {}}
+                assert await put(peer, most, late[1]) == refused
+                assert open_files() == before + most
+                for number in range(most):  # a name that is given again needs no room
+                    assert await put(peer, number, new[1]) == {"return": {}}
+                assert open_files() == before + most
+                for writer in (old[1], new[1], late[1]):
+                    os.close(writer)
+                assert [_has_ended(reader) for reader, _ in (old, new, late)] == [True, False, True]
+                fd = server.fds.take("0")  # one that is used makes room
+                assert fd is not None
+                assert await put(peer, most, fd) == {"return": {}}
+                os.close(fd)
+        for reader, _ in (old, new, late):
+            os.close(reader)
 
 
 def _pass(sock: socket.socket, data: bytes, fds: list[int]) -> None:

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 
 from qmp_protocol.errors import GENERIC_ERROR, QmpError
 
-_MOST = 256  # a client could else use up every descriptor of the process
+# How many may wait. Names are used up one device at a time, and a device of many queues takes a tap and a vhost descriptor for
+# each of its 16 pairs: this is room for eight of them at once. A client could else use up every descriptor of the process, and
+# disks, new clients and modules need some; so it is no more than this part of what the process may open either, which can change.
+_MOST = 256
+_PART = 4
 
 
 class DescriptorTable:
@@ -30,9 +35,10 @@ class DescriptorTable:
 
         Raises QmpError when there are too many; `fd` is closed then.
         """
-        if name not in self._fds and len(self._fds) >= _MOST:
+        most = min(_MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _PART)
+        if name not in self._fds and len(self._fds) >= most:
             close_all((fd,))
-            raise QmpError(GENERIC_ERROR, f"at most {_MOST} descriptors can wait for a device")
+            raise QmpError(GENERIC_ERROR, f"at most {most} descriptors can wait for a device")
         old = self._fds.get(name)
         self._fds[name] = fd
         if old is not None:

@@ -59,7 +59,8 @@ NOTES: Final = {
     "query-migrate": "`setup`, as long as there is no migration",
     "human-monitor-command": "`drive_add`, `drive_del`, `info block`, `info network`, `info snapshots`, and `info stats`, which "
     "shows what each device counts (StratoVirt's microvm: none)",
-    "getfd": "of several descriptors the others are closed; a name that is used again closes the old one",
+    "getfd": "of several descriptors the others are closed; a name that is used again closes the old one; at most 256 wait, "
+    "and at most a quarter of what the process may open",
     "trace-get-state": "only points that exist here, with StratoVirt's names; `state` is a word as in the manual (StratoVirt "
     "sends a boolean); patterns as for `trace-set-state`",
     "trace-set-state": "patterns are RE2's, of at most 256 characters (StratoVirt's are the same but for sets in sets and the "

@@ -183,7 +183,8 @@ class Getfd(Command[Empty], name="getfd", takes_fds=True):
 
     A name that is in use gets the new descriptor; the old one is closed. When several descriptors come, the last one counts.
 
-    Errors: GenericError when no descriptor came with the command.
+    Errors: GenericError when no descriptor came with the command, or when as many as there may be wait for a device already: 256,
+    or a quarter of what the process may open.
     """
 
     fdname: str = member(max_length=255, doc="the name by which `netdev_add` asks for it")
