@@ -7,7 +7,6 @@ is built, and are served once it runs. What takes long to import comes after the
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import os
 import sys
@@ -33,12 +32,18 @@ if TYPE_CHECKING:
 # wait for an exit while an I/O thread is busy (measured: docs/decisions.md).
 SWITCH_INTERVAL = 50e-6  # seconds
 
+# Descriptors that have to be free when the machine starts: what fails from then on, fails with a guest. The event loop takes
+# three, the QMP server one, the first client one, going to the background one for a moment, and a module that is imported two.
+SPARE = 8
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     gc.disable()  # nothing that is made until the machine runs is garbage, and looking for it takes a tenth of the start
     try:
         return _main(argv)
+    except (OSError, MemoryError, ImportError) as error:
+        fail(_out_of_resources(error))
     finally:
         gc.enable()
 
@@ -64,12 +69,17 @@ def _main(argv: Sequence[str] | None) -> int:
             return _run(config, stack)
         except StartError as error:
             _give_up(config, error)
-        except (OSError, MemoryError) as error:
-            # What a part of the machine cannot be made for is said by that part; this can happen anywhere, and is no bug of ours.
-            if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                raise
-            why = error.strerror if isinstance(error, OSError) else os.strerror(errno.ENOMEM)
-            _give_up(config, StartError(f"out of resources: {why}"))
+        except (OSError, MemoryError, ImportError) as error:
+            _give_up(config, _out_of_resources(error))
+
+
+def _out_of_resources(error: Exception) -> StartError:
+    """Return what to say of a shortage that no part of the machine has noticed as its own. Raises any other `error`."""
+    from pystratovirt.errors import StartError, shortage
+
+    if why := shortage(error):
+        return StartError(f"out of resources: {why}")
+    raise error
 
 
 def _give_up(config: Config, error: StartError) -> NoReturn:
@@ -104,6 +114,7 @@ def _run(config: Config, stack: contextlib.ExitStack) -> int:
     for where, listener in zip(config.monitors, listeners, strict=True):
         if where.wait:
             _wait_for_client(where, listener, events)
+    _check_spare()
     vm.start()
     if daemon:
         daemon.ready()
@@ -116,6 +127,17 @@ def _run(config: Config, stack: contextlib.ExitStack) -> int:
     gc.freeze()  # what is there by now stays
     gc.enable()
     return anyio.run(Runtime(vm, events, test_socket).run, listeners)
+
+
+def _check_spare() -> None:
+    """Raise OSError when the process may not open SPARE files more."""
+    spare: list[int] = []
+    try:
+        while len(spare) < SPARE:
+            spare.append(os.dup(2))
+    finally:
+        for fd in spare:
+            os.close(fd)
 
 
 def _listen(where: MonitorAddress, stack: contextlib.ExitStack) -> Listener:
