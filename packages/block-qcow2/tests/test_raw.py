@@ -279,13 +279,22 @@ def test_where_the_page_cache_says_nothing_a_read_runs_in_the_caller_until_one_w
         assert buffer == content[offset : offset + 4096]
         return at_once
 
+    def until_one_is_tried() -> int:
+        count = 0
+        while not in_the_caller(0):
+            count += 1
+        return count
+
     assert all(in_the_caller(4096 * n) for n in range(3))
     wait = 10_000_000
     assert in_the_caller(0), "it is known to have waited only afterwards"
+    assert [until_one_is_tried() for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
     wait = 0
-    others = [in_the_caller(0) for _ in range(100)]
-    assert not any(others[:64])
-    assert all(others[64:])
+    assert until_one_is_tried() == 64
+    assert all(in_the_caller(0) for _ in range(100))
+    wait = 10_000_000
+    assert in_the_caller(0)
+    assert until_one_is_tried() == 1, "one slow read among fast ones says little"
     disk.close()
 
 

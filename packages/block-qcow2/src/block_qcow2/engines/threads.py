@@ -25,9 +25,10 @@ from ..zeroes import all_zero
 _RWF_NOWAIT = os.RWF_NOWAIT
 # A buffered write up to this many bytes is a copy into the page cache; longer ones would hold the caller's loop.
 _INLINE_WRITE = 1 << 18
-# Where the kernel does not tell, a read that takes longer (ns) has waited for a device, and so many go to the pool after it.
+# Where the kernel does not tell, a read that takes longer (ns) may have waited for a device: reads after it go to the pool. One,
+# as a thread that lost its processor looks the same; twice as many whenever the next that is tried is slow too.
 _WAITED = 500_000
-_AFTER_A_WAIT = 64
+_MOST_AFTER_A_WAIT = 64
 
 
 class Options(Protocol):
@@ -56,6 +57,7 @@ class ThreadChannel:
         self._nowait = _RWF_NOWAIT if not disk.file.direct else 0
         self._untold = False  # the file system does not know RWF_NOWAIT
         self._pooled = 0  # reads that go to the pool before one is tried in the caller again
+        self._after_a_wait = 1
         self._detect_zeroes = disk.detect_zeroes != "off"
         self._done: deque[tuple[Any, int]] = deque()
         # Held from appending to signalling: who finds everything finished and closes waits for the signal of the last one.
@@ -90,7 +92,10 @@ class ThreadChannel:
                         return -(e.errno or errno.EIO)
                     whole = False
                 if time.perf_counter_ns() - began > _WAITED:
-                    self._pooled = _AFTER_A_WAIT
+                    self._pooled = self._after_a_wait
+                    self._after_a_wait = min(2 * self._after_a_wait, _MOST_AFTER_A_WAIT)
+                else:
+                    self._after_a_wait = 1
                 if whole:
                     return 0
         return self._start_read(offset, buffers, length, token)
