@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from lab import guests
-from lab.vmm import Vmm
+from lab import guests, modules
+from lab.vmm import Qmp, Vmm
 
 Start = Callable[..., Vmm]
+Connect = Callable[[], Qmp]
 
+PROMPT = r"guest:\S*# "
 PVH_NOTE = struct.pack("<III4s", 4, 8, 18, b"Xen\0")  # XEN_ELFNOTE_PHYS32_ENTRY with a 64-bit value
 
 
@@ -63,4 +66,48 @@ def test_a_kernel_that_is_not_compressed_boots_with_its_ram_disk(
         *("-append", "console=ttyS0 quiet panic=-1", "-serial", "stdio"),
     )
     assert vmm.expect(r"cpus=(\d+)=")[1] == "2"
+    assert vmm.wait() == 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("machine", ["microvm,acpi=off", "microvm"])
+def test_a_kernel_that_reads_virtio_mmio_words_finds_every_device_once(
+    start: Start, qmp: Connect, generic_kernel: guests.Kernel, rootfs: Path, folder: Path, machine: str
+) -> None:
+    """What StratoVirt's microvm is made for. Without ACPI the words are all that the guest has; with it, it has both."""
+    initrd = guests.initrd(
+        generic_kernel, (*guests.MODULES, "virtio_net"), built={"virtio_mmio": modules.virtio_mmio_with_words(generic_kernel)}
+    )
+    for name in ("second", "plugged"):
+        (folder / name).write_bytes(hashlib.shake_256(name.encode()).digest(1 << 20))
+    vmm = start(
+        *("-machine", machine, "-smp", 2, "-m", 512, "-kernel", generic_kernel.image, "-initrd", initrd),
+        *("-append", "console=ttyS0 quiet root=/dev/vda rw reboot=k panic=1 net.ifnames=0"),
+        *("-drive", f"file={rootfs},id=rootfs,direct=off", "-device", "virtio-blk-device,drive=rootfs,id=rootfs"),
+        *("-drive", f"file={folder}/second,id=second,direct=off,readonly=on"),
+        *("-device", "virtio-blk-device,drive=second,id=second,serial=second"),
+        *("-object", "rng-random,id=objrng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=objrng,id=rng"),
+        *("-device", "virtio-serial-device", "-chardev", f"file,id=port,path={folder}/port"),
+        *("-device", "virtserialport,chardev=port,name=port,nr=1"),
+        *("-qmp", f"unix:{folder}/qmp.sock,server,nowait", "-serial", "stdio"),
+    )  # fmt: skip
+    vmm.expect(PROMPT)
+    assert vmm.run("nproc").strip() == "2"
+    assert sorted(vmm.run("cat /sys/bus/virtio/devices/*/device").split()) == sorted(
+        4 * ["0x0002"] + 2 * ["0x0001"] + ["0x0003", "0x0004"]
+    )
+    assert vmm.run("cat /sys/block/vd[abcd]/size").split() == [str(rootfs.stat().st_size // 512), "2048", "0", "0"]
+    assert vmm.run("sha256sum < /dev/vdb").split()[0] == hashlib.sha256((folder / "second").read_bytes()).hexdigest()
+    vmm.run("head -c 100 /dev/hwrng | wc -c; echo said > /dev/vport*p1")
+    assert (folder / "port").read_text() == "said\n"
+
+    client = qmp()
+    file = {"driver": "file", "filename": str(folder / "plugged")}
+    client.execute("blockdev-add", {"node-name": "plugged", "file": file, "read-only": True})
+    client.execute("device_add", {"id": "plugged", "driver": "virtio-blk-mmio", "addr": "0x2"})
+    vmm.run("until [ $(cat /sys/block/vdc/size) = 2048 ]; do sleep 0.1; done")
+    assert vmm.run("sha256sum < /dev/vdc").split()[0] == hashlib.sha256((folder / "plugged").read_bytes()).hexdigest()
+
+    vmm.send("reboot -f" if machine.endswith("off") else "poweroff")  # without ACPI a reset is the only end
+    assert client.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}
     assert vmm.wait() == 0

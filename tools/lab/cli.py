@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import debian, guests, host, probe, suite
+from . import debian, guests, host, modules, probe, suite
 from .progress import say
 
 EXIT_LAB, EXIT_TIMEOUT = 125, 124  # as `docker run` and timeout(1) have them
@@ -98,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         "--flavour", choices=["cloud", "generic"], default="cloud", help="which of the distribution's kernels (cloud)"
     )
     assets.add_argument("--size", type=int, default=256, metavar="MIB", help="size of the root image in MiB (256)")
+    assets.add_argument(
+        "--virtio-words",
+        action="store_true",
+        help="build the driver of virtio_mmio.device= words too, which stock kernels lack; prints virtio_mmio=",
+    )
     assets.set_defaults(do=_assets)
     return parser
 
@@ -196,4 +201,6 @@ def _setup(options: argparse.Namespace, _: Sequence[str]) -> int:
 def _assets(options: argparse.Namespace, _: Sequence[str]) -> int:
     kernel = guests.kernel(options.flavour)
     print(f"kernel={kernel.image}\ninitrd={guests.initrd(kernel)}\nrootfs={guests.rootfs(options.size)}")
+    if options.virtio_words:
+        print(f"virtio_mmio={modules.virtio_mmio_with_words(kernel)}")
     return 0

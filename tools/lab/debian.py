@@ -37,7 +37,12 @@ _PEERS = {
     "fish": "fish",
 }
 # What only long tests need, and is large.
-_LARGE_PEERS = {"dpdk-testpmd": "dpdk-dev librte-meta-net librte-meta-mempool"}
+_LARGE_PEERS = {
+    "dpdk-testpmd": "dpdk-dev librte-meta-net librte-meta-mempool",
+    "gcc": "gcc libc6-dev",
+    "make": "make",
+    "xz": "xz-utils",
+}
 # The flavour's meta package, whose dependency names the current kernel package. Cloud: the lab host and the usual guest.
 _FLAVOURS = {
     "debian": {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"},
@@ -120,7 +125,7 @@ def update() -> None:
     """Fetch the package indexes. Needs root, or sudo."""
     sudo = [] if os.geteuid() == 0 else [shutil.which("sudo") or "sudo"]
     with Step("Fetching the package indexes"):
-        _run([*sudo, *_APT, "update"])
+        run([*sudo, *_APT, "update"])
 
 
 def kernel(flavour: str = "cloud") -> Kernel:
@@ -147,11 +152,11 @@ def refresh(flavour: str) -> Kernel:
         packages.append(image.replace("linux-image-", "linux-modules-", 1))  # Ubuntu ships the modules apart
 
     def fill(scratch: Path) -> None:
-        _unpack(packages, scratch)
+        unpack(packages, scratch)
         if not (scratch / "lib").exists() and (scratch / "usr/lib").is_dir():
             (scratch / "lib").symlink_to("usr/lib")
         release = _kernel_release(scratch)
-        _run([tool("depmod"), "-b", str(scratch), release])
+        run([tool("depmod"), "-b", str(scratch), release])
 
     folder = cache.folder(f"kernels/{image}_{_candidate(image)}".replace(":", "-"), fill)
     note = cache.root() / "kernels" / f"{flavour}.json"
@@ -168,7 +173,7 @@ def busybox() -> Path:
         return found
 
     def fill(scratch: Path) -> None:
-        _unpack(["busybox-static"], scratch)
+        unpack(["busybox-static"], scratch)
         if not (scratch / "bin").exists():
             (scratch / "bin").symlink_to("usr/bin")
 
@@ -209,14 +214,19 @@ def _candidate(package: str) -> str:
     return ""
 
 
-def _unpack(packages: Iterable[str], target: Path) -> None:
+def depends(package: str) -> str:
+    """What the package depends on, in apt's words."""
+    return _output(["apt-cache", "--important", "depends", package])
+
+
+def unpack(packages: Iterable[str], target: Path) -> None:
     """Download packages, verified by apt, and unpack them into a folder."""
     for package in packages:
         with tempfile.TemporaryDirectory(prefix="pystratovirt-") as scratch:
             _download(package, Path(scratch))
             (archive,) = Path(scratch).glob("*.deb")
             with Step(f"Unpacking {package}"):
-                _run([tool("dpkg"), "-x", str(archive), str(target)])
+                run([tool("dpkg"), "-x", str(archive), str(target)])
 
 
 def _download(package: str, folder: Path) -> None:
@@ -261,7 +271,8 @@ def _output(command: Sequence[str], check: bool = True) -> str:
     return done.stdout
 
 
-def _run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
+def run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
+    """Run a command without its output, which a SetupError shows when it fails."""
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL, env=env
     )

@@ -32,13 +32,18 @@ busybox = debian.busybox
 
 
 def initrd(
-    kernel: Kernel, modules: Sequence[str] = MODULES, script: str | None = None, files: Mapping[str, bytes] | None = None
+    kernel: Kernel,
+    modules: Sequence[str] = MODULES,
+    script: str | None = None,
+    files: Mapping[str, bytes] | None = None,
+    built: Mapping[str, Path] | None = None,
 ) -> Path:
     """An initrd with busybox and these modules (and what they depend on) for this kernel.
 
     It mounts root= and goes on there; with a `script` (text for busybox sh) it runs that instead, as PID 1. `files`
-    are added: path in the archive to content, executable.
+    are added: path in the archive to content, executable. `built`: modules to take instead of the kernel's own, by name.
     """
+    instead = built or {}
     init, shell = (_HERE / "init").read_bytes(), busybox()
     extra = {**(files or {}), **({"script": script.encode()} if script is not None else {})}
     contents = [part for name, data in sorted(extra.items()) for part in (name, data)]
@@ -53,15 +58,17 @@ def initrd(
             if applet != "busybox":
                 archive.link(f"bin/{applet}", "busybox")
         archive.file("init", init, 0o755)
-        for name, data in extra.items():
-            archive.file(name, data, 0o755)
+        for path_there, data in extra.items():
+            archive.file(path_there, data, 0o755)
         for number, module in enumerate(module_files(kernel, modules)):
-            archive.file(f"modules/{number:02}-{module_name(module.name)}.ko", module_bytes(module))
+            name = module_name(module.name)
+            archive.file(f"modules/{number:02}-{name}.ko", module_bytes(instead.get(name, module)))
         path.write_bytes(archive.finish())
 
     key = cache.digest(
-        init, str(shell), str(kernel.image), " ".join(modules), *contents, Path(__file__), _HERE.parent / "initrd.py"
-    )
+        init, str(shell), str(kernel.image), " ".join(modules), *contents, *map(str, instead.values()), Path(__file__),
+        _HERE.parent / "initrd.py",
+    )  # fmt: skip
     return cache.file(f"guests/initrd-{key}", build)
 
 
