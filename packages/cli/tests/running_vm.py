@@ -146,10 +146,20 @@ def open_pair(netdev: Any, take: Any = None) -> Backend:
     """Stands in for `devices.net.open_netdev`: a descriptor that was passed is one end of a socket pair, a name makes one."""
     assert isinstance(netdev, Tap)
     if netdev.ifname:
-        end, other = socket.socketpair()
-        other.close()
-        return StreamBackend(netdev.id, end)
+        return _Cable(netdev.id)
     fd = take(netdev.descriptors[0])
     if fd is None:
         raise DeviceError(f"{netdev.id}: no descriptor")
     return StreamBackend(netdev.id, socket.socket(fileno=fd))
+
+
+class _Cable(StreamBackend):
+    """A stream that nobody uses the other end of."""
+
+    def __init__(self, name: str) -> None:
+        end, self._other = socket.socketpair()
+        super().__init__(name, end)
+
+    def close(self) -> None:
+        super().close()
+        self._other.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from pystratovirt.errors import VmError
 from pystratovirt.vm import VirtualMachine
 from virtio_devices.device import DeviceError
 from virtio_devices.net.device import NetDevice
+from vm_process import LIMIT, WINDOWS, Client, Vm
 
 NET_SLOTS = (4, 5)
 
@@ -218,3 +221,26 @@ def test_a_network_can_be_closed_and_its_card_goes_on(make: Make) -> None:
     vm.open_netdev(User(id="m", path=vm.config.netdevs["n"].path))  # type: ignore[union-attr]
     card.attach(vm.networks["m"])
     assert card.link_up
+
+
+def test_a_network_that_ends_before_the_guest_has_a_driver_is_a_link_that_is_down_and_nothing_else(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text(PROGRAM)
+    program.chmod(0o755)
+    options = ["-netdev", f"user,id=n,path={program}", "-device", "virtio-net-device,netdev=n,id=n"]
+    with Vm(tmp_path, *options) as vm, Client(vm.unix) as client:
+        link = f"readw {WINDOWS + 0x200 * NET_SLOTS[0] + 0x100 + 6:#x}"
+        assert int(vm.ask(link).removeprefix("OK "), 16) == 1
+        (pid,) = Path(f"/proc/{vm.process.pid}/task/{vm.process.pid}/children").read_text().split()
+        process = os.pidfd_open(int(pid))
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        assert select.select([process], [], [], LIMIT)[0]
+        os.close(process)
+        assert client.run("query-status")["return"]["running"] is True
+        assert int(vm.ask(link).removeprefix("OK "), 16) == 0
+        vm.drive_slot(NET_SLOTS[0])
+        assert int(vm.ask(link).removeprefix("OK "), 16) == 0
+        assert client.run("device_del", {"id": "n"}) == {"return": {}}
+        assert client.run("netdev_del", {"id": "n"}) == {"return": {}}
+        assert client.run("query-status")["return"]["running"] is True
+        assert vm.log.read_text().count("the network is gone: passt ended with signal 9") == 1

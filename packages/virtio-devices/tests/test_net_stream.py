@@ -17,7 +17,7 @@ from net_cable import MAC, Net, frame
 from virtio_devices.device import F_EVENT_IDX, DeviceError
 from virtio_devices.net import passt
 from virtio_devices.net.device import NetDevice
-from virtio_devices.net.features import HEADER, OFFLOADS
+from virtio_devices.net.features import F_CTRL_GUEST_OFFLOADS, HEADER, OFFLOADS
 from virtio_devices.net.passt import PasstBackend
 from virtio_devices.net.stream import FRAME_MAX, StreamBackend
 from virtio_driver import descriptors, new_loop, watched
@@ -199,6 +199,52 @@ def test_when_the_stream_ends_the_link_goes_down_and_the_device_lives(make: Make
     assert not driver.broken
 
 
+@pytest.mark.parametrize("reads", [True, False], ids=["and looks first", "and does not look"])
+@pytest.mark.parametrize("end", ["close", "shutdown"])
+def test_a_driver_that_comes_after_the_end_of_the_stream_finds_the_link_down(
+    make: Make, pipe: Pipe, end: str, reads: bool
+) -> None:
+    driver = make(pipe)
+    assert driver.link == 1
+    if end == "close":
+        pipe.far.close()
+    else:
+        pipe.far.shutdown(socket.SHUT_WR)
+    if reads:
+        assert driver.link == 0
+    for _ in range(2):  # and the next one
+        driver.up()
+        assert driver.link == 0
+        assert len(driver.say(frame(), frame())) == 2
+        driver.room(1600)
+        assert driver.loop.poll() == 0
+        assert not driver.broken
+        driver.status = 0
+        assert driver.link == 0
+    assert driver.said == ["net0: the network is gone: the other side has gone"]  # type: ignore[attr-defined]
+
+
+def test_a_stream_that_ends_between_two_drivers_is_noticed_by_the_next(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe).up()
+    assert driver.link == 1
+    driver.status = 0
+    assert driver.link == 1
+    pipe.far.close()
+    assert driver.link == 0
+    assert driver.up().link == 0
+
+
+def test_a_stream_that_has_ended_already_is_put_in_without_a_link(memory: GuestMemory, loop: DirectLoop, pipe: Pipe) -> None:
+    said: list[str] = []
+    driver = Net(NetDevice("net0", [loop], memory, mac=MAC, report=said.append), memory, loop)
+    driver.up(without=F_EVENT_IDX | OFFLOADS | F_CTRL_GUEST_OFFLOADS)
+    pipe.far.close()
+    driver.device.attach(pipe.backend)
+    assert driver.link == 0
+    assert said == ["net0: the network is gone: the other side has gone"]
+    driver.close()
+
+
 def test_a_driver_that_sends_after_the_end_of_the_stream_gets_everything_back(make: Make, pipe: Pipe) -> None:
     driver = make(pipe).up()
     pipe.far.close()
@@ -368,6 +414,21 @@ def test_the_last_words_of_a_process_are_in_the_report(
         os.waitid(os.P_PID, backend._pid, os.WEXITED | os.WNOWAIT)
     loop.poll()
     assert driver.link == 0
+    assert said == ["net0: the network is gone: passt ended with status 1: the host is on fire"]
+    driver.close()
+    backend.close()
+
+
+def test_the_last_words_of_a_process_that_ended_before_the_driver_came_are_in_the_report(
+    program: Callable[[str], str], memory: GuestMemory, loop: DirectLoop
+) -> None:
+    body = "length = read(4); stream.sendall(length + read(42)); sys.exit('the host is on fire')"
+    backend = PasstBackend("net0", program(body))
+    os.waitid(os.P_PID, backend._pid, os.WEXITED | os.WNOWAIT)
+    said: list[str] = []
+    driver = Net(NetDevice("net0", [loop], memory, mac=MAC, backend=backend, report=said.append), memory, loop)
+    assert driver.link == 0
+    assert driver.up().link == 0
     assert said == ["net0: the network is gone: passt ended with status 1: the host is on fire"]
     driver.close()
     backend.close()

@@ -237,8 +237,12 @@ class Backend:
         raise NotImplementedError
 
     def alive(self) -> bool:
-        """Tell whether there is a network behind it."""
+        """Tell whether there is a network behind it. On any thread."""
         return True
+
+    def obituary(self) -> str:
+        """Return why the network has gone, if that is known; it may take a moment to find out. On one thread at a time."""
+        return ""
 
     def set_offloads(self, features: int) -> None:
         """Deliver frames as a driver with these of GUEST_OFFLOADS takes them. Raises OSError or DeviceError."""

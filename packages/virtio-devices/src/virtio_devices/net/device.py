@@ -125,6 +125,20 @@ class NetDevice(VirtioDevice):
         """Whether the driver is told that there is a network."""
         return bool(self._config[1][CONFIG_STATUS] & S_LINK_UP)
 
+    def read_config(self, offset: int, size: int) -> int:
+        """Return a part of the configuration space. Between drivers nothing watches the network, so that is looked after here."""
+        if not self.active:
+            with self._lock:
+                if not self.active:
+                    self._look()
+        return super().read_config(offset, size)
+
+    def _look(self) -> None:
+        """Notice that the network has gone."""
+        backend = self._backend
+        if backend is not None and self.link_up and not backend.alive():
+            self.lost(backend.obituary())
+
     def attach(self, backend: Backend) -> None:
         """Put a back end in, and tell the driver. The owner closes it after detach() or close().
 
@@ -140,16 +154,20 @@ class NetDevice(VirtioDevice):
                 self._halt()
             try:
                 self._use(backend)
+                if backend.alive():
+                    self._set_status(S_LINK_UP, True)  # first, so that what begins can be lost
+                else:
+                    self._report_loss(backend.obituary())
                 if self.active:
                     self._begin()
                 if running:
                     self._go()
             except (VmmError, OSError) as error:
                 self._let_go()
+                self._set_status(S_LINK_UP, False)
                 if running and not self._running:
                     self._go()
                 raise DeviceError(f"{self.name}: {error}") from None
-            self._set_status(S_LINK_UP, backend.alive())
 
     def detach(self) -> Backend:
         """Take the back end out, tell the driver, and return it; nothing touches it any more.
@@ -221,7 +239,10 @@ class NetDevice(VirtioDevice):
         restored, self._restored = self._restored, None
         if restored is not None:
             self._take(restored)
-        self._set_status(S_LINK_UP, self._backend is not None and not any(lane.dead for lane in self._lanes), quietly=True)
+        backend = self._backend
+        self._look()
+        alive = backend is not None and backend.alive() and not any(lane.dead for lane in self._lanes)
+        self._set_status(S_LINK_UP, alive, quietly=True)
         self._begin()
 
     def _begin(self) -> None:
@@ -395,9 +416,13 @@ class NetDevice(VirtioDevice):
 
     def lost(self, reason: str) -> None:
         """Turn the link down for good. On any thread."""
-        if self._report and self.link_up:
-            self._report(f"{self.name}: the network is gone: {reason}")
+        if self.link_up:
+            self._report_loss(reason)
         self._set_status(S_LINK_UP, False)
+
+    def _report_loss(self, reason: str) -> None:
+        if self._report:
+            self._report(f"{self.name}: the network is gone: {reason or 'the other side has gone'}")
 
     # For commands, on the control queue's loop
 

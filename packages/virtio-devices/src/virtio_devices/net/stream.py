@@ -9,6 +9,7 @@ Not here: who is at the other end and how it came there (`passt`).
 from __future__ import annotations
 
 import os
+from select import POLLRDHUP, poll
 from socket import SO_SNDBUF, SOL_SOCKET, socket
 from struct import Struct
 
@@ -216,12 +217,13 @@ class StreamBackend(Backend):
         return self._lane
 
     def alive(self) -> bool:
-        """Tell whether the other end is there, as far as is known."""
-        return self._stream.fileno() >= 0 and not (self._lane and self._lane.dead)
-
-    def obituary(self) -> str:
-        """Return why the other end has gone, if that is known."""
-        return ""
+        """Tell whether the other end is there."""
+        fd = self._stream.fileno()
+        if fd < 0 or (self._lane and self._lane.dead):
+            return False
+        look = poll()
+        look.register(fd, POLLRDHUP)
+        return not look.poll(0)
 
     def close(self) -> None:
         """Close the socket."""
