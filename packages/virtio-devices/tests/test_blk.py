@@ -27,7 +27,7 @@ from virtio_devices.blk.device import (
     WRITE_ZEROES,
     BlkDevice,
 )
-from virtio_devices.device import DeviceError
+from virtio_devices.device import F_INDIRECT_DESC, F_VERSION_1, DeviceError
 from virtio_devices.mmio import CONFIG_CHANGE, USED_BUFFER
 from virtio_disk import MemoryDisk
 from virtio_driver import Driver, new_loop, watched
@@ -805,3 +805,29 @@ def test_no_request_escapes_hangs_or_leaves_its_disk(
     requests: list[tuple[int, int, list[bytes], list[int]]], inline: bool
 ) -> None:
     check_requests(requests, inline)
+
+
+@pytest.mark.parametrize("kind", [IN, OUT])
+@pytest.mark.parametrize("mine", [0, F_FLUSH], ids=["a flush behind each write", "flushes when asked"])
+def test_requests_of_many_pieces_wait_in_the_ring_when_there_are_too_many_at_the_disk(make: Make, kind: int, mine: int) -> None:
+    """Each piece costs memory of ours as long as its request waits; the largest ring of the longest chains would be gigabytes."""
+    disk = MemoryDisk(inline=False)
+    driver = make(disk, num_queues=2).start(F_VERSION_1 | F_INDIRECT_DESC | F_MQ | mine, size=128)
+    table, data, count = 0x8_0000, 0x9_0000, 1000
+    driver.memory.write(data, header(kind) + bytes(2048))
+    pieces = [(data, 16, False), *[(data + 16, 1, kind == IN)] * (count - 1), (data + 16, 1024 - count + 1, kind == IN)]
+    for ring in driver.rings:
+        head = ring.chain(*pieces, (data + 2064, 1, True), table=table)
+        ring.offer(*[head] * 128)
+    for index in range(2):
+        driver.kick(index)
+    assert len(disk.channels[0].waiting) == 66
+    done = [0, 0]
+    while disk.channels[0].waiting:
+        disk.finish(min(50, len(disk.channels[0].waiting)))
+        driver.loop.poll()
+        assert len(disk.channels[0].waiting) <= 66
+        for index, ring in enumerate(driver.rings):
+            done[index] += len(ring.collect())
+    assert done == [128, 128]
+    assert not driver.broken

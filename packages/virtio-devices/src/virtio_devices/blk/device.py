@@ -62,12 +62,17 @@ _ROUNDS = 10
 _BATCH = 1 << 20
 _REQUEST = 1 << 14
 
+# How many pieces of guest memory the requests that wait for the disk may have, on one loop: each costs some hundred bytes of ours,
+# and a driver could have thousands of requests of a thousand pieces wait. With 4 KiB a piece these are 256 MiB under way.
+_PIECES = 1 << 16
+
 # StratoVirt lets a second's worth of requests pass at once. Over 20 s that alone is 5 % too much, and a guest that stops and
 # goes gets twice its rate; a tenth of a second is enough to keep an engine's batches full.
 _BURST = 100_000_000  # ns
 
-# queue index, head, status byte, used length, whether a flush must follow: all that completing a request needs
-_Token = tuple[int, int, memoryview, int, bool]
+# queue index, head, status byte, used length, whether a flush must follow, how many pieces it has: all that completing a request
+# needs
+_Token = tuple[int, int, memoryview, int, bool, int]
 
 
 class _Lane:
@@ -79,6 +84,8 @@ class _Lane:
         self.channel: Channel | None = None
         self.capacity = 0  # bytes, in whole sectors; 0 exactly without a channel
         self.timers: dict[int, Timer] = {}  # queue index: what will serve the queue again when the limit allows it
+        self.pieces = 0  # of the requests that wait for the disk
+        self.full = False  # there are too many of them: queues are served when some have come back
         self.counted = list(Statistics())  # by the indices of `statistics`
 
 
@@ -289,13 +296,13 @@ class BlkDevice(VirtioDevice):
 
     def _process(self, index: int, queue: SplitQueue) -> None:
         lane = self._lanes[index]
-        if index in lane.timers:
+        if lane.full or index in lane.timers:
             return
         for _ in range(_ROUNDS):
             queue.disable_kicks()
             limited = self._buckets != (None, None)
             self._serve(lane, index, queue, self._admitted(lane, index, queue) if limited else queue.chains())
-            if not queue.enable_kicks() or index in lane.timers:
+            if not queue.enable_kicks() or lane.full or index in lane.timers:
                 return
         self._kick_later(index)
 
@@ -327,6 +334,7 @@ class BlkDevice(VirtioDevice):
         capacity, channel, add_used, header = lane.capacity, lane.channel, queue.add_used, _HEADER.unpack_from
         writethrough = not self.negotiated & F_FLUSH
         budget = _BATCH
+        pieces = 0
         reads = read_bytes = writes = written_bytes = failed = 0
         try:
             for head, readable, writable in requests:
@@ -345,20 +353,22 @@ class BlkDevice(VirtioDevice):
                 if kind == IN:
                     if not writable:
                         raise QueueError("a read without room for data")
-                    length = len(writable[0]) if len(writable) == 1 else sum(map(len, writable))
+                    pieces = len(writable)
+                    length = len(writable[0]) if pieces == 1 else sum(map(len, writable))
                     offset = sector << 9
                     if channel is None or length & 511 or offset + length > capacity:
                         result: int | None = -errno.EIO
                     else:
                         reads += 1
                         read_bytes += length
-                        result = channel.readv(offset, writable, (index, head, status, length + 1, False))
+                        result = channel.readv(offset, writable, (index, head, status, length + 1, False, pieces))
                     budget -= length + _REQUEST
                     written = length + 1
                 elif kind == OUT:
                     if not readable:
                         raise QueueError("a write without data")
-                    length = len(readable[0]) if len(readable) == 1 else sum(map(len, readable))
+                    pieces = len(readable)
+                    length = len(readable[0]) if pieces == 1 else sum(map(len, readable))
                     offset = sector << 9
                     written = 1 + sum(map(len, writable)) if writable else 1
                     if channel is None or length & 511 or offset + length > capacity or self._read_only:
@@ -366,15 +376,20 @@ class BlkDevice(VirtioDevice):
                     else:
                         writes += 1
                         written_bytes += length
-                        result = channel.writev(offset, readable, (index, head, status, written, writethrough))
+                        result = channel.writev(offset, readable, (index, head, status, written, writethrough, pieces))
                         if writethrough and result == 0:
-                            result = channel.flush((index, head, status, written, False))
+                            result = channel.flush((index, head, status, written, False, pieces))
                     budget -= length + _REQUEST
                 else:
                     written = 1 + sum(map(len, writable))
-                    result = self._other(lane, kind, readable, writable, (index, head, status, written, False))
+                    pieces = 0
+                    result = self._other(lane, kind, readable, writable, (index, head, status, written, False, 0))
                     budget -= _REQUEST
                 if result is None:
+                    lane.pieces += pieces
+                    if lane.pieces > _PIECES:
+                        lane.full = True
+                        break
                     continue
                 if result == 0:
                     status[0] = S_OK
@@ -436,7 +451,7 @@ class BlkDevice(VirtioDevice):
         lane.counted[ZEROES] += 1
         if self.negotiated & F_FLUSH:
             return channel.write_zeroes(sector << 9, count << 9, token, bool(flags & _UNMAP))
-        result = channel.write_zeroes(sector << 9, count << 9, (*token[:4], True), bool(flags & _UNMAP))
+        result = channel.write_zeroes(sector << 9, count << 9, (*token[:4], True, 0), bool(flags & _UNMAP))
         return channel.flush(token) if result == 0 else result
 
     def _completed(self, lane: _Lane) -> None:
@@ -446,13 +461,14 @@ class BlkDevice(VirtioDevice):
             return
         touched: dict[int, SplitQueue] = {}
         flushing = False
-        for (index, head, status, written, flush), result in channel.completions():
+        for (index, head, status, written, flush, pieces), result in channel.completions():
             if flush and result == 0:
                 flushing = True
-                answer = channel.flush((index, head, status, written, False))
+                answer = channel.flush((index, head, status, written, False, pieces))
                 if answer is None:
                     continue
                 result = answer
+            lane.pieces -= pieces
             queue = self.queues[index]
             if queue is None or self.broken:
                 continue
@@ -467,6 +483,10 @@ class BlkDevice(VirtioDevice):
             channel.submit()
         for index, queue in touched.items():
             self._used(index, queue)
+        if lane.full and lane.pieces <= _PIECES:
+            lane.full = False
+            for index in lane.indices:
+                self._kick_later(index)
 
     def _finish(self, lane: _Lane) -> None:
         """Wait for everything that a lane has under way, and give it back."""
