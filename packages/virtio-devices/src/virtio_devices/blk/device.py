@@ -62,8 +62,9 @@ _ROUNDS = 10
 _BATCH = 1 << 20
 _REQUEST = 1 << 14
 
-# How many pieces of guest memory the requests that wait for the disk may have, on one loop: each costs some hundred bytes of ours,
-# and a driver could have thousands of requests of a thousand pieces wait. With 4 KiB a piece these are 256 MiB under way.
+# With more pieces of guest memory than this in requests that wait for the disk, on one loop, no more are taken until some have come
+# back: each piece costs some hundred bytes of ours, and a driver could have thousands of requests of a thousand pieces wait. With
+# 4 KiB a piece these are 256 MiB under way.
 _PIECES = 1 << 16
 
 # StratoVirt lets a second's worth of requests pass at once. Over 20 s that alone is 5 % too much, and a guest that stops and
@@ -85,7 +86,6 @@ class _Lane:
         self.capacity = 0  # bytes, in whole sectors; 0 exactly without a channel
         self.timers: dict[int, Timer] = {}  # queue index: what will serve the queue again when the limit allows it
         self.pieces = 0  # of the requests that wait for the disk
-        self.full = False  # there are too many of them: queues are served when some have come back
         self.counted = list(Statistics())  # by the indices of `statistics`
 
 
@@ -296,13 +296,13 @@ class BlkDevice(VirtioDevice):
 
     def _process(self, index: int, queue: SplitQueue) -> None:
         lane = self._lanes[index]
-        if lane.full or index in lane.timers:
+        if lane.pieces > _PIECES or index in lane.timers:
             return
         for _ in range(_ROUNDS):
             queue.disable_kicks()
             limited = self._buckets != (None, None)
             self._serve(lane, index, queue, self._admitted(lane, index, queue) if limited else queue.chains())
-            if not queue.enable_kicks() or lane.full or index in lane.timers:
+            if not queue.enable_kicks() or lane.pieces > _PIECES or index in lane.timers:
                 return
         self._kick_later(index)
 
@@ -388,7 +388,6 @@ class BlkDevice(VirtioDevice):
                 if result is None:
                     lane.pieces += pieces
                     if lane.pieces > _PIECES:
-                        lane.full = True
                         break
                     continue
                 if result == 0:
@@ -461,6 +460,7 @@ class BlkDevice(VirtioDevice):
             return
         touched: dict[int, SplitQueue] = {}
         flushing = False
+        full = lane.pieces > _PIECES
         for (index, head, status, written, flush, pieces), result in channel.completions():
             if flush and result == 0:
                 flushing = True
@@ -483,8 +483,7 @@ class BlkDevice(VirtioDevice):
             channel.submit()
         for index, queue in touched.items():
             self._used(index, queue)
-        if lane.full and lane.pieces <= _PIECES:
-            lane.full = False
+        if full and lane.pieces <= _PIECES:
             for index in lane.indices:
                 self._kick_later(index)
 
