@@ -602,6 +602,20 @@ def test_only_the_first_pair_works_until_the_driver_says_otherwise(make: Make) -
     assert cable.received(2) == []
 
 
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_frames_that_wait_in_a_pair_that_is_given_up_come_back(make: Make, event_idx: bool) -> None:
+    """The driver was told not to kick: nobody else would ever take them."""
+    cable = Cable(2)
+    cable.near[1].setsockopt(1, 7, 4096)  # SO_SNDBUF: a few frames
+    driver = make(cable, pairs=2).up(without=0 if event_idx else F_EVENT_IDX)
+    assert driver.command(CLASS_MQ, 0, struct.pack("<H", 2)) == OK
+    sent = len(driver.say(*[frame(1500)] * 8, pair=1))
+    assert sent < 8
+    assert driver.command(CLASS_MQ, 0, struct.pack("<H", 1)) == OK
+    assert len(driver.rings[3].collect()) == 8 - sent
+    assert driver.device.statistics().tx_dropped == 8 - sent
+
+
 @pytest.mark.parametrize("count", [0, 4, 65535])
 def test_a_number_of_pairs_out_of_range_is_refused(make: Make, count: int) -> None:
     cable = Cable(3)
@@ -677,6 +691,21 @@ def test_a_network_that_cannot_do_what_was_negotiated_is_refused(make: Make, cab
     driver.status = 0
     driver.device.attach(cables[-1])
     assert not driver.offered() & OFFLOADS
+    driver.up().room(1600)
+    cables[-1].send(frame())
+    driver.loop.poll()
+    assert driver.heard() == [frame()]
+
+
+def test_a_network_that_comes_while_a_driver_has_chosen_more_makes_it_choose_again(make: Make, cables: list[Cable]) -> None:
+    driver = make()
+    assert driver.negotiate()
+    cables.append(Cable(features=0))
+    driver.device.attach(cables[-1])
+    driver.status |= 4
+    assert driver.broken
+    assert "the driver uses features" in driver.transport.needs_reset_reason
+    driver.status = 0
     driver.up().room(1600)
     cables[-1].send(frame())
     driver.loop.poll()

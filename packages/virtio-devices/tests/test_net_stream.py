@@ -255,6 +255,21 @@ def test_a_driver_that_sends_after_the_end_of_the_stream_gets_everything_back(ma
     assert driver.link == 0
 
 
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_frames_that_wait_for_a_stream_come_back_when_it_ends(make: Make, event_idx: bool) -> None:
+    """The driver was told not to kick until they are gone."""
+    pipe = Pipe(room=4096)
+    driver = make(pipe).up(size=64, without=0 if event_idx else F_EVENT_IDX)
+    done = len(driver.say(*[frame(1500)] * 32))
+    done += len(driver.say(*[frame(1500)] * 32))
+    assert done < 64
+    pipe.far.close()
+    driver.loop.poll()
+    assert done + len(driver.rings[1].collect()) == 64
+    assert driver.link == 0
+    pipe.close()
+
+
 @given(
     st.lists(st.binary(min_size=14, max_size=3000), max_size=12),
     st.lists(st.integers(1, 4000), min_size=1, max_size=6),

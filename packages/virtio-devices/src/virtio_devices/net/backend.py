@@ -156,6 +156,7 @@ class Lane:
         if not self.dead:
             self.dead = True
             self._owner.lost(reason)
+            self._owner.serve_later(self._tx)  # frames that waited for the network wait for nothing now, and no kick will come
 
     def _refill(self, queue: SplitQueue, wanted: int) -> None:
         """Have `wanted` receive buffers at hand, if the driver has made that many available."""

@@ -147,8 +147,8 @@ class NetDevice(VirtioDevice):
         with self._lock:
             if self._backend is not None:
                 raise DeviceError(f"{self.name}: has a network already")
-            if self.active and (missing := self.negotiated & ~_offered(backend, self.pairs)):
-                raise DeviceError(f"{self.name}: the driver uses features {missing:#x}, which {backend.name} has not")
+            if self.active:
+                self._expect_features(backend)
             running = self._running
             if running:
                 self._halt()
@@ -197,6 +197,11 @@ class NetDevice(VirtioDevice):
         backend = self._backend
         return {} if backend is not None and backend.serves_queues else self.statistics()._asdict()
 
+    def _expect_features(self, backend: Backend) -> None:
+        """Raise DeviceError when a back end has not what the driver negotiated."""
+        if missing := self.negotiated & ~_offered(backend, self.pairs):
+            raise DeviceError(f"{self.name}: the driver uses features {missing:#x}, which {backend.name} has not")
+
     def _use(self, backend: Backend | None) -> None:
         self._backend = backend
         self._lanes = []
@@ -240,6 +245,8 @@ class NetDevice(VirtioDevice):
         if restored is not None:
             self._take(restored)
         backend = self._backend
+        if backend is not None:
+            self._expect_features(backend)  # it may have come after the driver had chosen
         self._look()
         alive = backend is not None and backend.alive() and not any(lane.dead for lane in self._lanes)
         self._set_status(S_LINK_UP, alive, quietly=True)
@@ -461,7 +468,8 @@ class NetDevice(VirtioDevice):
         self._enable_lanes()
         if self._running:
             self._begin_elsewhere()
-            for index in range(2 * min(count, len(lanes))):
+            for index in range(2 * len(lanes)):
+                # Also what waits in a pair that is not used any more: it is lost, as there will be no kick for it.
                 if index not in self.handed_over:
                     self._kick_later(index)
         return done
