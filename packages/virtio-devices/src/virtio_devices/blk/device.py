@@ -62,9 +62,9 @@ _ROUNDS = 10
 _BATCH = 1 << 20
 _REQUEST = 1 << 14
 
-# With more pieces of guest memory than this in requests that wait for the disk, on one loop, no more are taken until some have come
-# back: each piece costs some hundred bytes of ours, and a driver could have thousands of requests of a thousand pieces wait. With
-# 4 KiB a piece these are 256 MiB under way.
+# With more pieces of guest memory than this in requests that wait for the disk, on one loop, no more are taken until some have
+# come back: each piece costs some hundred bytes of ours, and a driver could have thousands of requests of a thousand pieces wait.
+# With 4 KiB a piece these are 256 MiB under way.
 _PIECES = 1 << 16
 
 # StratoVirt lets a second's worth of requests pass at once. Over 20 s that alone is 5 % too much, and a guest that stops and
