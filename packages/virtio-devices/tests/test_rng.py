@@ -150,6 +150,19 @@ def test_the_rate_holds_over_time(make: Make, loop: DirectLoop) -> None:
     assert 10 * 100 <= given <= 12 * 100, "100 bytes a second for 10 seconds, and what a full bucket starts with"
 
 
+def test_what_a_source_did_not_give_is_not_paid_for(make: Make, loop: DirectLoop, pipe: tuple[int, int]) -> None:
+    driver = make(pipe[0], rate=100)
+    driver.offer(100)
+    driver.kick()
+    for _ in range(5):  # it has nothing, and is asked again and again
+        loop.poll()
+    os.write(pipe[1], bytes(10))
+    loop.poll()
+    assert driver.rings[0].collect() == [(0, 10)]
+    os.write(pipe[1], bytes(90))
+    assert driver.request(100)[0] == 90, "which makes 100 in the first second"
+
+
 def test_a_request_waits_in_the_ring_over_pause_and_reset(make: Make, loop: DirectLoop) -> None:
     driver = make(rate=64)
     assert [driver.request(64)[0] for _ in range(2)] == [64, 64]

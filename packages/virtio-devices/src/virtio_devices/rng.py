@@ -85,14 +85,17 @@ class RngDevice(VirtioDevice):
         for head, _, writable in queue.chains():
             if not writable:
                 raise QueueError("a request without room for random bytes")
-            views, length = _cut(writable, self._request_max)
-            if self._bucket is not None and (delay := self._bucket.take(length)):
+            views = _cut(writable, self._request_max)
+            # What comes is paid for when it has come: a source may give less than was asked for, or nothing.
+            if self._bucket is not None and (delay := self._bucket.take(0)):
                 self._wait(queue, delay)
                 break
             written = self._read(views)
             if not written:
                 self._wait(queue, _FAILED_NS if self._failing else _EMPTY_NS, host=True)
                 break
+            if self._bucket is not None:
+                self._bucket.charge(written)
             queue.add_used(head, written)
             self._requests += 1
             self._bytes += written
@@ -140,12 +143,11 @@ class RngDevice(VirtioDevice):
         self._loop.run(forget)
 
 
-def _cut(views: list[memoryview], limit: int) -> tuple[list[memoryview], int]:
-    """Return the first `limit` bytes of `views`, and how many they are."""
+def _cut(views: list[memoryview], limit: int) -> list[memoryview]:
+    """Return the first `limit` bytes of `views`."""
     length = 0
     for at, view in enumerate(views):
         length += len(view)
         if length >= limit:
-            cut = view[: len(view) - (length - limit)]
-            return [*views[:at], cut], limit
-    return views, length
+            return [*views[:at], view[: len(view) - (length - limit)]]
+    return views
