@@ -398,6 +398,29 @@ def test_a_guest_that_sends_more_than_it_may_is_cut_off(make: Make, service: Ser
         pass
 
 
+def test_bytes_that_come_one_by_one_are_kept_in_few_pieces(make: Make, service: Service) -> None:
+    """Each in an object of its own would cost a thousand times what the guest is told that it may have under way."""
+    guest = make()
+    peers = [connected(guest, service, port) for port in (PORT, PORT + 1)]
+    filled = [0, 0]
+    kept = list(device(guest)._switch._connections.values())
+    while not all(connection.backlog for connection in kept):
+        for at in range(2):
+            guest.send(RW, PORT + at, SERVICE, bytes(4096))
+            filled[at] += 4096
+    said = bytes(range(256)) * 20
+    for byte in said:
+        for at in range(2):
+            guest.send(RW, PORT + at, SERVICE, bytes([byte]))
+    assert all(len(connection.backlog) <= 4 + connection.backlog_size // 4096 for connection in kept)
+    for at, peer in enumerate(peers):
+        heard = b""
+        while len(heard) < filled[at] + len(said):
+            heard += peer.recv(1 << 20)
+            guest.driver.loop.poll()
+        assert heard == bytes(filled[at]) + said
+
+
 def test_many_talkers_share_the_buffers(make: Make, service: Service) -> None:
     guest = make(buffers=8)
     peers = {port: connected(guest, service, port) for port in range(PORT, PORT + 4)}
@@ -791,6 +814,23 @@ def test_a_restored_driver_is_told_that_its_connections_are_gone(make: Make, ser
     driver.transport.resume()
     driver.loop.poll()
     assert guest.driver.rings[EVENT].collect() == [(0, 4)]
+
+
+def test_a_driver_without_a_buffer_for_the_news_is_asked_for_a_kick(make: Make) -> None:
+    guest = make(without=0)
+    ring = guest.driver.rings[EVENT]
+    guest.driver.offer(8, queue=EVENT)
+    guest.driver.kick(EVENT)
+    for owed in range(2):
+        guest.driver.transport.pause()
+        device(guest).restore(device(guest).save())
+        guest.driver.transport.resume()
+        guest.driver.loop.poll()
+        assert len(ring.collect()) == 1 - owed
+    assert ring.avail_event == 1
+    guest.driver.offer(8, queue=EVENT)
+    guest.driver.kick(EVENT)
+    assert len(ring.collect()) == 1
 
 
 def test_a_reset_hangs_up_on_everybody_and_a_new_driver_begins_anew(

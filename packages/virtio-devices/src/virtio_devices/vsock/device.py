@@ -56,3 +56,5 @@ class VsockDevice(VirtioDevice):
             self._owes_reset = False
             break
         self._used(index, queue)
+        if self._owes_reset and queue.enable_kicks():
+            self._kick_later(index)  # there were no buffers, and now there are

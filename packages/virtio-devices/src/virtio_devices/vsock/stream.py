@@ -13,6 +13,7 @@ from contextlib import suppress
 
 BUF_ALLOC = 128 << 10  # bytes that a guest may have under way to a host that does not read
 _IOV_MAX = 64
+_PIECE = 4096  # bytes: what is kept lies in pieces of this size, or a guest that sends byte by byte costs us megabytes
 
 _MASK = 0xFFFF_FFFF
 
@@ -108,8 +109,11 @@ class Connection:
             written = self._send(views)
         if written < length and self.writable:
             rest = memoryview(b"".join(views))[written:]
-            self.backlog.append(rest)
             self.backlog_size += len(rest)
+            if self.backlog and len(self.backlog[-1]) + len(rest) <= _PIECE:
+                self.backlog[-1] = memoryview(b"".join((self.backlog[-1], rest)))
+            else:
+                self.backlog.append(rest)
 
     def flush(self) -> None:
         """Pass on what was kept, as far as the host takes it."""
