@@ -217,6 +217,19 @@ def test_a_second_driver_hears_everything_anew(make: Make) -> None:
     assert guest.heard(receive_queue(1)) == [], "no program of this driver has it open"
 
 
+def test_a_driver_that_introduces_itself_again_says_nothing_twice(make: Make) -> None:
+    guest = make()
+    guest.start(size=32)
+    guest.come_up(1)
+    guest.terminals[1].takes = 3
+    guest.offer(b"0123456789", queue=transmit_queue(1))
+    guest.kick(transmit_queue(1))
+    guest.tell(0, DEVICE_READY)
+    guest.terminals[1].allow(100)
+    guest.loop.poll()
+    assert guest.terminals[1].shown == b"0123456789"
+
+
 def test_ports_come_and_go_while_a_driver_is_there(make: Make) -> None:
     guest = make()
     guest.start(size=32)

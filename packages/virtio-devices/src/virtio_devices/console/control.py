@@ -116,7 +116,7 @@ class Control:
         self._messages.clear()
         self._device.driver_ready = True
         for port in self._device.ports.values():
-            port.forget_driver()
+            port.forget_messages()
             self._put(port.nr, PORT_ADD, 1)
 
     def _put(self, nr: int, event: int, value: int, payload: bytes = b"") -> None:

@@ -86,6 +86,10 @@ class ConsolePort:
     def forget_driver(self) -> None:
         """A new driver begins with new rings, and knows nothing."""
         self._sent = 0
+        self.forget_messages()
+
+    def forget_messages(self) -> None:
+        """A driver that introduces itself has heard of nothing yet. Its rings stand where they stood."""
         self.ready = self.guest_open = self.told_open = False
 
     def set_guest_open(self, opened: bool) -> None:
