@@ -289,6 +289,20 @@ def test_many_changes_are_told_once_a_second_with_the_value_of_then(make: Make, 
     assert told == [9], "what did not change is no change"
 
 
+def test_a_driver_that_writes_faster_than_the_loop_runs_has_it_remember_one_change(make: Make, loop: DirectLoop) -> None:
+    told: list[int] = []
+    driver = make(on_change=lambda: told.append(balloon(driver).held))
+    for pages in range(1, 1000):
+        driver.write(0x104, pages)
+    assert len(loop._soon) == 1
+    loop.poll()
+    loop.clock.advance(SECOND)
+    driver.write(0x104, 1)
+    loop.poll()
+    loop.clock.advance(SECOND)
+    assert told == [balloon(driver).ram_pages, 1]
+
+
 def test_a_reset_empties_the_balloon_and_tells_of_it(make: Make, loop: DirectLoop) -> None:
     told: list[int] = []
     driver = make(on_change=lambda: told.append(balloon(driver).held))

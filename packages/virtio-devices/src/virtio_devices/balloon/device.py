@@ -105,6 +105,7 @@ class BalloonDevice(VirtioDevice):
         self._counted = dict.fromkeys(("inflated_pages", "deflated_pages", "reported_bytes", "returned_bytes"), 0)
         self._handlers: list[Callable[[int, SplitQueue], None]] = []
         self._change_timer: Timer | None = None
+        self._change_noted = False  # the loop is about to hear of it
         self._statistics_timer: Timer | None = None
         self._statistics_buffer: int | None = None  # head of the driver's buffer, which is given back to ask for new values
 
@@ -139,7 +140,7 @@ class BalloonDevice(VirtioDevice):
         """Take the driver's `actual`; nothing else is its to write (5.5.4)."""
         if offset == ACTUAL and size == 4 and value != self.read_config(ACTUAL, 4):
             self._patch_config(ACTUAL, _U32.pack(value & 0xFFFF_FFFF))
-            self._loop.call_soon(self._tell_later)
+            self._note_change()
 
     def reset(self) -> None:
         """Forget the driver, and with it what it held: a driver that starts again has nothing in its balloon."""
@@ -149,7 +150,7 @@ class BalloonDevice(VirtioDevice):
             if was_active:
                 if self.read_config(ACTUAL, 4):
                     self._patch_config(ACTUAL, bytes(4))
-                    self._loop.call_soon(self._tell_later)
+                    self._note_change()
                 if self._auto:  # the target was the driver's own; a client's stays for the next one
                     self._patch_config(NUM_PAGES, bytes(4))
 
@@ -306,9 +307,16 @@ class BalloonDevice(VirtioDevice):
                 self._report(f"{self.name}: the host does not take pages back: {error.strerror}")
             self._refused = True
 
-    # Telling of changes, on the loop
+    # Telling of changes
+
+    def _note_change(self) -> None:
+        """Have the loop tell of a change. On any thread; a driver may write faster than the loop gets to hear of it."""
+        if not self._change_noted:
+            self._change_noted = True
+            self._loop.call_soon(self._tell_later)
 
     def _tell_later(self) -> None:
+        self._change_noted = False
         if self._change_timer is None and self.on_change is not None:
             self._change_timer = self._loop.call_later(_CHANGE_DELAY, self._tell)
 
