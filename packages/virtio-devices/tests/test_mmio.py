@@ -488,6 +488,30 @@ def test_a_broken_ring_breaks_the_device_and_not_the_loop(echo: Driver) -> None:
     assert echo.restart().request(b"works", 5) == (5, b"works")
 
 
+def test_a_driver_that_breaks_its_device_again_and_again_does_not_fill_the_log(
+    make: Callable[..., Driver], loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtio_devices.mmio.MonotonicClock", lambda: loop.clock)
+    echo = make()
+
+    def break_it() -> None:
+        echo.status = 0
+        echo.start()
+        echo.rings[0].offer(63)
+        echo.kick()
+        assert echo.broken
+
+    for _ in range(100):
+        break_it()
+    reason = "echo: queue 0: descriptor 63 of a table of 8"
+    assert echo.reports == [reason] * 11
+    loop.clock.advance(1_000_000_000)
+    break_it()
+    break_it()
+    assert echo.reports[11:] == [f"{reason} (89 before it not shown)"]
+    assert echo.transport.needs_reset_reason == reason
+
+
 # Life cycle
 
 

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice
+from virtio_devices.limit import LeakyBucket
 from virtio_devices.queue import QueueError, SplitQueue
+from vmm_core.clock import MonotonicClock
 from vmm_core.errors import StateError, VmmError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.interrupt import InterruptLine
@@ -31,6 +33,9 @@ _ALL_ONES = 0xFFFF_FFFF
 # Device status bits (2.1)
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 _DRIVER_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
+
+# A driver that breaks its device again and again is reported once a second, after a few at once: logs have an end.
+_REPORTS_PER_SECOND, _REPORTS_AT_ONCE = 1, 10
 
 # InterruptStatus bits (4.2.2). A configuration change sets its own bit alone, as the text has it.
 USED_BUFFER, CONFIG_CHANGE = 1, 2
@@ -94,12 +99,14 @@ class MmioTransport:
         *,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        """Make a window in the reset state. `report` hears, on any thread, why a device needs a reset."""
+        """Make a window in the reset state. `report` hears, on any thread, why a device needs a reset, unless it is too often."""
         self.device = device
         self.needs_reset_reason = ""
         self._memory = memory
         self._line = line
         self._report = report
+        self._reports = LeakyBucket(MonotonicClock(), _REPORTS_PER_SECOND, _REPORTS_AT_ONCE * 1_000_000_000)
+        self._unreported = 0
         # Two locks. Control orders what changes the device's life; it is held while loops finish their work. State guards the
         # two registers that loops change as well, is a leaf, and is never held while anything else is called.
         self._control = threading.RLock()
@@ -313,8 +320,16 @@ class MmioTransport:
         if first:
             self.needs_reset_reason = reason
             if self._report:
-                self._report(reason)
+                self._report_reset(self._report, reason)
             self.config_changed()
+
+    def _report_reset(self, report: Callable[[str], None], reason: str) -> None:
+        late = self._reports.take(1)
+        with self._state:
+            unreported, self._unreported = self._unreported, self._unreported + 1 if late else 0
+        if late:
+            return
+        report(f"{reason} ({unreported} before it not shown)" if unreported else reason)
 
     # Component, Pausable, Closable: the machine's owner
 
