@@ -508,6 +508,26 @@ def test_a_guest_that_never_waits_is_bounded_and_the_loss_is_reported(port: Port
     assert port.host.got.endswith(b"a")
 
 
+def test_a_guest_that_loses_bytes_for_long_is_reported_now_and_then_and_at_the_end(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_000_000_000_000
+    monkeypatch.setattr("vmm_core.devices.serial_output.time.monotonic_ns", lambda: now)
+    port.host.room = 0
+    port.send(b"x")
+    port.uart.flush()
+    port.uart._output.waiting[:] = bytes(LIMIT)
+    for _ in range(100):
+        port.send(b"y")
+        port.loop.poll()
+    now += 60_000_000_000
+    port.send(b"z" * 7)
+    port.loop.poll()
+    port.send(b"end")
+    port.uart.close(patience_ms=0)
+    assert [report.split(" bytes")[0] for report in port.reports] == [f"serial: {n}" for n in (1, 106, 3, LIMIT)]
+
+
 def test_a_port_with_nothing_at_the_other_end_swallows_and_still_interrupts() -> None:
     line, loop = RecordedLine(4), DirectLoop("test", VirtualClock())
     uart = Serial(line, loop, lambda line: None)

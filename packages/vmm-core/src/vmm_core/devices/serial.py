@@ -403,6 +403,9 @@ class Serial:
             if self._sent or (was_full and not output.full):
                 self._transmitted()
                 self._update()
+        self._report_lost(lost)
+
+    def _report_lost(self, lost: int) -> None:
         if lost:
             self._report(f"serial: {lost} bytes of output lost: the guest wrote on while nobody read {LIMIT} bytes")
 
@@ -416,6 +419,7 @@ class Serial:
             if not waiting:
                 break
             select.select([], [], [], 0.01)
+        self._report_lost(self._output.take_lost())
         if waiting:
             self._report(f"serial: {len(waiting)} bytes of output lost: nobody read them")
         self._backend = self._output.backend = None

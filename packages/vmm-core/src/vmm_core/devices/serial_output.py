@@ -9,6 +9,7 @@ Not here: registers (`serial`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ GATHER = 30_000_000  # the beginning of a line that a kernel's console prints
 SHORTLY = 5_000_000  # a driver may wait for the interrupt that follows
 NEWLINE = 0x0A
 
+TELL = 60_000_000_000  # nanoseconds of the host's time from one report of lost bytes to the next: a guest may lose some for days
+
 
 class SerialOutput:
     """Bytes on their way out. Guarded by the port's lock, which is held while the back end is called: it never calls back."""
@@ -41,7 +44,8 @@ class SerialOutput:
         self._report = report
         self._blocked = False  # the back end will say when it takes more
         self._timer = False  # a flush is on its way
-        self._lost = 0
+        self._lost = 0  # and not reported
+        self._silent_until = 0  # time.monotonic_ns()
 
     @property
     def full(self) -> bool:
@@ -79,7 +83,14 @@ class SerialOutput:
         self._blocked = False
 
     def flushed(self) -> int:
-        """Say that the timer has run; returns how many bytes were lost since the last time."""
+        """Say that the timer has run; returns how many lost bytes are to be reported, if any are by now."""
         self._timer = False
+        if not self._lost or (now := time.monotonic_ns()) < self._silent_until:
+            return 0
+        self._silent_until = now + TELL
+        return self.take_lost()
+
+    def take_lost(self) -> int:
+        """Return how many bytes were lost that nobody was told of, and take them as told."""
         lost, self._lost = self._lost, 0
         return lost
