@@ -125,6 +125,34 @@ def test_there_are_at_most_eight_nodes() -> None:
         kernel("-m", "288", "-smp", "9", "-object", *parts, "-numa", *nodes)
 
 
+def test_an_empty_name_or_log_file_is_none() -> None:
+    assert kernel("-name", "", "-D", "") == kernel("-D")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-h", "-m"],
+        ["-m", "-h"],
+        ["-h", "words"],
+        ["-m", "1", "-h", "-m", "2"],
+        ["-S", "words", "-help"],
+        ["-h", "-h", "-vnc", ":1"],
+    ],
+)
+def test_who_asks_for_help_gets_it_however_often_options_and_values_are_there(argv: list[str]) -> None:
+    with pytest.raises(Information):
+        parse(argv)
+
+
+@pytest.mark.parametrize(
+    "argv", [["-h", "-bogus"], ["-V", "--version"], ["-bogus", "-h"], ["-m", "-V", "-bogus", "-x"], ["x", "-h"]]
+)
+def test_what_is_no_option_comes_before_the_help(argv: list[str]) -> None:
+    with pytest.raises(CommandLineError, match=r"no such option|without an option"):
+        parse(argv)
+
+
 def test_what_libvirt_sends_without_effect_is_accepted() -> None:
     config = kernel(
         *("-machine", "microvm,accel=kvm:tcg,usb=off,dump-guest-core=off", "-accel", "kvm", "-cpu", "host"),

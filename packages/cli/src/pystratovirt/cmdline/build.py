@@ -100,9 +100,10 @@ def build(argv: Sequence[str]) -> Config:
         freeze="S" in given,
         test_socket=_test_socket(given),
         trace=trace.file if trace else None,
-        name=_text(given, "name", ID) or "",
+        # Empty, as a script's variable may be, is as good as none.
+        name=_text(given, "name", ID, empty=True) or "",
         log="D" in given,
-        log_file=_text(given, "D", PATH),
+        log_file=_text(given, "D", PATH, empty=True),
         daemonize="daemonize" in given,
         pidfile=_text(given, "pidfile", PATH),
         disable_seccomp="disable-seccomp" in given,
@@ -111,9 +112,9 @@ def build(argv: Sequence[str]) -> Config:
     return config
 
 
-def _text(given: Mapping[str, list[str]], name: str, kind: Text) -> str | None:
+def _text(given: Mapping[str, list[str]], name: str, kind: Text, *, empty: bool = False) -> str | None:
     values = given.get(name)
-    if not values:
+    if not values or (empty and not values[0]):
         return None
     try:
         return kind.parse(values[0])
@@ -351,9 +352,12 @@ def _monitors(given: Mapping[str, list[str]], users: _Users) -> tuple[Listener, 
             raise CommandLineError("-mon", where, f"socket {show(chardev.id)} needs server here")
         wait = not chardev.nowait
         if chardev.path is not None:
-            found.append(Listener(path=chardev.path, chardev=chardev.id, wait=wait))
+            listener = Listener(path=chardev.path, chardev=chardev.id, wait=wait)
         else:
-            found.append(Listener(host=chardev.host, port=chardev.port or 0, chardev=chardev.id, wait=wait))
+            listener = Listener(host=chardev.host, port=chardev.port or 0, chardev=chardev.id, wait=wait)
+        if found and str(listener) == str(found[0]):
+            raise CommandLineError("-mon", where, f"-qmp listens on {show(str(listener))} already")
+        found.append(listener)
     return tuple(found)
 
 

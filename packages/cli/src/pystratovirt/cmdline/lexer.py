@@ -8,7 +8,7 @@ from .errors import CommandLineError
 from .options import FLAG, LATER, MANY, ONE, OPTIONS, canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 def lex(argv: Sequence[str]) -> dict[str, list[str]]:
@@ -16,9 +16,11 @@ def lex(argv: Sequence[str]) -> dict[str, list[str]]:
 
     Options have one dash and are matched exactly. What follows `--` is left alone. Values of an option given several times are
     pooled. A value may begin with a dash where the option still needs one and the text is not itself an option: StratoVirt
-    refuses that, so nothing it accepts changes its meaning. Raises CommandLineError.
+    refuses that, so nothing it accepts changes its meaning. Who asks for `-h` or `-V` gets it, unless something is no option: how
+    often options are there, and with how many values, counts as little then as the values. Raises CommandLineError.
     """
     found: dict[str, list[str]] = {}
+    mistakes: list[CommandLineError] = []
     current = ""
     taken = 0  # values since the latest option
     for argument in argv:
@@ -26,37 +28,45 @@ def lex(argv: Sequence[str]) -> dict[str, list[str]]:
             break
         name = canonical(argument)
         if name:
-            _complete(current, taken)
+            mistakes += _incomplete(current, taken)
             if name in found and name in OPTIONS and OPTIONS[name].arity not in (MANY, FLAG):
-                raise CommandLineError(f"-{name}", "", "given more than once")
+                mistakes.append(CommandLineError(f"-{name}", "", "given more than once"))
             found.setdefault(name, [])
             current, taken = name, 0
-        elif argument.startswith("-") and (taken or not current or OPTIONS[current].arity not in (ONE, MANY)):
+        elif argument.startswith("-") and (taken or not _needs_value(current)):
             raise CommandLineError(argument, "", _unknown(argument))
         elif not current:
             raise CommandLineError(argument, "", "a value without an option; options begin with '-'")
         else:
-            _room(current, taken, argument)
+            mistakes += _too_many(current, taken, argument)
             found[current].append(argument)
             taken += 1
-    _complete(current, taken)
-    for name in found:
-        if name in OPTIONS and OPTIONS[name].state is LATER and "h" not in found and "V" not in found:
-            raise CommandLineError(f"-{name}", "", "not supported yet")
+    mistakes += _incomplete(current, taken)
+    mistakes += [
+        CommandLineError(f"-{name}", "", "not supported yet")
+        for name in found
+        if name in OPTIONS and OPTIONS[name].state is LATER
+    ]
+    if mistakes and "h" not in found and "V" not in found:
+        raise mistakes[0]
     return found
 
 
-def _complete(name: str, taken: int) -> None:
-    if name in OPTIONS and OPTIONS[name].arity in (ONE, MANY) and not taken:
-        raise CommandLineError(f"-{name}", "", f"needs a value: -{name} {OPTIONS[name].metavar}")
+def _needs_value(name: str) -> bool:
+    return name in OPTIONS and OPTIONS[name].arity in (ONE, MANY)
 
 
-def _room(name: str, taken: int, argument: str) -> None:
+def _incomplete(name: str, taken: int) -> Iterator[CommandLineError]:
+    if _needs_value(name) and not taken:
+        yield CommandLineError(f"-{name}", "", f"needs a value: -{name} {OPTIONS[name].metavar}")
+
+
+def _too_many(name: str, taken: int, argument: str) -> Iterator[CommandLineError]:
     arity = OPTIONS[name].arity if name in OPTIONS else FLAG
     if arity is FLAG:
-        raise CommandLineError(f"-{name}", argument, "takes no value")
-    if taken and arity is not MANY:
-        raise CommandLineError(f"-{name}", argument, "takes one value, this is a second one")
+        yield CommandLineError(f"-{name}", argument, "takes no value")
+    elif taken and arity is not MANY:
+        yield CommandLineError(f"-{name}", argument, "takes one value, this is a second one")
 
 
 def _unknown(argument: str) -> str:
