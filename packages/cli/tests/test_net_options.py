@@ -63,6 +63,8 @@ def test_kata_containers_passes_descriptors_of_a_tap_with_many_queues() -> None:
     tap = made.netdevs["n"]
     assert isinstance(tap, Tap)
     assert (tap.descriptors, tap.pairs) == (("3", "4", "5"), 3)
+    other = Tap.parse("-netdev", "tap,id=n,fd=3:4:5,vhost=on,vhostfd=6:7:8")  # StratoVirt takes several under both names
+    assert (other.descriptors, other.vhost_descriptors, other.pairs) == (tap.descriptors, ("6", "7", "8"), 3)
     assert made.devices[0].mac == bytes.fromhex("0242ac110002")  # type: ignore[attr-defined]
 
 
@@ -83,7 +85,7 @@ def test_every_key_is_read_and_written_back() -> None:
         ("-netdev tap,ifname=t", "needs id="),
         ("-netdev tap,id=n,ifname=a-name-of-16-byte", "at most 15 bytes"),
         ("-netdev tap,id=n,ifname=t,fd=3", "fd=3: ifname says already which tap"),
-        ("-netdev tap,id=n,fd=3:4", "at most 1 descriptor"),
+        ("-netdev tap,id=n,fd=" + ":".join(map(str, range(3, 20))), "at most 16 descriptors"),
         ("-netdev tap,id=n,fd=-1", "not a descriptor's number"),
         ("-netdev tap,id=n,fds=3:x", "'?x'? is not a descriptor's number"),
         ("-netdev tap,id=n,fds=3:3", "the same descriptor twice"),
@@ -99,6 +101,7 @@ def test_every_key_is_read_and_written_back() -> None:
         ("-device virtio-net-device,netdev=n", "no such netdev"),
         ("-netdev user,id=n -device virtio-net-device,netdev=n -device virtio-net-device,netdev=n", "already used"),
         ("-netdev user,id=n -device virtio-net-device,netdev=n,mac=1:2:3:4:5:6", "must be six bytes"),
+        ("-netdev user,id=n -device 'virtio-net-device,netdev=n,mac=  :52:54:00:12:34'", "must be six bytes"),
         ("-netdev user,id=n -device virtio-net-device,netdev=n,mac=03:00:00:00:00:00", "no address of one device"),
         ("-netdev user,id=n -device virtio-net-device,netdev=n,mac=00:00:00:00:00:00", "nobody's"),
         ("-netdev user,id=n -device virtio-net-device,netdev=n,queue-size=128", "at least 256"),

@@ -26,6 +26,7 @@ MAX_IOTHREADS = 8
 MAX_IOPS = 1_000_000
 MAX_BPS = 1 << 40
 _CACHE = Size(0, 32 * MiB)
+_NO_CACHE_WITHOUT_QCOW2 = "refused for a raw image (StratoVirt: no effect)"
 
 
 class Drive(Parameters):
@@ -74,8 +75,12 @@ class Drive(Parameters):
         doc="what a USB drive looks like",
         note="no effect on other drives, as in StratoVirt",
     )
-    l2_cache_size: int | None = key(_CACHE, default=None, doc="qcow2: bytes of mapping tables kept in memory")
-    refcount_cache_size: int | None = key(_CACHE, default=None, doc="qcow2: bytes of reference counts kept in memory")
+    l2_cache_size: int | None = key(
+        _CACHE, default=None, doc="qcow2: bytes of mapping tables kept in memory", note=_NO_CACHE_WITHOUT_QCOW2
+    )
+    refcount_cache_size: int | None = key(
+        _CACHE, default=None, doc="qcow2: bytes of reference counts kept in memory", note=_NO_CACHE_WITHOUT_QCOW2
+    )
     interface: str = key(
         Choice("none", later=("pflash",)),
         default="none",

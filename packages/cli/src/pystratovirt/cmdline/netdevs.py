@@ -13,24 +13,26 @@ PAIRS_MAX = 16
 
 
 class Descriptors(Kind[tuple[str, ...]]):
-    """Numbers of open descriptors, separated by `:`. (QMP also takes names here, which `getfd` gave.)"""
+    """Numbers of open descriptors, separated by `:`. (QMP also takes names here, which `getfd` gave; `most`: so many.)"""
 
     allowed = "descriptor numbers, separated by `:`"
 
     def __init__(self, most: int = PAIRS_MAX) -> None:
         self._most = most
-        if most == 1:
-            self.allowed = "number of an open descriptor"
 
     def split(self, text: str) -> tuple[str, ...]:
-        """Return the numbers or names in `text`; raise ValueError when there are too many."""
+        """Return the numbers or names in `text` of QMP's; raise ValueError when there are too many."""
+        return self._split(text, self._most)
+
+    @staticmethod
+    def _split(text: str, most: int) -> tuple[str, ...]:
         parts = tuple(text.split(":"))
-        if len(parts) > self._most:
-            raise ValueError(f"at most {self._most} descriptor{'s' if self._most > 1 else ''}")
+        if len(parts) > most:
+            raise ValueError(f"at most {most} descriptor{'s' if most > 1 else ''}")
         return parts
 
     def parse(self, text: str) -> tuple[str, ...]:
-        parts = self.split(text)
+        parts = self._split(text, PAIRS_MAX)  # of `fd` and `fds` alike, as in StratoVirt
         for part in parts:
             if not (part.isascii() and part.isdigit() and len(part) < 10):
                 raise ValueError("not a descriptor's number" if len(parts) == 1 else f"{show(part)} is not a descriptor's number")
@@ -49,12 +51,14 @@ class Tap(Parameters, selector="tap"):
 
     id: str = key(ID, doc="the name that a device uses")
     ifname: str | None = key(Text(15), default=None, doc="name of the interface; made when there is none")
-    fd: tuple[str, ...] | None = key(Descriptors(1), default=None, doc="an open descriptor of it")
-    fds: tuple[str, ...] | None = key(Descriptors(), default=None, doc="one for each pair of queues")
+    fd: tuple[str, ...] | None = key(Descriptors(1), default=None, doc="open descriptors of it, one for each pair of queues")
+    fds: tuple[str, ...] | None = key(Descriptors(), default=None, doc="the same")
     queues: int = key(Integer(1, PAIRS_MAX, bits=16), default=1, doc="pairs of queues; at least as many as there are descriptors")
     vhost: bool = key(SWITCH, default=False, doc="the host's kernel moves the frames")
-    vhostfd: tuple[str, ...] | None = key(Descriptors(1), default=None, doc="an open descriptor of /dev/vhost-net")
-    vhostfds: tuple[str, ...] | None = key(Descriptors(), default=None, doc="one for each pair of queues")
+    vhostfd: tuple[str, ...] | None = key(
+        Descriptors(1), default=None, doc="open descriptors of /dev/vhost-net, one for each pair of queues"
+    )
+    vhostfds: tuple[str, ...] | None = key(Descriptors(), default=None, doc="the same")
 
     @property
     def descriptors(self) -> tuple[str, ...]:

@@ -30,12 +30,12 @@ NOTES: Final = {
     "16 TiB on do not wrap around",
     "query-balloon": "never less than zero; shows the guest's statistics too when the balloon asks for them",
     "blockdev-add": "every key of `-drive` but `if` (StratoVirt's microvm: raw without limits, `discard` and `detect-zeroes`); "
-    "as there, `aio` has to be given unless `cache.direct` is false",
+    "as there, `aio` has to be given unless `cache.direct` is false; the names of the command line's drives are taken too",
     "blockdev-del": "works; after `device_del`, which lets go of the drive as in StratoVirt, it succeeds once "
     "(StratoVirt's microvm: `blockdev_del not support yet`)",
     "netdev_add": "every key of `-netdev` but the `path` of `user`: all descriptors, `vhost`, `queues`, and the types "
     "`vhost-user` and `user` (StratoVirt's microvm: a tap by `ifname` or by the last of `fds`); opened at once; one without a "
-    "tap gives a card without a link, as there",
+    "tap gives a card without a link, as there; members of another type are refused (StratoVirt: ignored)",
     "netdev_del": "works; after `device_del` it succeeds once (StratoVirt's microvm: `netdev_del not support yet`)",
     "chardev-add": "works (StratoVirt's microvm: an error)",
     "chardev-remove": "works, unless something uses the device (StratoVirt's microvm: an error)",

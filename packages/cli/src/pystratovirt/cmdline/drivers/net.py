@@ -19,7 +19,7 @@ class Mac(Kind[bytes]):
 
     def parse(self, text: str) -> bytes:
         parts = text.split(":")
-        if len(parts) != 6 or not all(len(part) == 2 for part in parts):
+        if len(parts) != 6 or not all(len(part) == 2 and part.isalnum() for part in parts):  # fromhex() skips blanks
             raise ValueError(f"must be {self.allowed}")
         try:
             mac = bytes.fromhex("".join(parts))
