@@ -134,6 +134,20 @@ def test_an_unknown_command_is_command_not_found() -> None:
         ("device_del", {"id": 1}, "invalid type: integer `1`, expected a string (member `id`)"),
         ("device_del", {"id": "a", "x": 1}, "unknown field `x`, expected `id`"),
         ("stop", {"force": True}, "unknown field `force`, there are no fields"),
+        # Of two mistakes the first, and what is missing last, as StratoVirt's parser finds them.
+        ("device_del", {"x": 1}, "unknown field `x`, expected `id`"),
+        ("device_del", {"x": 1, "id": 1}, "unknown field `x`, expected `id`"),
+        ("device_del", {"id": 1, "x": 1}, "invalid type: integer `1`, expected a string (member `id`)"),
+        (
+            "trace-set-state",
+            {"enable": 1, "name": 2},
+            "invalid type: integer `1`, expected a boolean (member `enable`)",
+        ),
+        (
+            "blockdev-add",
+            {"file": {"driver": "file", "x": 1}, "y": 1},
+            "unknown field `x`, expected one of `driver`, `filename`, `aio` (member `file`)",
+        ),
         ("trace-set-state", {"name": "a", "enable": True, "x": 1}, "unknown field `x`, expected `name` or `enable`"),
         (
             "cameradev_add",

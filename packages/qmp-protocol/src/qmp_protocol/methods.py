@@ -548,7 +548,7 @@ class Methods:
         self.call(InputEvent(key=key, value=value))
 
     def human_monitor_command(self, *, command_line: str) -> Any:
-        """Run a line of the human monitor: `drive_add`, `drive_del`, `info block`, `info snapshots`."""
+        """Run a line of the human monitor: `drive_add`, `drive_del`, `info block|network|snapshots|stats`."""
         from qmp_protocol.commands.debug import HumanMonitorCommand
 
         return self.call(HumanMonitorCommand(command_line=command_line))
@@ -1100,7 +1100,7 @@ class AsyncMethods:
         await self.call(InputEvent(key=key, value=value))
 
     async def human_monitor_command(self, *, command_line: str) -> Any:
-        """Run a line of the human monitor: `drive_add`, `drive_del`, `info block`, `info snapshots`."""
+        """Run a line of the human monitor: `drive_add`, `drive_del`, `info block|network|snapshots|stats`."""
         from qmp_protocol.commands.debug import HumanMonitorCommand
 
         return await self.call(HumanMonitorCommand(command_line=command_line))

@@ -92,7 +92,7 @@ class HumanMonitorCommand(
     machines=Machines.MICROVM | Machines.STANDARD,
     refusal="human-monitor-command is not supported yet",
 ):
-    """Run a line of the human monitor: `drive_add`, `drive_del`, `info block`, `info snapshots`.
+    """Run a line of the human monitor: `drive_add`, `drive_del`, `info block|network|snapshots|stats`.
 
     Errors: GenericError when the line is none of these, and whatever the command meets.
     """
@@ -116,9 +116,7 @@ class InputEvent(
     value: str = member(doc="`SCANCODE,DOWN` or `X,Y,BUTTONS,DOWN`, decimal")
 
 
-class UpdateRegion(
-    Command[Empty], name="update_region", machines=Machines.STANDARD, refusal="The micro vm is not supported", strict=False
-):
+class UpdateRegion(Command[Empty], name="update_region", machines=Machines.STANDARD, refusal="The micro vm is not supported"):
     """Add or delete a region of guest memory, to test the memory topology.
 
     Errors: GenericError when the region cannot be added or deleted.

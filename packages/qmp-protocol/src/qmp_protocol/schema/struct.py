@@ -88,6 +88,7 @@ class Struct:
 
     _members: ClassVar[dict[str, _Member]] = {}
     _fields: ClassVar[tuple[Field, ...] | None] = None
+    _by_name: ClassVar[dict[str, Field]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -138,6 +139,7 @@ class Struct:
         if cls._fields is None:
             hints = typing.get_type_hints(cls, include_extras=True)
             cls._fields = tuple(_work_out(name, hints[name], declared) for name, declared in cls._members.items())
+            cls._by_name = {field.name: field for field in cls._fields}
         return cls._fields
 
     @classmethod
@@ -147,27 +149,27 @@ class Struct:
 
     @classmethod
     def from_json(cls, value: Json, path: str = "") -> Self:
-        """Check a JSON object and return the typed value. Raises QmpError that names the member and what is allowed."""
+        """Check a JSON object and return the typed value. Raises QmpError that names the member and what is allowed.
+
+        Of several mistakes it is the first one in the text, and a member that is missing after all others: StratoVirt's parser
+        finds them in this order.
+        """
         if not isinstance(value, Mapping):
             raise invalid(f"invalid type: {describe(value)}, expected struct {cls.wire_name()}", path)
         fields = cls.fields()
+        by_name = cls._by_name
         values: dict[str, Any] = {}
-        known = 0
+        for name, item in value.items():
+            field = by_name.get(name)
+            if field is None:
+                if cls.strict:
+                    allowed = f"expected {one_of(tuple(by_name))}" if by_name else "there are no fields"
+                    raise invalid(f"unknown field `{shorten(name)}`, {allowed}", path)
+            elif item is not None or field.required:  # StratoVirt takes null for absent
+                values[field.attribute] = field.type.check(item, f"{path}.{name}" if path else name)
         for field in fields:
-            if field.name not in value:
-                if field.required:
-                    raise invalid(f"missing field `{field.name}`", path)
-                continue
-            known += 1
-            item = value[field.name]
-            if item is None and not field.required:
-                continue  # StratoVirt takes null for absent
-            values[field.attribute] = field.type.check(item, f"{path}.{field.name}" if path else field.name)
-        if known < len(value) and cls.strict:
-            names = tuple(field.name for field in fields)
-            unknown = next(name for name in value if name not in names)
-            allowed = f"expected {one_of(names)}" if names else "there are no fields"
-            raise invalid(f"unknown field `{shorten(unknown)}`, {allowed}", path)
+            if field.required and field.attribute not in values:
+                raise invalid(f"missing field `{field.name}`", path)
         return cls(**values)
 
     def to_json(self) -> dict[str, Json]:
