@@ -473,10 +473,31 @@ class TestNetworks:
             ({"id": "", "ifname": "t"}, "id: empty"),
             ({"ifname": "t", "tcp-ports": "80"}, "netdev_add: tcp-ports is for type user"),
             ({"type": "user", "tcp-ports": ""}, "tcp-ports: empty"),
+            ({"type": "user", "fd": "3"}, "netdev_add: fd is for type tap"),
+            ({"type": "user", "queues": 2}, "netdev_add: a user netdev has one pair of queues"),
+            ({"type": "vhost-user", "chardev": "c", "ifname": "t"}, "netdev_add: ifname is for type tap"),
         ],
     )
     def test_a_network_that_contradicts_itself_is_refused(self, vm: RunningVm, arguments: dict[str, Any], text: str) -> None:
         assert text in refusal(vm, "netdev_add", **{"id": "n", **arguments})
+
+
+def test_a_network_without_vhost_and_without_a_tap_is_one_without_a_link(vm: RunningVm) -> None:
+    vm.run("netdev_add", id="n", vhost=False)
+    vm.run("device_add", id="n", driver="virtio-net-mmio")
+
+
+def test_of_a_drive_and_a_network_of_one_name_a_device_gets_the_one_that_fits_its_driver(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(net, "open_netdev", open_pair)
+    options = ("-drive", f"file={image},id=a,direct=off", "-netdev", "tap,id=a,ifname=t0", "-netdev", "tap,id=b,ifname=t1")
+    with RunningVm(tmp_path, *options) as vm:
+        vm.run("device_add", id="b", driver="virtio-net-mmio", addr="1")
+        vm.run("device_add", id="n", driver="virtio-net-mmio", netdev="a", drive="a")
+        vm.run("device_add", id="a", driver="virtio-blk-mmio")
+        assert vm.capacity(0) == image.stat().st_size // 512
+        assert [backend.device for backend in vm.vm.hotplug.backends("net")] == ["n", "b"]
 
 
 class TestOneDeclaration:

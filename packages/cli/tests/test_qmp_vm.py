@@ -148,6 +148,7 @@ class TestQueries:
         client = Client(vm.unix)
         vm.ask("writel 0x100000 0xb9000001")
         assert client.run("query-mem-gpa", {"gpa": "100000"}) == {"return": "B9000001"}
+        assert client.run("query-mem-gpa", {"gpa": "0" * 16 + "100000"}) == {"return": "B9000001"}
         assert client.run("query-mem-gpa", {"gpa": "100100"}) == {"return": "0"}
         for gpa, desc in {
             "0x100000": "address not in hexadecimal",
@@ -329,6 +330,20 @@ class TestTranscripts:
         assert other.read()["event"] == "SHUTDOWN"
         assert vm.process.wait(LIMIT) == 0
         assert not Path(vm.unix).exists()
+
+    @pytest.mark.parametrize("vm", [("-device", "virtio-balloon-device,id=b")], indirect=True)
+    def test_nothing_happens_to_a_machine_behind_its_shutdown(self, vm: Vm) -> None:
+        client = Client(vm.unix)
+        chardev = '{"id":"c","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":"p"}},"server":false}}}'
+        late = {"system_powerdown": "{}", "system_reset": "{}", "balloon": '{"value":67108864}', "chardev-add": chardev}
+        commands = "".join(f'{{"execute":"{command}","arguments":{arguments}}}' for command, arguments in late.items())
+        client.send(f'{{"execute":"quit"}}{commands}')
+        assert client.read() == {"return": {}}
+        assert client.read()["event"] == "SHUTDOWN"
+        for _ in late:
+            assert client.read() == {"error": {"class": "GenericError", "desc": "the machine has ended"}}
+        assert client.read() is None
+        assert vm.process.wait(LIMIT) == 0
 
     @pytest.mark.parametrize("command", ["system_powerdown", "system_reset"])
     def test_power_and_reset_without_acpi_are_the_end(self, vm_without_acpi: Vm, command: str) -> None:

@@ -147,6 +147,7 @@ class HotPlug:
 
     def add_chardev(self, chardev: SocketChardev) -> None:
         """Take note of a socket that a network may be reached by. Nothing is connected yet. Raises HotPlugError."""
+        self._expect_alive()
         declared = self._vm.declared_chardevs
         if chardev.id in declared:
             raise HotPlugError(f'Chardev "{chardev.id}" has been added')
@@ -156,6 +157,7 @@ class HotPlug:
 
     def remove_chardev(self, name: str) -> None:
         """Forget a character device that nothing uses. Raises HotPlugError."""
+        self._expect_alive()
         if name not in self._vm.declared_chardevs:
             raise HotPlugError(f"Chardev {name} not found")
         if self._vm.uses_chardev(name) or any(name == monitor.chardev for monitor in self._vm.config.monitors):
@@ -204,15 +206,16 @@ class HotPlug:
         addr: str | None,
         lun: int | None,
         *,
-        backend: str | None = None,
+        drive: str | None = None,
+        netdev: str | None = None,
         serial: str = "",
         mac: bytes | None = None,
     ) -> None:
         """Put a back end into a slot, under the id `device`. Raises HotPlugError.
 
         `addr` is the slot's number among its kind, decimal or with 0x; without one `lun` + 1 is; without both, 0. The back end is
-        the one called as the device or, when there is none, the one called `backend`. `serial` is a disk's. `mac` is a network
-        device's, and of no effect when a driver has the device already.
+        the one called as the device or, when there is none, the one called `drive` or `netdev`. `serial` is a disk's. `mac` is a
+        network device's, and of no effect when a driver has the device already.
         """
         self._expect_alive()
         try:
@@ -220,10 +223,11 @@ class HotPlug:
         except ValueError as error:
             raise HotPlugError(f"id: {error}") from None
         number = _slot_number(device, addr, lun)
-        found = self._find(device) or (self._unplugged(backend) if backend else None)
+        kind = next((kind for kind in (NET, DISK) if _DRIVERS[kind] in driver), None)
+        # The command line may have given a drive and a network one name: the one that fits the driver comes before the other.
+        found = self._meant(device, (drive, netdev), kind) or self._meant(device, (drive, netdev), None)
         if found is None:
             raise HotPlugError("Failed to find device configuration.")
-        kind = next((kind for kind in (NET, DISK) if _DRIVERS[kind] in driver), None)
         if kind is None:
             raise HotPlugError("Unsupported replaceable device type.")
         if number >= len(_SLOTS[kind]):
@@ -231,7 +235,7 @@ class HotPlug:
         if found.kind != kind:
             raise HotPlugError(f"The device type is {_DRIVERS[kind]}, but the target config is not for this type.")
         slot = _SLOTS[kind][number]
-        if any(other.slot == slot for other in self._backends):
+        if any(each.slot == slot for each in self._backends):
             raise HotPlugError(f"The slot {number} is occupied already.")
         if found.device is not None or device in self._device_ids():
             raise HotPlugError(f"Device id {device} existed")
@@ -272,12 +276,19 @@ class HotPlug:
         chosen = [backend for backend in self._backends if backend.kind == kind]
         return sorted(chosen, key=lambda backend: (backend.slot is None, backend.slot))
 
-    def _find(self, device: str) -> Backend | None:
-        """Return the back end of a device, or the one that waits for a device of its name."""
-        return next((each for each in self._backends if each.device == device), None) or self._unplugged(device)
+    def _find(self, device: str, kind: str | None = None) -> Backend | None:
+        """Return the back end of a device, or the one that waits for a device of its name; of any kind without `kind`."""
+        fit = (each for each in self._backends if each.device == device and kind in (None, each.kind))
+        return next(fit, None) or self._unplugged(device, kind)
 
-    def _unplugged(self, name: str) -> Backend | None:
-        return next((each for each in self._backends if each.name == name and each.device is None), None)
+    def _meant(self, device: str, others: tuple[str | None, ...], kind: str | None) -> Backend | None:
+        """Return what _find() does or, when there is nothing, the first of `others` that waits for a device."""
+        waiting = (self._unplugged(name, kind) for name in others if name)
+        return self._find(device, kind) or next((each for each in waiting if each is not None), None)
+
+    def _unplugged(self, name: str, kind: str | None = None) -> Backend | None:
+        waiting = (each for each in self._backends if each.name == name and each.device is None)
+        return next((each for each in waiting if kind in (None, each.kind)), None)
 
     def _device_ids(self) -> set[str]:
         """Return the ids of all devices that there are now; what was unplugged has given its id back."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, cast
 
+from pystratovirt.qmp_handlers.lifecycle import expect_alive
 from qmp_protocol.commands.machine import Balloon, BalloonInfo, BalloonStatistics, QueryBalloon
 from qmp_protocol.errors import DEVICE_NOT_ACTIVE, QmpError
 from qmp_protocol.events import BalloonChanged
@@ -35,6 +36,7 @@ def register(server: QmpServer, runtime: Runtime) -> None:
         device = find(runtime.vm)
         if device is None:
             raise QmpError(DEVICE_NOT_ACTIVE, NO_BALLOON)
+        expect_alive(runtime)
         device.set_target(device.ram_pages - pages_for(arguments.value, device.ram_pages))
         if not device.ready:  # a driver that comes later finds the target nevertheless
             raise QmpError(DEVICE_NOT_ACTIVE, NO_BALLOON)

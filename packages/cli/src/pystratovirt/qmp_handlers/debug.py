@@ -44,7 +44,7 @@ def register(server: QmpServer, runtime: Runtime) -> None:
     @server.handler(QueryMemGpa, concurrent=True)
     def query_mem_gpa(arguments: QueryMemGpa, call: Call) -> str:
         digits = arguments.gpa
-        if not digits or len(digits) > 16 or not all(digit in "0123456789abcdefABCDEF" for digit in digits):
+        if not digits or len(digits.lstrip("0")) > 16 or not all(digit in "0123456789abcdefABCDEF" for digit in digits):
             raise QmpError(GENERIC_ERROR, "address not in hexadecimal")
         try:
             # RAM only: reading a device's registers changes the device.

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from qmp_server.server import QmpServer
 
 _TAP: Final = ("ifname", "fd", "fds", "vhost", "vhostfd", "vhostfds")  # what names a tap, or how it is served
-_ONLY: Final = {"chardev": "vhost-user", "tcp-ports": "user", "udp-ports": "user"}  # members of one type, which no other ignores
+# Members of one type, which no other ignores
+_ONLY: Final = {"chardev": "vhost-user", "tcp-ports": "user", "udp-ports": "user", **dict.fromkeys(_TAP, "tap")}
 
 
 def register(server: QmpServer, runtime: Runtime) -> None:
@@ -41,7 +42,8 @@ def register(server: QmpServer, runtime: Runtime) -> None:
                 arguments.driver,
                 arguments.addr,
                 arguments.lun,
-                backend=arguments.drive or arguments.netdev,
+                drive=arguments.drive,
+                netdev=arguments.netdev,
                 serial=arguments.serial or "",
                 mac=_mac(arguments.mac),
             )
@@ -93,7 +95,8 @@ def declared(arguments: NetdevAdd) -> Netdev:
     from pystratovirt.cmdline.netdevs import PAIRS_MAX, Descriptors, Tap, Unconnected, User, VhostUser
 
     kind: type[Netdev] = {"user": User, "vhost-user": VhostUser}.get(arguments.type or "", Tap)
-    if kind is Tap and all(getattr(arguments, name) is None for name in _TAP):
+    # vhost=false says as much as nothing
+    if kind is Tap and not arguments.vhost and all(getattr(arguments, name) is None for name in _TAP if name != "vhost"):
         kind = Unconnected  # as on StratoVirt's microvm
     if kind is VhostUser and arguments.vhost:
         raise QmpError(GENERIC_ERROR, "vhost-user netdev does not support 'vhost' option")
@@ -103,12 +106,14 @@ def declared(arguments: NetdevAdd) -> Netdev:
         if number is not None and not 1 <= number <= PAIRS_MAX:
             what = f"The num of fd {number}" if name == "fds" else f"The 'queues' {number}"
             raise QmpError(GENERIC_ERROR, f"{name}: {what} is bigger than max queue num {PAIRS_MAX}")
+    if kind is User and arguments.queues is not None:
+        raise QmpError(GENERIC_ERROR, "netdev_add: a user netdev has one pair of queues")
     values: dict[str, Any] = {}
     for field in arguments.fields():
         key, value = kind.keys.get(field.name), getattr(arguments, field.attribute)
         if value is not None and key is not None:
             values[field.name] = value
-        elif value is not None and field.name in _ONLY:
+        elif value not in (None, False) and field.name in _ONLY:
             raise QmpError(GENERIC_ERROR, f"netdev_add: {field.name} is for type {_ONLY[field.name]}")
     try:
         for name, value in values.items():

@@ -51,10 +51,12 @@ def register(server: QmpServer, runtime: Runtime) -> None:
 
     @server.handler(SystemReset)
     def system_reset(_: SystemReset, call: Call) -> None:
+        expect_alive(runtime)
         call.after_reply(lambda: runtime.reset(guest=False, reason=RESET_REASON))
 
     @server.handler(SystemPowerdown)
     def system_powerdown(_: SystemPowerdown, call: Call) -> None:
+        expect_alive(runtime)
         if machine.press_power_button():
             call.emit_after(Powerdown())
         else:
@@ -63,6 +65,12 @@ def register(server: QmpServer, runtime: Runtime) -> None:
     @server.handler(Quit)
     def quit_(_: Quit, call: Call) -> None:
         call.after_reply(lambda: runtime.end(guest=False, reason=QUIT_REASON))
+
+
+def expect_alive(runtime: Runtime) -> None:
+    """Refuse what no machine can do that has ended: clients are heard until they know. Raises QmpError."""
+    if runtime.machine.status is VmStatus.SHUTDOWN:
+        raise QmpError(GENERIC_ERROR, "the machine has ended")
 
 
 @contextmanager
