@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -50,7 +51,8 @@ def _locked(name: str) -> Iterator[None]:
 def folder(name: str, fill: Callable[[Path], None]) -> Path:
     """The cache folder `name`; when it is not there yet, `fill` makes its content in a scratch folder that is then renamed.
 
-    Two processes that ask at once build it once. A builder that fails or dies leaves nothing that looks finished.
+    Two processes that ask at once build it once. A builder that fails or dies leaves nothing that looks finished; what one
+    that was killed has left goes when the next one begins.
     """
     target = root() / name
     if target.is_dir():
@@ -59,6 +61,9 @@ def folder(name: str, fill: Callable[[Path], None]) -> Path:
         if target.is_dir():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
+        scratches = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")  # as mkdtemp names them
+        for entry in filter(lambda entry: scratches.fullmatch(entry.name), list(target.parent.iterdir())):
+            shutil.rmtree(entry, ignore_errors=True)  # nobody's: the lock is ours
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             fill(scratch)

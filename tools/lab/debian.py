@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import cache
+from .process import give_up
 from .progress import Step, say
 
 VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian 13 and later; Debian 12 (part of QEMU)
@@ -124,8 +125,8 @@ def _install(command: Sequence[str]) -> None:
 def update() -> None:
     """Fetch the package indexes. Needs root, or sudo."""
     sudo = [] if os.geteuid() == 0 else [shutil.which("sudo") or "sudo"]
-    with Step("Fetching the package indexes"):
-        run([*sudo, *_APT, "update"])
+    with Step("Fetching the package indexes") as step:
+        follow([*sudo, *_APT, "update"], step)
 
 
 def kernel(flavour: str = "cloud") -> Kernel:
@@ -239,14 +240,18 @@ def _download(package: str, folder: Path) -> None:
             with subprocess.Popen(
                 command, cwd=folder, pass_fds=[write], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             ) as process:
-                os.close(write)
-                with os.fdopen(read, errors="replace") as status:
-                    for line in status:  # "dlstatus:1:42.5:Retrieving file 1 of 1"
-                        fields = line.split(":")
-                        if fields[0] == "dlstatus":
-                            step.update(float(fields[2]))
-                assert process.stderr is not None
-                error = process.stderr.read().decode(errors="replace")
+                try:
+                    os.close(write)
+                    with os.fdopen(read, errors="replace") as status:
+                        for line in status:  # "dlstatus:1:42.5:Retrieving file 1 of 1"
+                            fields = line.split(":")
+                            if fields[0] == "dlstatus":
+                                step.update(float(fields[2]))
+                    assert process.stderr is not None
+                    error = process.stderr.read().decode(errors="replace")
+                except BaseException:
+                    process.kill()  # a part of a file in a folder that goes too
+                    raise
         if process.returncode == 0:
             return
         if attempt == 0:
@@ -280,15 +285,31 @@ def run(command: Sequence[str], env: dict[str, str] | None = None) -> None:
         raise SetupError(f"{' '.join(command)}: exit status {done.returncode}: {(done.stderr or done.stdout).strip()}")
 
 
-def follow(command: Sequence[str], step: Step, env: dict[str, str] | None = None) -> None:
-    """Run a command and show its last line as it goes; its whole output when it fails."""
+def follow(command: Sequence[str], step: Step, env: dict[str, str] | None = None, *, group: bool = False) -> None:
+    """Run a command and show its last line as it goes; its whole output when it fails.
+
+    When we are to end meanwhile it is told to give up, as `process.give_up` has it, and waited for.
+    """
     lines = []
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=env,
+        process_group=0 if group else None,
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            step.note(line.strip())
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                step.note(line.strip())
+        except BaseException:
+            give_up(process, group)
+            for _ in process.stdout:  # nothing that finishes what it has begun may fail for want of a reader
+                pass
+            raise
     if process.returncode:
         raise SetupError(f"{' '.join(command)}: exit status {process.returncode}: {''.join(lines[-20:]).strip()}")

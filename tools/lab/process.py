@@ -1,4 +1,4 @@
-"""Children that cannot outlive this process, and signals that end it in order."""
+"""Children that cannot outlive this process, and signals that end it and them in order."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_GIVE_UP = 10.0  # seconds that a program has for it
 
 
 def die_with_parent() -> Callable[[], None]:
@@ -56,17 +57,44 @@ class Child:
         return os.pread(self._log, 65536, max(0, size - 65536))
 
 
+def give_up(process: subprocess.Popen[str], group: bool) -> None:
+    """Tell a program what the interrupt key would.
+
+    With `group`, which it then has of its own: and see it and all that it has started end, in ten seconds at most. Without: one
+    that has begun something better finished, as apt with dpkg, finishes that, and its caller waits.
+    """
+    try:
+        # Not every one can be told: it may have ended, or be root's, by sudo, which hears the terminal only.
+        with suppress(ProcessLookupError, PermissionError):
+            if group:
+                os.killpg(process.pid, signal.SIGINT)
+            else:
+                process.send_signal(signal.SIGINT)
+        if group:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GIVE_UP)
+    finally:
+        if group:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 @contextmanager
 def orderly_end() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit(128 + n) within, as SIGINT raises KeyboardInterrupt, so that every clean-up runs."""
+    """SIGTERM and SIGHUP raise SystemExit(128 + n) within, as SIGINT raises KeyboardInterrupt, so that every clean-up runs.
+
+    One that is ignored (nohup) stays so.
+    """
 
     def end(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, end) for number in numbers]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    caught = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in caught:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in caught.items():
             signal.signal(number, handler)

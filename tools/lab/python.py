@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import venv
 from collections.abc import Sequence
@@ -21,10 +23,17 @@ def environment(name: str, requirements: Sequence[str], *inputs: Path) -> Path:
 
     def fill(folder: Path) -> None:
         with Step(f"Making a Python environment for {name}") as step:
-            venv.EnvBuilder(with_pip=True, symlinks=True).create(folder)
-            pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-            command = [*pip, "install", "--progress-bar", "off", *requirements]
-            follow(command, step)
+            venv.EnvBuilder(symlinks=True).create(folder)
+            scratch = folder / "scratch"  # of pip's own, which goes with the folder when pip does not get to it
+            scratch.mkdir()
+            modules = {
+                "ensurepip": ["--default-pip"],
+                "pip": ["--disable-pip-version-check", "--no-input", "install", "--progress-bar", "off", *requirements],
+            }
+            for module, words in modules.items():
+                command = [str(folder / "bin/python"), "-m", module, *words]
+                follow(command, step, {**os.environ, "TMPDIR": str(scratch)}, group=True)
+            shutil.rmtree(scratch)
             # The scripts name their interpreter by its path, and the folder gets its name when it is complete.
             for script in (folder / "bin").iterdir():
                 if script.is_file() and not script.is_symlink():

@@ -32,6 +32,16 @@ def test_a_failed_maker_leaves_nothing(empty_cache: Path) -> None:
     assert list((empty_cache / "a").iterdir()) == []
 
 
+def test_what_a_killed_maker_left_goes_when_the_next_one_makes_it(empty_cache: Path) -> None:
+    (empty_cache / "a/.b.abcd_123").mkdir(parents=True)
+    (empty_cache / "a/.b.abcd_123/half").write_text("")
+    others = [empty_cache / "a" / name for name in (".b.d.abcd_123", ".bb.abcd_123", "b.abcd_123", ".b.1")]
+    for other in others:
+        other.mkdir()
+    made = cache.folder("a/b", lambda folder: (folder / "x").touch())
+    assert sorted((empty_cache / "a").iterdir()) == sorted([made, *others])
+
+
 def test_a_digest_tells_parts_from_their_concatenation(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"ab")
     assert cache.digest("ab", "c") != cache.digest("a", "bc")
