@@ -469,6 +469,8 @@ class TestNetworks:
             ({"fds": "tapA", "vhostfd": "v"}, "Argument 'vhostfd' is not needed for virtio-net device"),
             ({"fds": ":".join(f"t{number}" for number in range(17))}, "The num of fd 17 is bigger than max queue num 16"),
             ({"fd": "tapA:tapB"}, "fd: at most 1 descriptor"),
+            ({"fd": ""}, "fd: empty"),
+            ({"fds": "tapA:"}, "fds: an empty name"),
             ({"fds": "a", "vhost": True, "vhostfds": ":".join("v" * 17)}, "vhostfds: at most 16 descriptors"),
             ({"id": "", "ifname": "t"}, "id: empty"),
             ({"ifname": "t", "tcp-ports": "80"}, "netdev_add: tcp-ports is for type user"),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from pystratovirt.cmdline.options import OPTIONS as DECLARED
 from pystratovirt.qmp_handlers import docs
 from pystratovirt.qmp_handlers.debug import print_patiently
 from pystratovirt.qmp_handlers.human import snapshot_table
@@ -206,7 +207,16 @@ class TestQueries:
             {"name": "num-queues", "type": "uint16"},
         ]
         (drive,) = client.run("query-command-line-options", {"option": "drive"})["return"]
-        assert {"discard", "detect-zeroes"} <= {each["name"] for each in drive["parameters"]}
+        types = {each["name"]: each["type"] for each in drive["parameters"]}
+        # The first two as in StratoVirt; QEMU's word for what is written otherwise than on and off is string.
+        expected = {"discard": "string", "detect-zeroes": "string", "external-files": "string", "readonly": "boolean"}
+        assert expected.items() <= types.items()
+        assert (types["l2-cache-size"], types["throttling.iops-total"]) == ("size", "number")
+        options = client.run("query-command-line-options")["return"]
+        listed = {each["option"]: {parameter["name"] for parameter in each["parameters"]} for each in options}
+        assert {"id", "path", "host", "port", "server"} <= listed["chardev"]
+        assert {"drive", "netdev", "chardev", "guest-cid"} <= listed["device"]
+        assert listed.keys() == {option.name for option in DECLARED.values() if option.schema is not None}
         assert client.run("query-kvm")["return"]["enabled"] is False
         assert client.run("query-migrate") == {"return": {"status": "setup"}}
 

@@ -21,8 +21,11 @@ class Descriptors(Kind[tuple[str, ...]]):
         self._most = most
 
     def split(self, text: str) -> tuple[str, ...]:
-        """Return the numbers or names in `text` of QMP's; raise ValueError when there are too many."""
-        return self._split(text, self._most)
+        """Return the numbers or names in `text` of QMP's; raise ValueError when there are too many, or one is empty."""
+        parts = self._split(text, self._most)
+        if not all(parts):
+            raise ValueError("an empty name" if len(parts) > 1 else "empty")
+        return parts
 
     @staticmethod
     def _split(text: str, most: int) -> tuple[str, ...]:

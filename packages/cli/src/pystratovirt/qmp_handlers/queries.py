@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pystratovirt.cmdline.backends import Chardev
+    from pystratovirt.cmdline.values import Kind
     from pystratovirt.runtime import Runtime
     from qmp_protocol.schema import Command
     from qmp_server.dispatch import Call
@@ -178,16 +179,23 @@ def _device_list_properties(arguments: query.DeviceListProperties, call: Call) -
 
 def _query_command_line_options(arguments: query.QueryCommandLineOptions, call: Call) -> list[dict[str, Any]]:
     from pystratovirt.cmdline.options import OPTIONS
-    from pystratovirt.cmdline.values import Bool, Integer
 
-    kinds = {Bool: "boolean", Integer: "number"}
     found = []
     for option in OPTIONS.values():
-        if arguments.option not in (None, option.name) or not isinstance(option.schema, type):
+        if arguments.option not in (None, option.name) or option.schema is None:
             continue
-        parameters = [
-            {"name": key.name, "type": kinds.get(type(key.kind), "string"), "help": key.doc}
-            for key in option.schema.keys.values()
-        ]
+        schemas = [option.schema] if isinstance(option.schema, type) else option.schema.values()
+        # What all drivers, types or back ends have together: QEMU's format knows one list for an option.
+        keys = {key.name: key for schema in schemas for key in schema.keys.values()}
+        parameters = [{"name": key.name, "type": _parameter_type(key.kind), "help": key.doc} for key in keys.values()]
         found.append({"option": option.name, "parameters": parameters})
     return found
+
+
+def _parameter_type(kind: Kind[Any]) -> str:
+    """Return QEMU's word for a type of value. Its boolean is `on` or `off`."""
+    from pystratovirt.cmdline.values import Bool, Integer, Size
+
+    if isinstance(kind, Bool) and kind.render(True) == "on":
+        return "boolean"
+    return "size" if isinstance(kind, Size) else "number" if isinstance(kind, Integer) else "string"
