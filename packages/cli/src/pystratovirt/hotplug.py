@@ -214,8 +214,9 @@ class HotPlug:
         """Put a back end into a slot, under the id `device`. Raises HotPlugError.
 
         `addr` is the slot's number among its kind, decimal or with 0x; without one `lun` + 1 is; without both, 0. The back end is
-        the one called as the device or, when there is none, the one called `drive` or `netdev`. `serial` is a disk's. `mac` is a
-        network device's, and of no effect when a driver has the device already.
+        the one called as the device or, when there is none, the one called `drive` or `netdev`; of a drive and a network of one
+        name, as the command line may have given them, the one that fits the driver. `serial` is a disk's. `mac` is a network
+        device's, and of no effect when a driver has the device already.
         """
         self._expect_alive()
         try:
@@ -224,8 +225,7 @@ class HotPlug:
             raise HotPlugError(f"id: {error}") from None
         number = _slot_number(device, addr, lun)
         kind = next((kind for kind in (NET, DISK) if _DRIVERS[kind] in driver), None)
-        # The command line may have given a drive and a network one name: the one that fits the driver comes before the other.
-        found = self._meant(device, (drive, netdev), kind) or self._meant(device, (drive, netdev), None)
+        found = self._find(device, kind) or self._find(device) or self._waiting_as((drive, netdev), kind)
         if found is None:
             raise HotPlugError("Failed to find device configuration.")
         if kind is None:
@@ -281,10 +281,10 @@ class HotPlug:
         fit = (each for each in self._backends if each.device == device and kind in (None, each.kind))
         return next(fit, None) or self._unplugged(device, kind)
 
-    def _meant(self, device: str, others: tuple[str | None, ...], kind: str | None) -> Backend | None:
-        """Return what _find() does or, when there is nothing, the first of `others` that waits for a device."""
-        waiting = (self._unplugged(name, kind) for name in others if name)
-        return self._find(device, kind) or next((each for each in waiting if each is not None), None)
+    def _waiting_as(self, names: tuple[str | None, ...], kind: str | None) -> Backend | None:
+        """Return a back end with one of `names` that waits for a device; one of the kind, if there is any."""
+        waiting = (self._unplugged(name, fit) for fit in (kind, None) for name in names if name)
+        return next((each for each in waiting if each is not None), None)
 
     def _unplugged(self, name: str, kind: str | None = None) -> Backend | None:
         waiting = (each for each in self._backends if each.name == name and each.device is None)
