@@ -41,7 +41,9 @@ WORDS = sorted({name for schema in SCHEMAS for name in (*schema.keys, schema.sel
 anything = st.text(max_size=40) | st.sampled_from(WORDS)
 item = anything | st.tuples(st.sampled_from(WORDS), anything).map("=".join)
 parameter_string = st.lists(item, max_size=6).map(",".join)
-options = st.sampled_from([f"-{name}" for name, option in OPTIONS.items() if option.state is not LATER] + ["-S", "--", "-x"])
+options = st.sampled_from(
+    [f"-{name}" for name, option in OPTIONS.items() if option.state is not LATER] + ["-S", "-h", "-V", "--", "-x"]
+)
 
 
 def answer(argv: list[str]) -> Config | CommandLineError | Information:
@@ -57,6 +59,7 @@ def answer(argv: list[str]) -> Config | CommandLineError | Information:
 @example(["-m", "٣"])
 @example(["-smp", "9" * 5000])
 @example(["-mod-test", "\ud800"])
+@example(["-V", "--version"])
 def test_any_arguments_give_a_configuration_or_one_printable_line(argv: list[str]) -> None:
     result = answer(argv)
     if isinstance(result, CommandLineError):
@@ -102,7 +105,8 @@ def configurations(draw: st.DrawFn) -> list[str]:
         argv += ["-drive", f"id={escaped},file={number}{escaped},direct={draw(st.sampled_from(['on', 'off']))}"]
         argv += ["-device", f"virtio-blk-device,id={escaped},drive={escaped}"]
     argv += draw(st.sampled_from([[], ["-serial", "stdio"], ["-serial", "chardev:tty", "-chardev", "pty,id=tty"]]))
-    argv += draw(st.sampled_from([[], ["-qmp", "unix:q,server,nowait"], ["-qmp", "tcp:1.2.3.4:5,server,nowait"]]))
+    qmp = draw(st.sampled_from(["", "unix:q,server,nowait", "tcp:1.2.3.4:5,server,nowait", "unix:q,server"]))
+    argv += ["-qmp", qmp] if qmp else []
     argv += draw(st.sampled_from([[], ["-chardev", "socket,id=mon,path=p,server,nowait", "-mon", "chardev=mon,mode=control"]]))
     networks = draw(st.lists(ids, unique=True, max_size=2))
     for name in networks:

@@ -61,7 +61,7 @@ def render(config: Config) -> list[str]:
             argv += ["-mon", Mon(chardev=listener.chardev, mode="control").render()]
         else:
             uri = f"unix:{listener.path}" if listener.path is not None else f"tcp:{listener.host}:{listener.port}"
-            argv += ["-qmp", Qmp(uri=uri, server=True, nowait=True).render()]
+            argv += ["-qmp", Qmp(uri=uri, server=True, nowait=not listener.wait).render()]
     return argv
 
 
