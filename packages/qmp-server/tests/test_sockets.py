@@ -37,6 +37,21 @@ def test_the_file_is_found_again_from_another_directory(tmp_path: Path, monkeypa
     assert not (tmp_path / "s").exists()
 
 
+def test_a_short_name_is_enough_in_a_directory_whose_own_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("d" * 120)
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind("s")
+    stale.close()
+    with listen_unix("s") as listener, socket.socket(socket.AF_UNIX) as client:
+        client.connect("s")
+        listener.socket.accept()[0].close()
+        assert stat.S_IMODE((folder / "s").stat().st_mode) == 0o600
+        monkeypatch.chdir("/")
+    assert not (folder / "s").exists()
+
+
 def test_a_file_that_somebody_else_put_there_is_left_alone(tmp_path: Path) -> None:
     listener = listen_unix(tmp_path / "s")
     (tmp_path / "s").unlink()

@@ -55,11 +55,12 @@ def listen_unix(path: str | os.PathLike[str], *, backlog: int = 128) -> Listener
     Raises OSError: EADDRINUSE when a process listens there, EEXIST when a file is there that is no socket, ENAMETOOLONG, and
     what the file system reports.
     """
-    # The working directory may change before the file is removed.
-    path = os.path.abspath(os.fspath(path))  # noqa: PTH100 - as above
+    path = os.fspath(path)
+    # The working directory may change before the file is removed. A socket's address has no room for all of it.
+    whole = os.path.abspath(path)  # noqa: PTH100 - as above
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _alone(path):
+        with _alone(whole):
             try:
                 _bind(sock, path)
             except FileExistsError:
@@ -70,7 +71,7 @@ def listen_unix(path: str | os.PathLike[str], *, backlog: int = 128) -> Listener
     except BaseException:
         sock.close()
         raise
-    return Listener(sock, path)
+    return Listener(sock, whole)
 
 
 def listen_tcp(host: str, port: int, *, backlog: int = 128) -> Listener:
