@@ -84,6 +84,7 @@ class HotPlugging(RuleBasedStateMachine):
         self.devices: dict[str, Plugged] = {}
         self.gone: set[tuple[str, str]] = set()
         self.passed: set[str] = set()
+        self.far_ends: list[socket.socket] = []  # of all that were passed: a network whose other end is closed has no link
         self.chardevs: dict[str, bool] = {}  # whether something uses it
         self.paused = False
 
@@ -120,6 +121,7 @@ class HotPlugging(RuleBasedStateMachine):
         self.vm.run("device_add", id="n0", driver="virtio-net-mmio")
         self.vm.run("device_del", id="n0")
         self.passed.clear()
+        self.close_far_ends()
         self.idle = holdings()
 
     def attempt(self, right: bool, command: str, starve: bool = False, **arguments: Any) -> bool:
@@ -140,8 +142,12 @@ class HotPlugging(RuleBasedStateMachine):
         ours, theirs = socket.socketpair()
         self.vm.run("getfd", (theirs.fileno(),), fdname=name)
         self.passed.add(name)
-        ours.close()
+        self.far_ends.append(ours)
         theirs.close()
+
+    def close_far_ends(self) -> None:
+        while self.far_ends:
+            self.far_ends.pop().close()
 
     @property
     def taken(self) -> set[str]:
@@ -309,8 +315,10 @@ class HotPlugging(RuleBasedStateMachine):
                 free = next(each for each in NAMES if each not in self.taken)
                 self.add_network(free, name, False)
                 self.unplug(free)
+            self.close_far_ends()
             assert holdings() == self.idle
         finally:
+            self.close_far_ends()
             self.vm.close()
 
 
