@@ -306,10 +306,22 @@ def test_while_there_are_buffers_the_driver_need_not_kick(make: Make) -> None:
     assert driver.rings[0].kicks_unwanted
 
 
-@pytest.mark.parametrize("parts", [(b"x" * 64,), (25,), (b"x" * 16, 2048)])
-def test_a_receive_buffer_that_is_none_breaks_the_device_and_a_reset_mends_it(make: Make, parts: tuple[bytes | int, ...]) -> None:
+def test_buffers_that_may_be_merged_need_not_hold_more_than_a_header(make: Make) -> None:
     cable = Cable()
     driver = make(cable).up()
+    driver.room(12, 13, 20, 64, 12, 1600)
+    cable.send(frame(60))
+    cable.send(frame(61))
+    driver.loop.poll()
+    assert driver.heard() == [frame(60), frame(61)]
+
+
+@pytest.mark.parametrize(("parts", "mergeable"), [((b"x" * 64,), True), ((11,), True), ((25,), False), ((b"x" * 16, 2048), True)])
+def test_a_receive_buffer_that_is_none_breaks_the_device_and_a_reset_mends_it(
+    make: Make, parts: tuple[bytes | int, ...], mergeable: bool
+) -> None:
+    cable = Cable()
+    driver = make(cable).up(mergeable=mergeable)
     driver.offer(*parts)
     cable.send(frame())
     driver.kick()

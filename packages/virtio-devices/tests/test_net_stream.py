@@ -255,6 +255,14 @@ def test_a_driver_that_sends_after_the_end_of_the_stream_gets_everything_back(ma
     assert driver.link == 0
 
 
+def test_buffers_that_may_be_merged_need_not_hold_more_than_a_header(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe).up()
+    driver.room(12, 13, 20, 64, 12, 1600)
+    pipe.far.send(packed(frame(60), frame(61)))
+    driver.loop.poll()
+    assert driver.heard() == [frame(60), frame(61)]
+
+
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_frames_that_wait_for_a_stream_come_back_when_it_ends(make: Make, event_idx: bool) -> None:
     """The driver was told not to kick until they are gone."""

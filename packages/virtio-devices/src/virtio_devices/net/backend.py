@@ -161,11 +161,13 @@ class Lane:
     def _refill(self, queue: SplitQueue, wanted: int) -> None:
         """Have `wanted` receive buffers at hand, if the driver has made that many available."""
         ready = self._ready
+        # 5.1.6.3.1: buffers that may be merged hold a header at least, others a whole frame.
+        least = HEADER if self._mergeable else HEADER + ETHERNET
         for head, readable, writable in queue.chains():
             if readable or not writable:
                 raise QueueError("a receive buffer has to be writable, and nothing else")
             length = len(writable[0]) if len(writable) == 1 else sum(map(len, writable))
-            if length < HEADER + ETHERNET or len(writable) >= IOV_MAX:
+            if length < least or len(writable) >= IOV_MAX:
                 raise QueueError(f"a receive buffer of {length} bytes in {len(writable)} pieces")
             ready.append((head, writable, length))
             if len(ready) >= wanted:
