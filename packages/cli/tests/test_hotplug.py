@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qmp_protocol.commands.block import BlockdevAdd, BlockdevCache, BlockdevFile
 from qmp_protocol.commands.device import NetdevAdd
 from qmp_protocol.schema import Struct
 from running_vm import STATUS, Refused, RunningVm, holdings, open_pair
+from virtio_devices.device import DeviceError
 from virtio_devices.net.stream import StreamBackend
 from vmm_core.state import decode, encode
 
@@ -458,6 +460,19 @@ class TestNetworks:
         assert refusal(vm, "device_add", id="m", driver="virtio-blk-mmio") == (
             "The device type is blk, but the target config is not for this type."
         )
+
+    def test_a_descriptor_stays_passed_however_few_the_process_may_open_by_then(
+        self, vm: RunningVm, peer: socket.socket, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def taken_in_vain(netdev: Tap, take: Callable[[str], int | None]) -> None:
+            os.close(take(netdev.descriptors[0]) or 0)
+            raise DeviceError("no tap")
+
+        with monkeypatch.context() as now:
+            now.setattr(net, "open_netdev", taken_in_vain)
+            now.setattr(resource, "getrlimit", lambda _: (0, 1 << 20))
+            assert refusal(vm, "netdev_add", id="n", fds="tapA") == "Add netdev error: no tap"
+        vm.run("netdev_add", id="n", fds="tapA")
 
     @pytest.mark.parametrize(
         ("arguments", "text"),

@@ -39,6 +39,10 @@ class DescriptorTable:
         if name not in self._fds and len(self._fds) >= most:
             close_all((fd,))
             raise QmpError(GENERIC_ERROR, f"at most {most} descriptors can wait for a device")
+        self.put_back(name, fd)
+
+    def put_back(self, name: str, fd: int) -> None:
+        """Own again what take() has handed over: there was room for it, whatever the process may open by now."""
         old = self._fds.get(name)
         self._fds[name] = fd
         if old is not None:

@@ -153,7 +153,7 @@ def _lent(fds: DescriptorTable) -> Iterator[Callable[[str], int | None]]:
         yield take
     except BaseException:
         for name, fd in lent.items():
-            fds.put(name, fd)
+            fds.put_back(name, fd)
         raise
     for fd in lent.values():
         os.close(fd)
