@@ -23,23 +23,38 @@ class Quit(Command[Empty], name="quit"):
 class Stop(Command[Empty], name="stop"):
     """Stop all vCPUs. The event STOP comes before the reply.
 
-    Errors: GenericError when the machine does not run.
+    A machine that is paused stays so, and there is no event. (StratoVirt 2.4.0 answers that with an error without a text.)
+
+    Errors: GenericError when the machine has ended or failed.
     """
 
 
 class Cont(Command[Empty], name="cont"):
     """Let all vCPUs run on. The event RESUME comes before the reply.
 
-    Errors: GenericError when the machine is not paused, or another process holds the lock of a drive's file.
+    A machine that runs goes on, and there is no event. (StratoVirt 2.4.0 answers that with an error without a text, and also when
+    another process has taken the lock of a drive's file meanwhile.)
+
+    Errors: GenericError when the machine has ended or failed.
     """
 
 
 class SystemPowerdown(Command[Empty], name="system_powerdown"):
-    """Press the power button. The event POWERDOWN follows the reply; the guest decides what to do."""
+    """Press the power button. The event POWERDOWN follows the reply; the guest decides what to do.
+
+    A microvm without ACPI has no button, and ends.
+
+    Errors: GenericError when the machine has ended.
+    """
 
 
 class SystemReset(Command[Empty], name="system_reset"):
-    """Reset the machine. The event RESET follows the reply."""
+    """Reset the machine. The event RESET follows the reply.
+
+    A microvm without ACPI ends instead.
+
+    Errors: GenericError when the machine has ended.
+    """
 
 
 class StatusInfo(Struct):
