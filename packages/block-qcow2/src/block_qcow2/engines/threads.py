@@ -25,9 +25,10 @@ from ..zeroes import all_zero
 _RWF_NOWAIT = os.RWF_NOWAIT
 # A buffered write up to this many bytes is a copy into the page cache; longer ones would hold the caller's loop.
 _INLINE_WRITE = 1 << 18
-# Where the kernel does not tell, a read that takes longer (ns) may have waited for a device: reads after it go to the pool. One,
-# as a thread that lost its processor looks the same; twice as many whenever the next that is tried is slow too.
-_WAITED = 500_000
+# Where the kernel does not tell, a read that takes longer (ns, and more for each byte that a slow machine copies) may have waited
+# for a device: reads after it go to the pool. One, as a thread that lost its processor looks the same; twice as many whenever the
+# next that is tried is slow too.
+_WAITED, _WAITED_BYTE = 500_000, 10
 _MOST_AFTER_A_WAIT = 64
 
 
@@ -91,7 +92,7 @@ class ThreadChannel:
                     if e.errno != errno.EINVAL:
                         return -(e.errno or errno.EIO)
                     whole = False
-                if time.perf_counter_ns() - began > _WAITED:
+                if time.perf_counter_ns() - began > _WAITED + _WAITED_BYTE * length:
                     self._pooled = self._after_a_wait
                     self._after_a_wait = min(2 * self._after_a_wait, _MOST_AFTER_A_WAIT)
                 else:

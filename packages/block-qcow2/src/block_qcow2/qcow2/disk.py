@@ -172,17 +172,9 @@ class Qcow2Disk:
         return Snapshots(self.image)
 
 
-class _Direct:
-    """A request that went straight to the file: when it is done the image may forget that it ran."""
-
-    __slots__ = ("buffers", "offset", "operation", "token", "write")
-
-    def __init__(self, operation: int, token: Any, write: bool, offset: int, buffers: Sequence[memoryview]) -> None:
-        self.operation = operation
-        self.token = token
-        self.write = write
-        self.offset = offset
-        self.buffers = buffers
+# What the file's channel gets as a token: the operation that ends with a request which went straight to the file (0: it ran on the
+# pool), the token of its owner, where to read once more and into what (None: it was a write). A tuple: every request has one.
+_Token = tuple[int, Any, int, "Sequence[memoryview] | None"]
 
 
 class Qcow2Channel:
@@ -203,7 +195,7 @@ class Qcow2Channel:
 
     def readv(self, offset: int, buffers: Sequence[memoryview], token: Any) -> int | None:
         image = self._image
-        length = sum(map(len, buffers))
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         if offset < 0 or offset + length > image.size:
             return -errno.EINVAL
         found = image.lookup_now(offset, length, write=False)
@@ -214,11 +206,15 @@ class Qcow2Channel:
             fill_zero(buffers)
             image.end(operation)
             return 0
-        return self._direct(_Direct(operation, token, False, offset, buffers), host)
+        result: int | None = self._inner.readv(host, buffers, (operation, token, offset, buffers))
+        if result is None:
+            return None
+        image.end(operation)
+        return self._again(token, offset, buffers) if result == -errno.EIO else result
 
     def writev(self, offset: int, buffers: Sequence[memoryview], token: Any) -> int | None:
         image = self._image
-        length = sum(map(len, buffers))
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
         if offset < 0 or offset + length > image.size:
             return -errno.EINVAL
         if image.read_only:
@@ -227,9 +223,13 @@ class Qcow2Channel:
             unmap = self._disk.detect_zeroes == "unmap" and self._disk.discard
             return self._run(token, lambda: image.write_zeroes(offset, length, unmap=unmap))
         found = image.lookup_now(offset, length, write=True)
-        if found is None or found[1] is None:
+        if found is None:
             return self._run(token, lambda: image.write_from(offset, buffers))
-        return self._direct(_Direct(found[0], token, True, offset, buffers), found[1])
+        operation, host = found
+        result: int | None = self._inner.writev(host, buffers, (operation, token, offset, None))
+        if result is not None:
+            image.end(operation)
+        return result
 
     def flush(self, token: Any) -> int | None:
         return self._run(token, self._image.flush)
@@ -257,18 +257,17 @@ class Qcow2Channel:
 
     def completions(self) -> list[tuple[Any, int]]:
         done, self._ready = self._ready, []
-        for token, result in self._inner.completions():
-            if type(token) is _Direct:
-                self._image.end(token.operation)
-                if result == -errno.EIO and not token.write:
-                    # The file may end inside a cluster, whose rest is zeroes: the blocking way knows.
-                    again = self._again(token)
+        of_file: _Token
+        for of_file, result in self._inner.completions():
+            operation, token, offset, buffers = of_file
+            if operation:
+                self._image.end(operation)
+                if result == -errno.EIO and buffers is not None:
+                    again = self._again(token, offset, buffers)
                     if again is not None:
-                        done.append((token.token, again))
+                        done.append((token, again))
                     continue
-                done.append((token.token, result))
-            else:
-                done.append((token, result))
+            done.append((token, result))
         return done
 
     def drain(self) -> None:
@@ -289,18 +288,9 @@ class Qcow2Channel:
         self._inner.close()
         self.completion_fd = -1
 
-    def _direct(self, request: _Direct, host: int) -> int | None:
-        call = self._inner.writev if request.write else self._inner.readv
-        result: int | None = call(host, request.buffers, request)
-        if result is None:
-            return None
-        self._image.end(request.operation)
-        if result == -errno.EIO and not request.write:
-            return self._again(request)
-        return result
-
-    def _again(self, request: _Direct) -> int | None:
-        return self._run(request.token, lambda: self._image.read_into(request.offset, request.buffers))
+    def _again(self, token: Any, offset: int, buffers: Sequence[memoryview]) -> int | None:
+        """Read once more: the file may end inside a cluster, whose rest is zeroes, and the blocking way knows."""
+        return self._run(token, lambda: self._image.read_into(offset, buffers))
 
     def _run(self, token: Any, work: Callable[[], None]) -> int | None:
         def mapped() -> None:
@@ -313,5 +303,5 @@ class Qcow2Channel:
             except ValueError as e:
                 raise OSError(errno.EINVAL, str(e)) from e
 
-        result: int | None = self._inner._run(token, mapped)
+        result: int | None = self._inner._run((0, token, 0, None), mapped)
         return result

@@ -78,15 +78,20 @@ class L2Cache:
         self.limit = max(limit, 2)
         self._tables: OrderedDict[int, L2Table] = OrderedDict()
         self.dirty: dict[int, L2Table] = {}
+        # What get() found last, if it is in the cache still: a request after the other asks for the same table.
+        self.last_offset = -1
+        self.last: L2Table | None = None
 
     def get(self, offset: int) -> L2Table | None:
         table = self._tables.get(offset)
         if table is not None:
             self._tables.move_to_end(offset)
+            self.last_offset, self.last = offset, table
         return table
 
     def put(self, table: L2Table) -> None:
         """Add a table; the oldest clean ones make room."""
+        self._forget_last()
         self._tables[table.offset] = table
         if len(self._tables) <= self.limit:
             return
@@ -110,9 +115,14 @@ class L2Cache:
 
     def drop(self, offset: int) -> None:
         """The cluster at `offset` is no longer an L2 table."""
+        self._forget_last()
         self._tables.pop(offset, None)
         self.dirty.pop(offset, None)
 
     def clear(self) -> None:
+        self._forget_last()
         self._tables.clear()
         self.dirty.clear()
+
+    def _forget_last(self) -> None:
+        self.last_offset, self.last = -1, None
