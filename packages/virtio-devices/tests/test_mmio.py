@@ -465,6 +465,45 @@ def test_an_interrupt_stays_pending_until_it_is_acknowledged(echo: Driver) -> No
     assert echo.line.edges == 2
 
 
+def test_an_acknowledgement_that_only_the_hypervisor_saw_counts_when_the_driver_looks_again(echo: Driver) -> None:
+    echo.start()
+    echo.request(b"a", 1)
+    echo.device.resize(1)
+    assert echo.read(0x060) == USED_BUFFER | CONFIG_CHANGE
+    assert echo.read(0x060) == USED_BUFFER | CONFIG_CHANGE
+    os.eventfd_write(echo.transport.ack_fd, 1)
+    assert echo.transport.interrupt_status == CONFIG_CHANGE
+    assert echo.read(0x060) == CONFIG_CHANGE
+
+
+def test_buffers_used_between_a_look_and_its_acknowledgement_stay_pending(echo: Driver) -> None:
+    echo.start()
+    echo.request(b"a", 1)
+    assert echo.read(0x060) == USED_BUFFER
+    echo.request(b"b", 1)  # the driver may have looked at its ring by now, or not
+    os.eventfd_write(echo.transport.ack_fd, 1)
+    assert echo.read(0x060) == USED_BUFFER
+    os.eventfd_write(echo.transport.ack_fd, 1)
+    assert echo.read(0x060) == 0
+
+
+def test_acknowledgements_of_nothing_take_nothing_away_later(make: Callable[..., Driver]) -> None:
+    echo = make().start(MODERN)
+    for _ in range(3):
+        os.eventfd_write(echo.transport.ack_fd, 1)
+    assert echo.read(0x060) == 0
+    echo.request(b"a", 1)
+    assert echo.read(0x060) == USED_BUFFER
+    os.eventfd_write(echo.transport.ack_fd, 1)
+    echo.transport.pause()
+    state = echo.transport.save()
+    assert state.interrupt_status == 0
+    other = make()
+    os.eventfd_write(other.transport.ack_fd, 1)
+    other.transport.restore(state._replace(interrupt_status=USED_BUFFER))
+    assert other.read(0x060) == USED_BUFFER, "what came before it was restored is of another life"
+
+
 def test_suppressed_interrupts_are_not_sent(echo: Driver) -> None:
     echo.start()
     echo.rings[0].suppress_interrupts()

@@ -14,7 +14,7 @@ from vmm_core.errors import HypervisorError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.hypervisor.testmode import RecordingHypervisor
 from vmm_core.machine.core import MachineEvent, VmStatus
-from vmm_core.machine.microvm import QUEUE_NOTIFY, Microvm
+from vmm_core.machine.microvm import INTERRUPT_ACK, QUEUE_NOTIFY, USED_BUFFER, Microvm
 from vmm_core.state import versioned
 from vmm_core.topology import CpuTopology
 from vmm_core.x86_64.layout import Microvm as Layout
@@ -33,6 +33,7 @@ class FakeDevice:
     def __init__(self, diary: list[str] | None = None) -> None:
         self.diary = diary if diary is not None else []
         self.notify_fds: tuple[int, ...] = (os.eventfd(0, os.EFD_NONBLOCK),)
+        self.ack_fd = -1
 
     def read(self, offset: int, size: int) -> int:
         return 0x74726976
@@ -137,6 +138,19 @@ class TestPlugging:
         assert device.diary == ["close"]
         assert all(vcpu.running for vcpu in machine.vcpus)  # type: ignore[attr-defined]
         assert "slot3" not in machine.components
+
+    def test_an_acknowledgement_of_used_buffers_is_an_event_and_any_other_the_devices(self, make: Maker) -> None:
+        machine = started(make)
+        device = FakeDevice()
+        device.ack_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        machine.plug(3, device, "slot3")
+        address = Layout.slot(3).base + INTERRUPT_ACK
+        assert make.hypervisor.ring(address, 4, USED_BUFFER)
+        assert os.eventfd_read(device.ack_fd) == 1
+        assert not any(make.hypervisor.ring(address, 4, value) for value in (0, 2, 3))
+        machine.unplug(3)
+        assert not make.hypervisor.ring(address, 4, USED_BUFFER)
+        os.close(device.ack_fd)
 
     def test_another_device_can_take_the_slot_and_the_machine_goes_on_with_it(self, make: Maker) -> None:
         machine = started(make, 3)

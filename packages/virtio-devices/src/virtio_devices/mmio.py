@@ -24,7 +24,7 @@ from vmm_core.interrupt import InterruptLine
 from vmm_core.state import expect, versioned
 
 SIZE = 0x200  # bytes of the register window
-QUEUE_NOTIFY = 0x050
+QUEUE_NOTIFY, INTERRUPT_ACK = 0x050, 0x064
 
 _MAGIC = 0x7472_6976  # "virt"
 _CONFIG = 0x100
@@ -88,7 +88,8 @@ class MmioTransport:
     A `vmm_core.bus.BusDevice` of SIZE bytes, and the device's `Notifier`. The transport owns the device.
 
     `notify_fds` has one event descriptor a queue. The machine makes guest writes of 4 bytes at QUEUE_NOTIFY that equal the
-    queue's index into events on it; such a write that reaches the bus anyway has the same effect.
+    queue's index into events on it; such a write that reaches the bus anyway has the same effect. So has `ack_fd` (-1: none)
+    for writes of USED_BUFFER at INTERRUPT_ACK: half of what an interrupt costs is the exit of its acknowledgement.
     """
 
     def __init__(
@@ -116,18 +117,24 @@ class MmioTransport:
         # Who interrupts by itself cannot set USED_BUFFER, so while there is such a one it always reads as set. A driver that
         # looks at its rings for nothing finds nothing (4.2.2: the bit says that at least one queue has used a buffer).
         self._always_pending = 0
+        # Whether USED_BUFFER was set after the driver last read InterruptStatus. An event on ack_fd is of an acknowledgement that
+        # nobody has seen when it came: it is of what was read, and a driver that finds the bit set once more looks for nothing.
+        self._used_unread = False
         self._device_features_sel = self._driver_features_sel = self._driver_features = self._queue_sel = 0
         self._unknown_features = False
         self._queues = [_QueueRegisters(size) for size in device.queue_sizes] if device else []
         self.notify_fds: tuple[int, ...] = ()
+        self.ack_fd = -1
         fds: list[int] = []
         try:
-            for _ in self._queues:
+            for _ in range(len(self._queues) + 1 if device else 0):
                 fds.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))  # noqa: PERF401
         except OSError:
             for fd in fds:
                 os.close(fd)
             raise
+        if device:
+            self.ack_fd = fds.pop()
         self.notify_fds = tuple(fds)
         if device:
             device.connect(self)
@@ -140,7 +147,9 @@ class MmioTransport:
     @property
     def interrupt_status(self) -> int:
         """The pending bits of the InterruptStatus register."""
-        return self._interrupt_status
+        with self._state:
+            self._take_ack()
+            return self._interrupt_status
 
     # BusDevice: vCPU threads, several at once
 
@@ -152,7 +161,10 @@ class MmioTransport:
         if size != 4:
             return 0
         if offset == 0x060:
-            return self._interrupt_status | self._always_pending
+            with self._state:
+                self._take_ack()
+                self._used_unread = False
+                return self._interrupt_status | self._always_pending
         if offset == 0x000:
             return _MAGIC
         if offset == 0x004:
@@ -185,7 +197,7 @@ class MmioTransport:
                 device.write_config(offset - _CONFIG, size, value)
         elif size != 4:
             return
-        elif offset == 0x064:
+        elif offset == INTERRUPT_ACK:
             with self._state:
                 self._interrupt_status &= ~value
         elif offset == QUEUE_NOTIFY:
@@ -297,7 +309,19 @@ class MmioTransport:
         """Interrupt the driver for used buffers. The one line serves all queues."""
         with self._state:
             self._interrupt_status |= USED_BUFFER
+            self._used_unread = True
         self._line.trigger()
+
+    def _take_ack(self) -> None:
+        """Do what an acknowledgement asks that came by ack_fd, if one did. The lock is held."""
+        if not self._interrupt_status & USED_BUFFER:
+            return
+        try:
+            os.eventfd_read(self.ack_fd)
+        except OSError:  # none came, or the device is closed
+            return
+        if not self._used_unread:
+            self._interrupt_status &= ~USED_BUFFER
 
     def used_fd(self, index: int) -> int:
         """Return the descriptor of the one line, for a queue that is served outside."""
@@ -346,6 +370,7 @@ class MmioTransport:
             self.needs_reset_reason = ""
             with self._state:
                 self._status = self._interrupt_status = 0
+                self._used_unread = False
 
     def pause(self) -> None:
         """Bring the device to rest."""
@@ -366,7 +391,9 @@ class MmioTransport:
             if self.device:
                 self.device.close()
             fds, self.notify_fds = self.notify_fds, ()
-            for fd in fds:
+            with self._state:
+                ack, self.ack_fd = self.ack_fd, -1
+            for fd in (*fds, ack) if ack >= 0 else fds:
                 os.close(fd)
 
     def save(self) -> MmioState:
@@ -374,7 +401,7 @@ class MmioTransport:
         return MmioState(
             device_type=self.device.device_type if self.device else 0,
             status=self._status,
-            interrupt_status=self._interrupt_status,
+            interrupt_status=self.interrupt_status,
             device_features_sel=self._device_features_sel,
             driver_features_sel=self._driver_features_sel,
             driver_features=self._driver_features,
@@ -430,6 +457,7 @@ class MmioTransport:
         with self._state:
             self._status = saved.status
             self._interrupt_status = saved.interrupt_status & (USED_BUFFER | CONFIG_CHANGE)
+            self._used_unread = True  # an event of before must not take away what is pending now
         if saved.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK:
             device.pause()
             device.activate(saved.driver_features, [registers.queue for registers in self._queues], self.notify_fds)

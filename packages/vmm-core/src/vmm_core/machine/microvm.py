@@ -35,14 +35,18 @@ from vmm_core.x86_64.vcpu_boot import VcpuBoot
 if TYPE_CHECKING:
     from vmm_core.x86_64.io_apic import IoApic
 
-QUEUE_NOTIFY = 0x50  # virtio 1.2, section 4.2.2: the doorbell of every queue
+# virtio 1.2, section 4.2.2: the doorbell of every queue, and where an interrupt for used buffers is acknowledged by a 1
+QUEUE_NOTIFY, INTERRUPT_ACK, USED_BUFFER = 0x50, 0x64, 1
 
 
 class MmioDevice(BusDevice, Component, Pausable, Closable, Protocol):
-    """What a slot takes: a virtio-mmio window with one doorbell descriptor a queue."""
+    """What a slot takes: a virtio-mmio window with one doorbell descriptor a queue, and one for acknowledgements (-1: none)."""
 
     @property
     def notify_fds(self) -> tuple[int, ...]: ...
+
+    @property
+    def ack_fd(self) -> int: ...
 
 
 class SerialPort(BusDevice, Component, Pausable, Closable, Protocol):
@@ -242,18 +246,20 @@ class _Window:
     def __init__(self, hypervisor: Hypervisor, slot: Slot, device: MmioDevice, name: str) -> None:
         self.slot, self.device, self.name = slot, device, name
         self._hypervisor = hypervisor
-        self._doorbells: list[int] = []  # by queue
+        self._doorbells: list[tuple[int, int, int]] = []  # offset, value, descriptor
 
     def open(self) -> None:
-        for fd in self.device.notify_fds:
-            address = self.slot.base + QUEUE_NOTIFY
-            self._hypervisor.add_ioeventfd(address, 4, fd, match=len(self._doorbells))
-            self._doorbells.append(fd)
+        bells = [(QUEUE_NOTIFY, index, fd) for index, fd in enumerate(self.device.notify_fds)]
+        if self.device.ack_fd >= 0:
+            bells.append((INTERRUPT_ACK, USED_BUFFER, self.device.ack_fd))
+        for offset, value, fd in bells:
+            self._hypervisor.add_ioeventfd(self.slot.base + offset, 4, fd, match=value)
+            self._doorbells.append((offset, value, fd))
 
     def hang_up(self) -> None:
         while self._doorbells:
-            fd = self._doorbells.pop()
-            self._hypervisor.remove_ioeventfd(self.slot.base + QUEUE_NOTIFY, 4, fd, match=len(self._doorbells))
+            offset, value, fd = self._doorbells.pop()
+            self._hypervisor.remove_ioeventfd(self.slot.base + offset, 4, fd, match=value)
 
     def close(self) -> None:
         try:
