@@ -88,7 +88,7 @@ def test_a_kernel_that_reads_virtio_mmio_words_finds_every_device_once(
         *("-device", "virtio-blk-device,drive=second,id=second,serial=second"),
         *("-object", "rng-random,id=objrng,filename=/dev/urandom", "-device", "virtio-rng-device,rng=objrng,id=rng"),
         *("-device", "virtio-serial-device", "-chardev", f"file,id=port,path={folder}/port"),
-        *("-device", "virtserialport,chardev=port,name=port,nr=1"),
+        *("-device", "virtserialport,chardev=port,id=port,name=port,nr=1"),
         *("-qmp", f"unix:{folder}/qmp.sock,server,nowait", "-serial", "stdio"),
     )  # fmt: skip
     vmm.expect(PROMPT)
