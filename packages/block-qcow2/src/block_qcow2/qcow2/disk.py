@@ -172,8 +172,8 @@ class Qcow2Disk:
         return Snapshots(self.image)
 
 
-# What the file's channel gets as a token: the operation that ends with a request which went straight to the file (0: it ran on the
-# pool), the token of its owner, where to read once more and into what (None: it was a write). A tuple: every request has one.
+# What the file's channel gets as a token: the operation that ends with a request which went straight to the file (0: it ran on
+# the pool), the token of its owner, where to read once more and into what (None: it was a write). A tuple: every request has one.
 _Token = tuple[int, Any, int, "Sequence[memoryview] | None"]
 
 
