@@ -8,7 +8,6 @@ test's name.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from lab import guests, suite
+from lab.idle import idle_machine
 from lab.probe import probe
 from lab.vmm import Failure, Qmp, QmpError, Vmm, end_session, session_processes
 
@@ -150,20 +150,10 @@ def usable_kvm() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def idle_machine(usable_kvm: None) -> Iterator[None]:
-    """Keep one idle VM with a vCPU for as long as the tests run.
-
-    The first VM of a host and the end of its last one patch the running kernel's code (a static key of KVM). QEMU 7.2, which
-    emulates the lab, can go on executing the old instruction on another CPU for ever, and the whole lab hangs.
-    """
-    create_vm, create_irqchip, create_vcpu = 0xAE01, 0xAE60, 0xAE41
-    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    vm = fcntl.ioctl(kvm, create_vm, 0)
-    fcntl.ioctl(vm, create_irqchip, 0)
-    vcpu = fcntl.ioctl(vm, create_vcpu, 0)
-    yield
-    for fd in (vcpu, vm, kvm):
-        os.close(fd)
+def one_idle_machine(usable_kvm: None) -> Iterator[None]:
+    """Keep one idle VM for as long as the tests run."""
+    with idle_machine():
+        yield
 
 
 @pytest.fixture(scope="session")
