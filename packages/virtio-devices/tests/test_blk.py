@@ -831,3 +831,25 @@ def test_requests_of_many_pieces_wait_in_the_ring_when_there_are_too_many_at_the
             done[index] += len(ring.collect())
     assert done == [128, 128]
     assert not driver.broken
+
+
+def test_a_queue_that_is_never_empty_leaves_others_their_share_of_what_the_disk_may_have(make: Make) -> None:
+    disk = MemoryDisk(inline=False)
+    driver = make(disk, num_queues=2).start(F_VERSION_1 | F_INDIRECT_DESC | F_MQ | F_FLUSH, size=128)
+    table, data, count = 0x8_0000, 0x9_0000, 1000
+    driver.memory.write(data, header(IN) + bytes(2048))
+    pieces = [(data, 16, False), *[(data + 16, 1, True)] * (count - 1), (data + 16, 1024 - count + 1, True)]
+    busy, other = driver.rings
+    heads = [ring.chain(*pieces, (data + 2064, 1, True), table=table) for ring in driver.rings]
+    busy.offer(*[heads[0]] * 128)
+    driver.kick(0)
+    other.offer(*[heads[1]] * 10)
+    driver.kick(1)
+    done = 0
+    for _ in range(100):
+        disk.finish(1)
+        driver.loop.poll()
+        busy.offer(*[heads[0]] * len(busy.collect()))
+        driver.kick(0)
+        done += len(other.collect())
+    assert done == 10

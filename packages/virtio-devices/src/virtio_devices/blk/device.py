@@ -484,6 +484,8 @@ class BlkDevice(VirtioDevice):
         for index, queue in touched.items():
             self._used(index, queue)
         if full and lane.pieces <= _PIECES:
+            # In turns: the first one may have enough in its ring to fill the room again, each time.
+            lane.indices.append(lane.indices.pop(0))
             for index in lane.indices:
                 self._kick_later(index)
 
