@@ -4,7 +4,8 @@ Stricter than the drivers we know need: a status bit is only stored when its ste
 FEATURES_OK, and writing 0 to Status is a whole reset. The optional QueueReset register reads 0, as VIRTIO_F_RING_RESET is not
 offered, and there are no shared memory regions.
 
-Not here: where the window is and who turns doorbell writes into events (the machine registers `notify_fds`), and devices.
+Not here: where the window is, who turns doorbells and acknowledgements into events (the machine registers `notify_fds` and
+`ack_fd`), and devices.
 """
 
 from __future__ import annotations
