@@ -504,6 +504,57 @@ def test_acknowledgements_of_nothing_take_nothing_away_later(make: Callable[...,
     assert other.read(0x060) == USED_BUFFER, "what came before it was restored is of another life"
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(("use", "change", "save", "move", "driver", "driver", "driver")), max_size=40))
+def test_nothing_is_missed_however_device_and_driver_take_turns(steps: list[str]) -> None:
+    """A driver looks, acknowledges what it has seen, and then goes through its rings and configuration, as Linux does."""
+    loop, memory = new_loop(), GuestMemory([(0, 1 << 20)])
+    drivers = [Driver(Echo(loop), memory, loop).start(MODERN)]
+    used = changes = used_seen = changes_seen = told = heard = 0
+
+    def handler() -> Iterator[None]:
+        nonlocal used_seen, changes_seen
+        pending = drivers[-1].read(0x060)
+        yield
+        if pending == USED_BUFFER:
+            os.eventfd_write(drivers[-1].transport.ack_fd, 1)
+        elif pending:
+            drivers[-1].write(0x064, pending)
+        yield
+        if pending & CONFIG_CHANGE:
+            changes_seen = changes
+        if pending & USED_BUFFER:
+            used_seen = used
+
+    running: Iterator[None] | None = None
+    for step in [*steps, *["driver"] * 8]:
+        transport = drivers[-1].transport
+        if step == "use":
+            used += 1
+            transport.queue_used(0)
+            told += 1
+        elif step == "change":
+            changes += 1
+            transport.config_changed()
+            told += 1
+        elif step in ("save", "move"):
+            transport.pause()
+            state = transport.save()
+            if step == "move":
+                drivers.append(Driver(Echo(loop), memory, loop))
+                drivers[-1].transport.restore(state)
+            drivers[-1].transport.resume()
+        elif running is None and heard < told:  # edges that come together are one
+            heard, running = told, handler()
+        if step == "driver" and running is not None and next(running, running) is running:
+            running = None
+    for driver in drivers:
+        driver.close()
+    loop.close()
+    memory.close()
+    assert (used_seen, changes_seen) == (used, changes)
+
+
 def test_suppressed_interrupts_are_not_sent(echo: Driver) -> None:
     echo.start()
     echo.rings[0].suppress_interrupts()
