@@ -2,7 +2,7 @@
 
 With `inline` (engine `off`), a read that the page cache holds and a small buffered write finish in the caller: a hand-over to
 another thread costs thirty times a 4 KiB copy. Everything else runs on the disk's pool. Some file systems cannot say what the
-page cache holds (tmpfs, and overlayfs of some kernels): there a read is tried in the caller as long as none was seen to wait.
+page cache holds (tmpfs, and overlayfs of some kernels): there a read is tried in the caller, more rarely the more of them waited.
 
 Not here: kernel rings (`native`, `uring`).
 """
