@@ -103,7 +103,8 @@ def test_a_kernel_that_reads_virtio_mmio_words_finds_every_device_once(
 
     client = qmp()
     file = {"driver": "file", "filename": str(folder / "plugged")}
-    client.execute("blockdev-add", {"node-name": "plugged", "file": file, "read-only": True})
+    arguments = {"node-name": "plugged", "file": file, "cache": {"direct": False}, "read-only": True}
+    client.execute("blockdev-add", arguments)
     client.execute("device_add", {"id": "plugged", "driver": "virtio-blk-mmio", "addr": "0x2"})
     vmm.run("until [ $(cat /sys/block/vdc/size) = 2048 ]; do sleep 0.1; done")
     assert vmm.run("sha256sum < /dev/vdc").split()[0] == hashlib.sha256((folder / "plugged").read_bytes()).hexdigest()
