@@ -40,7 +40,7 @@ _PEERS = {
 # What only long tests need, and is large.
 _LARGE_PEERS = {
     "dpdk-testpmd": "dpdk-dev librte-meta-net librte-meta-mempool",
-    "gcc": "gcc libc6-dev",
+    "gcc": "gcc libc6-dev libelf1",  # of what comes with kernel headers
     "make": "make",
     "xz": "xz-utils",
 }
@@ -67,9 +67,9 @@ def tool(name: str) -> str:
     """The path of a program; the system folders are searched too, which a user's PATH often lacks."""
     path = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
     if path is None:
-        raise SetupError(
-            f"{name}: not installed (package {(_NEEDED | _PEERS | _LARGE_PEERS).get(name, name)}); run 'tools/lab/lab setup'"
-        )
+        # Each is installed by whoever has to have it first.
+        way = "tools/test soak" if name in _LARGE_PEERS else "tools/test" if name in _PEERS else "tools/lab/lab setup"
+        raise SetupError(f"{name}: not installed (package {(_NEEDED | _PEERS | _LARGE_PEERS).get(name, name)}); run '{way}'")
     return path
 
 

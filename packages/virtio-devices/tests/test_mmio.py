@@ -476,6 +476,15 @@ def test_an_acknowledgement_that_only_the_hypervisor_saw_counts_when_the_driver_
     assert echo.read(0x060) == CONFIG_CHANGE
 
 
+def test_doorbells_are_each_queues_notification_and_the_acknowledgement_of_used_buffers(echo: Driver) -> None:
+    transport = echo.transport
+    queues = [(0x050, index, fd) for index, fd in enumerate(transport.notify_fds)]
+    assert transport.doorbells == (*queues, (0x064, USED_BUFFER, transport.ack_fd))
+    assert len(set(transport.doorbells)) == len(transport.device.queue_sizes) + 1
+    echo.close()
+    assert transport.doorbells == ()
+
+
 def test_buffers_used_between_a_look_and_its_acknowledgement_stay_pending(echo: Driver) -> None:
     echo.start()
     echo.request(b"a", 1)

@@ -14,12 +14,15 @@ from vmm_core.errors import HypervisorError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.hypervisor.testmode import RecordingHypervisor
 from vmm_core.machine.core import MachineEvent, VmStatus
-from vmm_core.machine.microvm import INTERRUPT_ACK, QUEUE_NOTIFY, USED_BUFFER, Microvm
+from vmm_core.machine.microvm import Microvm
 from vmm_core.state import versioned
 from vmm_core.topology import CpuTopology
 from vmm_core.x86_64.layout import Microvm as Layout
 
 MiB = 1 << 20
+
+
+BELL = 0x50  # an offset in a window
 
 
 @versioned(1)
@@ -32,8 +35,7 @@ class FakeDevice:
 
     def __init__(self, diary: list[str] | None = None) -> None:
         self.diary = diary if diary is not None else []
-        self.notify_fds: tuple[int, ...] = (os.eventfd(0, os.EFD_NONBLOCK),)
-        self.ack_fd = -1
+        self.doorbells: tuple[tuple[int, int, int], ...] = ((BELL, 0, os.eventfd(0, os.EFD_NONBLOCK)),)
 
     def read(self, offset: int, size: int) -> int:
         return 0x74726976
@@ -57,8 +59,8 @@ class FakeDevice:
 
     def close(self) -> None:
         self.diary.append("close")
-        fds, self.notify_fds = self.notify_fds, ()
-        for fd in fds:
+        bells, self.doorbells = self.doorbells, ()
+        for _, _, fd in bells:
             os.close(fd)
 
 
@@ -130,27 +132,27 @@ class TestPlugging:
         window = Layout.slot(3).base
         machine.plug(3, device, "slot3")
         assert machine.mmio.read(window, 4) == 0x74726976
-        assert make.hypervisor.ring(window + QUEUE_NOTIFY, 4, 0)
+        assert make.hypervisor.ring(window + BELL, 4, 0)
         assert "slot3" in machine.components
         machine.unplug(3)
         assert machine.mmio.read(window, 4) == 0xFFFF_FFFF
-        assert not make.hypervisor.ring(window + QUEUE_NOTIFY, 4, 0)
+        assert not make.hypervisor.ring(window + BELL, 4, 0)
         assert device.diary == ["close"]
         assert all(vcpu.running for vcpu in machine.vcpus)  # type: ignore[attr-defined]
         assert "slot3" not in machine.components
 
-    def test_an_acknowledgement_of_used_buffers_is_an_event_and_any_other_the_devices(self, make: Maker) -> None:
+    def test_only_the_writes_that_a_device_names_are_events(self, make: Maker) -> None:
         machine = started(make)
         device = FakeDevice()
-        device.ack_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        acknowledged = os.eventfd(0, os.EFD_NONBLOCK)
+        device.doorbells += ((0x64, 1, acknowledged),)
         machine.plug(3, device, "slot3")
-        address = Layout.slot(3).base + INTERRUPT_ACK
-        assert make.hypervisor.ring(address, 4, USED_BUFFER)
-        assert os.eventfd_read(device.ack_fd) == 1
+        address = Layout.slot(3).base + 0x64
+        assert make.hypervisor.ring(address, 4, 1)
+        assert os.eventfd_read(acknowledged) == 1
         assert not any(make.hypervisor.ring(address, 4, value) for value in (0, 2, 3))
         machine.unplug(3)
-        assert not make.hypervisor.ring(address, 4, USED_BUFFER)
-        os.close(device.ack_fd)
+        assert not make.hypervisor.ring(address, 4, 1)
 
     def test_another_device_can_take_the_slot_and_the_machine_goes_on_with_it(self, make: Maker) -> None:
         machine = started(make, 3)
@@ -176,10 +178,10 @@ class TestPlugging:
         machine = started(make, 0)
         running: list[bool] = []
         machine.slots[0].close = lambda: running.extend(vcpu.running for vcpu in machine.vcpus)  # type: ignore[method-assign, attr-defined]
-        fds = machine.slots[0].notify_fds
+        bells = machine.slots[0].doorbells
         machine.unplug(0)
         assert running == [False, False]
-        for fd in fds:
+        for _, _, fd in bells:
             os.close(fd)
 
     def test_slots_that_are_taken_empty_or_not_there_are_refused_and_nothing_is_kept(self, make: Maker) -> None:
@@ -198,7 +200,7 @@ class TestPlugging:
     ) -> None:
         machine = started(make)
         device = FakeDevice()
-        device.notify_fds += (os.eventfd(0),)
+        device.doorbells += ((BELL, 1, os.eventfd(0)),)
         add = make.hypervisor.add_ioeventfd
 
         def refuse(address: int, size: int, fd: int, *, match: int | None = None, port: bool = False) -> None:
@@ -210,7 +212,7 @@ class TestPlugging:
         with pytest.raises(HypervisorError):
             machine.plug(2, device, "slot2")
         assert device.diary == []
-        assert not make.hypervisor.ring(Layout.slot(2).base + QUEUE_NOTIFY, 4, 0)
+        assert not make.hypervisor.ring(Layout.slot(2).base + BELL, 4, 0)
         monkeypatch.undo()
         machine.plug(2, device, "slot2")
 

@@ -4,8 +4,8 @@ Stricter than the drivers we know need: a status bit is only stored when its ste
 FEATURES_OK, and writing 0 to Status is a whole reset. The optional QueueReset register reads 0, as VIRTIO_F_RING_RESET is not
 offered, and there are no shared memory regions.
 
-Not here: where the window is, who turns doorbells and acknowledgements into events (the machine registers `notify_fds` and
-`ack_fd`), and devices.
+Not here: where the window is, who turns doorbells and acknowledgements into events (the machine registers
+`doorbells`), and devices.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ class MmioTransport:
 
     A `vmm_core.bus.BusDevice` of SIZE bytes, and the device's `Notifier`. The transport owns the device.
 
-    `notify_fds` has one event descriptor a queue. The machine makes guest writes of 4 bytes at QUEUE_NOTIFY that equal the
-    queue's index into events on it; such a write that reaches the bus anyway has the same effect. So has `ack_fd` (-1: none)
-    for writes of USED_BUFFER at INTERRUPT_ACK: half of what an interrupt costs is the exit of its acknowledgement.
+    `notify_fds` has one event descriptor a queue, for writes of its index at QUEUE_NOTIFY; `ack_fd` (-1: none) is for writes of
+    USED_BUFFER at INTERRUPT_ACK, as half of what an interrupt costs is the exit of its acknowledgement. The machine makes these
+    `doorbells` into events; such a write that reaches the bus anyway has the same effect.
     """
 
     def __init__(
@@ -144,6 +144,12 @@ class MmioTransport:
     def status(self) -> int:
         """The device status (2.1)."""
         return self._status
+
+    @property
+    def doorbells(self) -> tuple[tuple[int, int, int], ...]:
+        """(offset, value, event descriptor) of each guest write of 4 bytes that is to be an event."""
+        bells = tuple((QUEUE_NOTIFY, index, fd) for index, fd in enumerate(self.notify_fds))
+        return (*bells, (INTERRUPT_ACK, USED_BUFFER, self.ack_fd)) if self.ack_fd >= 0 else bells
 
     @property
     def interrupt_status(self) -> int:

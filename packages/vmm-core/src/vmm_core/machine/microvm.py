@@ -35,18 +35,14 @@ from vmm_core.x86_64.vcpu_boot import VcpuBoot
 if TYPE_CHECKING:
     from vmm_core.x86_64.io_apic import IoApic
 
-# virtio 1.2, section 4.2.2: the doorbell of every queue, and where an interrupt for used buffers is acknowledged by a 1
-QUEUE_NOTIFY, INTERRUPT_ACK, USED_BUFFER = 0x50, 0x64, 1
-
 
 class MmioDevice(BusDevice, Component, Pausable, Closable, Protocol):
-    """What a slot takes: a virtio-mmio window with one doorbell descriptor a queue, and one for acknowledgements (-1: none)."""
+    """What a slot takes: a virtio-mmio window."""
 
     @property
-    def notify_fds(self) -> tuple[int, ...]: ...
-
-    @property
-    def ack_fd(self) -> int: ...
+    def doorbells(self) -> tuple[tuple[int, int, int], ...]:
+        """(offset in the window, value, event descriptor) of each guest write of 4 bytes that is to be an event."""
+        ...
 
 
 class SerialPort(BusDevice, Component, Pausable, Closable, Protocol):
@@ -246,13 +242,10 @@ class _Window:
     def __init__(self, hypervisor: Hypervisor, slot: Slot, device: MmioDevice, name: str) -> None:
         self.slot, self.device, self.name = slot, device, name
         self._hypervisor = hypervisor
-        self._doorbells: list[tuple[int, int, int]] = []  # offset, value, descriptor
+        self._doorbells: list[tuple[int, int, int]] = []  # as the device has them; those that are registered
 
     def open(self) -> None:
-        bells = [(QUEUE_NOTIFY, index, fd) for index, fd in enumerate(self.device.notify_fds)]
-        if self.device.ack_fd >= 0:
-            bells.append((INTERRUPT_ACK, USED_BUFFER, self.device.ack_fd))
-        for offset, value, fd in bells:
+        for offset, value, fd in self.device.doorbells:
             self._hypervisor.add_ioeventfd(self.slot.base + offset, 4, fd, match=value)
             self._doorbells.append((offset, value, fd))
 
