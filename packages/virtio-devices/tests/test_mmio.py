@@ -19,6 +19,7 @@ from virtio_devices.mmio import (
     FAILED,
     FEATURES_OK,
     NEEDS_RESET,
+    SIZE,
     USED_BUFFER,
     MmioState,
 )
@@ -513,17 +514,31 @@ def test_acknowledgements_of_nothing_take_nothing_away_later(make: Callable[...,
     assert other.read(0x060) == USED_BUFFER, "what came before it was restored is of another life"
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(("use", "change", "save", "move", "driver", "driver", "driver")), max_size=40))
-def test_nothing_is_missed_however_device_and_driver_take_turns(steps: list[str]) -> None:
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(("use", "change", "save", "move", "driver", "driver", "driver")), max_size=40), st.booleans())
+def test_nothing_is_missed_however_device_and_driver_take_turns(steps: list[str], in_memory: bool) -> None:
     """A driver looks, acknowledges what it has seen, and then goes through its rings and configuration, as Linux does."""
     loop, memory = new_loop(), GuestMemory([(0, 1 << 20)])
-    drivers = [Driver(Echo(loop), memory, loop).start(MODERN)]
+    drivers: list[Driver] = []
+    registers = memoryview(bytearray(SIZE))
+
+    def arrive() -> Driver:
+        if drivers:
+            drivers[-1].transport.mirror(None)
+        drivers.append(Driver(Echo(loop), memory, loop))
+        if in_memory:
+            drivers[-1].transport.mirror(registers)
+        return drivers[-1]
+
+    def look() -> int:
+        return registers.cast("I")[0x060 >> 2] if in_memory else drivers[-1].read(0x060)
+
+    arrive().start(MODERN)
     used = changes = used_seen = changes_seen = told = heard = 0
 
     def handler() -> Iterator[None]:
         nonlocal used_seen, changes_seen
-        pending = drivers[-1].read(0x060)
+        pending = look()
         yield
         if pending == USED_BUFFER:
             os.eventfd_write(drivers[-1].transport.ack_fd, 1)
@@ -550,8 +565,7 @@ def test_nothing_is_missed_however_device_and_driver_take_turns(steps: list[str]
             transport.pause()
             state = transport.save()
             if step == "move":
-                drivers.append(Driver(Echo(loop), memory, loop))
-                drivers[-1].transport.restore(state)
+                arrive().transport.restore(state)
             drivers[-1].transport.resume()
         elif running is None and heard < told:  # edges that come together are one
             heard, running = told, handler()
@@ -562,6 +576,64 @@ def test_nothing_is_missed_however_device_and_driver_take_turns(steps: list[str]
     loop.close()
     memory.close()
     assert (used_seen, changes_seen) == (used, changes)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("write"), st.sampled_from(range(0, 0x110, 4)), st.sampled_from((0, 1, 2, 3, 8, 11, 15, 0xFFFF_FFFF))),
+    st.tuples(st.sampled_from(("use", "change", "break", "outside", "move", "start", "reset", "offer")), st.just(0), st.just(0)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(STEPS, max_size=40))
+def test_registers_in_memory_are_what_the_bus_answers(steps: list[tuple[str, int, int]]) -> None:
+    loop, memory = new_loop(), GuestMemory([(0, 1 << 20)])
+    driver = Driver(Echo(loop), memory, loop)
+    registers = memoryview(bytearray(b"\xaa" * SIZE))
+    driver.transport.mirror(registers)
+    for step, offset, value in [("look", 0, 0), *steps]:
+        transport, device = driver.transport, driver.device
+        if step == "write":
+            driver.write(offset, value)
+        elif step == "use":
+            transport.queue_used(0)
+        elif step == "change":
+            device.resize(value)
+        elif step == "break":
+            transport.needs_reset("a test")
+        elif step == "outside":
+            transport.used_fd(0)
+        elif step == "move":
+            transport.pause()
+            state = transport.save()
+            transport.restore(state)
+            transport.resume()
+        elif step == "start":
+            driver.status = 0
+            driver.start()
+        elif step == "reset":
+            transport.reset()
+        elif step == "offer" and driver.rings and device.active:
+            driver.offer(b"a", 1)
+            driver.kick()
+        assert registers.cast("I").tolist() == [driver.read(at) for at in range(0, SIZE, 4)], step
+    driver.transport.mirror(None)
+    last = bytes(registers)
+    driver.device.resize(9)
+    driver.transport.queue_used(0)
+    driver.close()
+    loop.close()
+    memory.close()
+    assert bytes(registers) == last, "nobody looks at it any more"
+
+
+def test_a_longer_configuration_space_than_the_window_is_shown_as_far_as_it_fits(
+    make: Callable[..., Driver], loop: DirectLoop
+) -> None:
+    device = VirtioDevice("long", [loop], features=0, queue_sizes=[64], config=bytes(range(256)) * 2)
+    registers = memoryview(bytearray(SIZE))
+    make(device).transport.mirror(registers)
+    assert bytes(registers[0x100:]) == bytes(range(256))
 
 
 def test_suppressed_interrupts_are_not_sent(echo: Driver) -> None:

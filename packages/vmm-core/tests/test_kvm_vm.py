@@ -153,6 +153,40 @@ def test_a_doorbell_can_want_a_certain_value(guest: Callable[..., Guest], event:
     assert os.eventfd_read(event) == 1
 
 
+def test_shown_memory_is_read_without_an_exit_and_written_like_a_device(guest: Callable[..., Guest], event: int) -> None:
+    load = b"\xa1" + MMIO.to_bytes(4, "little")  # mov eax, [MMIO]
+    store = b"\xa3" + MMIO.to_bytes(4, "little") + b"\x40"  # mov [MMIO], eax; inc eax
+    g = guest(load + OUT_AL + store * 2 + load + OUT_AL + LOOP, flat_mode())
+    shown = g.hypervisor.show(MMIO, 0x1000)
+    assert shown is not None
+    shown.cast("I")[0] = 5
+    g.hypervisor.add_ioeventfd(MMIO, 4, event, match=5)
+    g.run()
+    seen = [g.next() for _ in range(3)]
+    assert seen == [("port", "write", 0, 1, 5), ("mmio", "write", 0, 4, 6), ("port", "write", 0, 1, 5)]
+    assert os.eventfd_read(event) == 1
+    assert shown.cast("I")[0] == 5, "the guest cannot write there"
+
+
+def test_what_the_owner_puts_into_shown_memory_is_seen_at_once(guest: Callable[..., Guest]) -> None:
+    load = b"\xa1" + MMIO.to_bytes(4, "little")
+    g = guest(load + OUT_AL + b"\xeb" + (256 - 9).to_bytes(1, "little"), flat_mode())
+    shown = g.hypervisor.show(MMIO, 0x1000)
+    assert shown is not None
+    g.run()
+    for value in (0, 7, 9):
+        shown.cast("I")[0] = value
+        while g.next()[4] != value:
+            pass
+
+
+def test_shown_memory_comes_behind_ram() -> None:
+    hypervisor = KvmHypervisor(CpuTopology.flat(1))
+    with pytest.raises(LifecycleError, match="no memory yet"):
+        hypervisor.show(MMIO, 0x1000)
+    hypervisor.close()
+
+
 def test_a_doorbell_can_be_a_port_and_of_any_size(guest: Callable[..., Guest], event: int) -> None:
     g = guest(b"\xe6\x12\xe7\x12\x66\xe7\x12" + OUT_AL + LOOP)
     g.hypervisor.add_ioeventfd(0x12, 0, event, port=True)

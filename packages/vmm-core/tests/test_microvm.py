@@ -43,6 +43,11 @@ class FakeDevice:
     def write(self, offset: int, size: int, value: int) -> None:
         pass
 
+    def mirror(self, memory: memoryview | None) -> None:
+        self.diary.append("in memory" if memory is not None else "not in memory")
+        if memory is not None:
+            memory[:4] = b"virt"
+
     def note(self, what: str) -> Callable[[], None]:
         return lambda: self.diary.append(what)
 
@@ -100,6 +105,31 @@ def make() -> Iterator[Maker]:
     yield maker
     for machine in maker.made:
         machine.close()
+
+
+class ShowingHypervisor(RecordingHypervisor):
+    """Has registers in memory, as KVM does."""
+
+    def show(self, address: int, size: int) -> memoryview | None:
+        self.shown_at, self.shown = address, memoryview(bytearray(size))
+        return self.shown
+
+
+def test_windows_are_in_memory_that_reads_as_the_bus_answers() -> None:
+    hypervisor, clock, diary = ShowingHypervisor(), VirtualClock(), list[str]()
+    memory = GuestMemory(Layout.ram(2 * MiB))
+    loop = DirectLoop("main", clock)
+    machine = Microvm(hypervisor, memory, lambda event: None, topology=CpuTopology(1, 1), clock=clock, loop=loop)
+    whole = b"\xff" * len(hypervisor.shown)
+    assert (hypervisor.shown_at, len(whole) % 4096) == (Layout.VIRTIO_MMIO.base, 0)
+    assert bytes(hypervisor.shown) == whole
+    machine.plug(9, FakeDevice(diary), "card")
+    place = 9 * Layout.SLOT_SIZE
+    assert hypervisor.shown[place : place + 5] == b"virt\xff"
+    machine.unplug(9)
+    assert bytes(hypervisor.shown) == whole
+    assert diary == ["in memory", "not in memory", "close"]
+    machine.close()
 
 
 def started(make: Maker, *slots: int, **options: Any) -> Microvm:

@@ -47,6 +47,10 @@ class Notifier(Protocol):
         """Send a configuration change notification (2.3), if the driver is ready for one."""
         ...
 
+    def show_config(self, generation: int, config: bytes) -> None:
+        """Take note of another configuration space, before the driver is told."""
+        ...
+
     def needs_reset(self, reason: str) -> None:
         """Set DEVICE_NEEDS_RESET (2.1.2). `reason` is for people."""
         ...
@@ -241,6 +245,14 @@ class VirtioDevice:
             generation, config = self._config
             changed = config[:offset] + data + config[offset + len(data) :]
             self._config = ((generation + generations) & 0xFFFF_FFFF, changed)
+            if self._notifier is not None:
+                self._notifier.show_config(*self._config)
+
+    def show_config(self) -> None:
+        """Have the transport take note of the configuration space."""
+        with self._config_lock:
+            if self._notifier is not None:
+                self._notifier.show_config(*self._config)
 
     def _break(self, reason: str) -> None:
         """Give up on this driver until it resets the device. On a loop."""

@@ -91,6 +91,8 @@ class MmioTransport:
     `notify_fds` has one event descriptor a queue, for writes of its index at QUEUE_NOTIFY; `ack_fd` (-1: none) is for writes of
     USED_BUFFER at INTERRUPT_ACK, as half of what an interrupt costs is the exit of its acknowledgement. The machine makes these
     `doorbells` into events; such a write that reaches the bus anyway has the same effect.
+
+    A machine that lets guests read registers without an exit gives memory for them to `mirror()`.
     """
 
     def __init__(
@@ -121,6 +123,9 @@ class MmioTransport:
         # Whether USED_BUFFER was set after the driver last read InterruptStatus. An event on ack_fd is of an acknowledgement that
         # nobody has seen when it came: it is of what was read, and a driver that finds the bit set once more looks for nothing.
         self._used_unread = False
+        # What the guest reads as registers without our knowing, in bytes and in words; None: every read is an exit. Reads cannot
+        # be told from acknowledgements then, so USED_BUFFER stays set from the first used buffer to the reset.
+        self._shown: tuple[memoryview, memoryview] | None = None
         self._device_features_sel = self._driver_features_sel = self._driver_features = self._queue_sel = 0
         self._unknown_features = False
         self._queues = [_QueueRegisters(size) for size in device.queue_sizes] if device else []
@@ -158,6 +163,59 @@ class MmioTransport:
             self._take_ack()
             return self._interrupt_status
 
+    # Registers in memory
+
+    def mirror(self, memory: memoryview | None) -> None:
+        """Keep what registers read as in `memory` (SIZE bytes, writable here), until told None. What was there is overwritten.
+
+        Reads of one or two bytes see parts of a register there, which the bus answers with 0: no driver may rely on either
+        (4.2.2.2).
+        """
+        with self._control:
+            with self._state:
+                self._shown = None if memory is None else (memory, memory.cast("I"))
+            if memory is None:
+                return
+            memory[:] = bytes(SIZE)
+            words = memory.cast("I")
+            words[0x000 >> 2], words[0x004 >> 2] = _MAGIC, 2
+            device = self.device
+            if device is None:
+                return
+            words[0x008 >> 2] = device.device_type
+            words[0x0B0 >> 2 : 0x0C0 >> 2] = memoryview(b"\xff" * 16).cast("I")
+            self._show_selected(device)
+            with self._state:
+                self._show_status()
+            device.show_config()
+
+    def _show_selected(self, device: VirtioDevice) -> None:
+        """Show the registers that depend on a selector."""
+        if self._shown:
+            words = self._shown[1]
+            words[0x010 >> 2] = self._features_word(device)
+            queue = self._selected()
+            words[0x034 >> 2] = queue.max_size if queue else 0
+            words[0x044 >> 2] = int(queue is not None and queue.queue is not None)
+
+    def _show_status(self) -> None:
+        """Show the registers that loops change. The lock is held."""
+        if self._shown:
+            words = self._shown[1]
+            words[0x060 >> 2] = self._interrupt_status | self._always_pending
+            words[0x070 >> 2] = self._status
+
+    def show_config(self, generation: int, config: bytes) -> None:
+        """Show the configuration space. Generation and content are neighbours and written as one.
+
+        A driver that begins to read in the few nanoseconds of that sees a new generation with content of before, and has the
+        notification of the change still to come.
+        """
+        with self._state:
+            if self._shown:
+                end = min(_CONFIG + len(config), SIZE)
+                self._shown[0][0x0FC:end] = (generation.to_bytes(4, "little") + config)[: end - 0x0FC]
+
     # BusDevice: vCPU threads, several at once
 
     def read(self, offset: int, size: int) -> int:
@@ -181,7 +239,7 @@ class MmioTransport:
         if offset == 0x008:
             return device.device_type
         if offset == 0x010:
-            return (device.features >> (32 * self._device_features_sel)) & _ALL_ONES if self._device_features_sel < 2 else 0
+            return self._features_word(device)
         if offset == 0x034:
             return queue.max_size if (queue := self._selected()) else 0
         if offset == 0x044:
@@ -206,7 +264,8 @@ class MmioTransport:
             return
         elif offset == INTERRUPT_ACK:
             with self._state:
-                self._interrupt_status &= ~value
+                self._interrupt_status &= ~(value & ~USED_BUFFER if self._shown else value)
+                self._show_status()
         elif offset == QUEUE_NOTIFY:
             doorbells = self.notify_fds
             if value < len(doorbells):
@@ -214,6 +273,7 @@ class MmioTransport:
         else:
             with self._control:
                 self._write_control(device, offset, value)
+                self._show_selected(device)
 
     def _write_control(self, device: VirtioDevice, offset: int, value: int) -> None:
         if offset == 0x070:
@@ -237,6 +297,10 @@ class MmioTransport:
                 queue.driver = _half(queue.driver, value, offset & 4)
             elif offset in (0x0A0, 0x0A4):
                 queue.device = _half(queue.device, value, offset & 4)
+
+    def _features_word(self, device: VirtioDevice) -> int:
+        sel = self._device_features_sel
+        return (device.features >> (32 * sel)) & _ALL_ONES if sel < 2 else 0
 
     def _selected(self) -> _QueueRegisters | None:
         sel = self._queue_sel
@@ -292,6 +356,7 @@ class MmioTransport:
             accepted |= DRIVER_OK
         with self._state:
             self._status |= accepted
+            self._show_status()
         if accepted & DRIVER_OK:
             if self._status & NEEDS_RESET:
                 self.config_changed()  # broken while it was set up; only now may the driver be told (2.1.2)
@@ -314,14 +379,16 @@ class MmioTransport:
 
     def queue_used(self, index: int) -> None:
         """Interrupt the driver for used buffers. The one line serves all queues."""
-        with self._state:
-            self._interrupt_status |= USED_BUFFER
-            self._used_unread = True
+        if not (self._shown and self._interrupt_status & USED_BUFFER):
+            with self._state:
+                self._interrupt_status |= USED_BUFFER
+                self._used_unread = True
+                self._show_status()
         self._line.trigger()
 
     def _take_ack(self) -> None:
         """Do what an acknowledgement asks that came by ack_fd, if one did. The lock is held."""
-        if not self._interrupt_status & USED_BUFFER:
+        if self._shown or not self._interrupt_status & USED_BUFFER:
             return
         try:
             os.eventfd_read(self.ack_fd)
@@ -332,7 +399,9 @@ class MmioTransport:
 
     def used_fd(self, index: int) -> int:
         """Return the descriptor of the one line, for a queue that is served outside."""
-        self._always_pending = USED_BUFFER
+        with self._state:
+            self._always_pending = USED_BUFFER
+            self._show_status()
         return self._line.fileno()
 
     def config_changed(self) -> None:
@@ -341,6 +410,7 @@ class MmioTransport:
             if not self._status & DRIVER_OK:
                 return
             self._interrupt_status |= CONFIG_CHANGE
+            self._show_status()
         self._line.trigger()
 
     def needs_reset(self, reason: str) -> None:
@@ -348,6 +418,7 @@ class MmioTransport:
         with self._state:
             first = not self._status & NEEDS_RESET
             self._status |= NEEDS_RESET
+            self._show_status()
         if first:
             self.needs_reset_reason = reason
             if self._report:
@@ -378,6 +449,9 @@ class MmioTransport:
             with self._state:
                 self._status = self._interrupt_status = 0
                 self._used_unread = False
+                self._show_status()
+            if self.device:
+                self._show_selected(self.device)
 
     def pause(self) -> None:
         """Bring the device to rest."""
@@ -465,6 +539,8 @@ class MmioTransport:
             self._status = saved.status
             self._interrupt_status = saved.interrupt_status & (USED_BUFFER | CONFIG_CHANGE)
             self._used_unread = True  # an event of before must not take away what is pending now
+            self._show_status()
+        self._show_selected(device)
         if saved.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK:
             device.pause()
             device.activate(saved.driver_features, [registers.queue for registers in self._queues], self.notify_fds)

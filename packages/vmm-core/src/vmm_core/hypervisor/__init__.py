@@ -89,6 +89,14 @@ class Hypervisor(Protocol):
         """Make guest RAM visible to the guest, one slot a region."""
         ...
 
+    def show(self, address: int, size: int) -> memoryview | None:
+        """Make memory that the guest reads at `address` without an exit and cannot write, and return it, all zeros.
+
+        Writes there reach doorbells and the device's bus as if it were none. For registers that read as what was last put there.
+        Behind map_memory(), in whole pages. None where that cannot be had.
+        """
+        ...
+
     def interrupt_line(self, gsi: int) -> InterruptLine:
         """The wire of a global system interrupt, connected through an irqfd. The same object for the same number."""
         ...

@@ -198,6 +198,10 @@ class RecordingHypervisor:
         """Remember the RAM: nobody but devices and the test socket looks at it."""
         self.memory = memory
 
+    def show(self, address: int, size: int) -> memoryview | None:
+        """None: who reads here asks the bus."""
+        return None
+
     def interrupt_line(self, gsi: int) -> RecordedLine:
         """Return the recording line of `gsi`; the same object for the same number."""
         with self._lock:

@@ -19,7 +19,7 @@ from vmm_core.devices.acpi_pm import AcpiPm
 from vmm_core.devices.acpi_slots import AcpiSlots
 from vmm_core.devices.i8042 import I8042
 from vmm_core.devices.rtc import Rtc
-from vmm_core.guestmem import GuestMemory
+from vmm_core.guestmem import PAGE_SIZE, GuestMemory
 from vmm_core.hypervisor import Hypervisor
 from vmm_core.interrupt import InterruptLine
 from vmm_core.loop import Loop
@@ -42,6 +42,10 @@ class MmioDevice(BusDevice, Component, Pausable, Closable, Protocol):
     @property
     def doorbells(self) -> tuple[tuple[int, int, int], ...]:
         """(offset in the window, value, event descriptor) of each guest write of 4 bytes that is to be an event."""
+        ...
+
+    def mirror(self, memory: memoryview | None) -> None:
+        """Keep what the window reads as in `memory`, which guests look at instead of asking, until told None."""
         ...
 
 
@@ -82,6 +86,11 @@ class Microvm(Machine):
         not to look at ACPI, so that clock, power button and what a reset is are those of a machine without.
         """
         super().__init__(hypervisor, memory, post)
+        # Registers that read as what was last put there: a guest reads one for every interrupt, and reading RAM is no exit.
+        whole = -(-Layout.VIRTIO_MMIO.size // PAGE_SIZE) * PAGE_SIZE
+        self._registers = hypervisor.show(Layout.VIRTIO_MMIO.base, whole)
+        if self._registers:
+            self._registers[:] = b"\xff" * whole  # as the bus answers where nothing is
         self.topology = topology
         self.acpi = acpi
         self.acpi_in_use = acpi and not acpi_ignored
@@ -145,7 +154,9 @@ class Microvm(Machine):
             raise ValueError(f"a machine without ACPI has no slot {number}; it has 0 to {Layout.LEGACY_SLOTS - 1}")
         if slot.gsi >= Layout.SECOND_IO_APIC_GSI and self.io_apic is None:
             self._add_io_apic()
-        window = _Window(self.hypervisor, slot, device, name)
+        place = slot.base - Layout.VIRTIO_MMIO.base
+        registers = self._registers and self._registers[place : place + slot.size]
+        window = _Window(self.hypervisor, slot, device, name, registers)
         self.add_component(name, device)
         try:
             self.add_pausable(device)
@@ -237,19 +248,25 @@ class Microvm(Machine):
 
 
 class _Window:
-    """A device in a slot, and its doorbells: they are taken from the hypervisor before the device closes them."""
+    """A device in a slot, what guests read of it, and its doorbells, taken from the hypervisor before the device closes them."""
 
-    def __init__(self, hypervisor: Hypervisor, slot: Slot, device: MmioDevice, name: str) -> None:
+    def __init__(self, hypervisor: Hypervisor, slot: Slot, device: MmioDevice, name: str, registers: memoryview | None) -> None:
         self.slot, self.device, self.name = slot, device, name
         self._hypervisor = hypervisor
+        self._registers = registers
         self._doorbells: list[tuple[int, int, int]] = []  # as the device has them; those that are registered
 
     def open(self) -> None:
         for offset, value, fd in self.device.doorbells:
             self._hypervisor.add_ioeventfd(self.slot.base + offset, 4, fd, match=value)
             self._doorbells.append((offset, value, fd))
+        if self._registers:
+            self.device.mirror(self._registers)
 
     def hang_up(self) -> None:
+        if self._registers:
+            self.device.mirror(None)
+            self._registers[:] = b"\xff" * len(self._registers)
         while self._doorbells:
             offset, value, fd = self._doorbells.pop()
             self._hypervisor.remove_ioeventfd(self.slot.base + offset, 4, fd, match=value)

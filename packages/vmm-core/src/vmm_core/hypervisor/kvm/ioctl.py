@@ -93,6 +93,7 @@ CAP_IRQ_ROUTING = 25  # answers with the number of GSIs
 CAP_IRQFD = 32
 CAP_IOEVENTFD = 36
 CAP_MAX_VCPUS = 66
+CAP_READONLY_MEM = 81
 CAP_IMMEDIATE_EXIT = 136
 CAP_COALESCED_PIO = 162
 
@@ -108,6 +109,7 @@ REQUIRED = {
 
 MEMORY_REGION = Struct("<IIQQQ")  # kvm_userspace_memory_region: slot, flags, guest_phys_addr, memory_size, userspace_addr
 MEM_LOG_DIRTY_PAGES = 1
+MEM_READONLY = 2  # what the guest writes there is an access of a device
 DIRTY_LOG = Struct("<IxxxxQ")  # kvm_dirty_log: slot, address of the bitmap
 IRQFD_DATA = Struct("<IIII16x")  # kvm_irqfd: fd, gsi, flags, resamplefd
 IOEVENTFD_DATA = Struct("<QQIiI36x")  # kvm_ioeventfd: datamatch, addr, len, fd, flags

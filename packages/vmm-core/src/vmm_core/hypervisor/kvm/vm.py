@@ -5,6 +5,7 @@ Not here: what only one architecture has (`x86_64`), the run loop (`vcpu`).
 
 from __future__ import annotations
 
+import mmap
 import os
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ class KvmHypervisor:
         self._lines: dict[int, IrqfdLine] = {}
         self._slots: list[tuple[Region, int]] = []  # with the address in this process
         self._memory: GuestMemory | None = None
+        self._shown: list[memoryview] = []
         self._ring: CoalescedRing | None = None
         self._coalesced = False
         self._system = Kvm({**kvm.REQUIRED, **self._arch_type.required}, path)
@@ -114,13 +116,30 @@ class KvmHypervisor:
         for slot in range(len(self._slots)):
             self._set_slot(slot, 0)
 
+    def show(self, address: int, size: int) -> memoryview | None:
+        """Make memory at `address` that the guest reads without an exit and cannot write. None where KVM cannot."""
+        if self._memory is None:
+            raise LifecycleError("this virtual machine has no memory yet")
+        slot = len(self._slots) + len(self._shown)
+        if not self._system.capability(kvm.CAP_READONLY_MEM) or slot >= self._system.capability(kvm.CAP_NR_MEMSLOTS):
+            return None
+        from ctypes import addressof, c_char
+
+        memory = memoryview(mmap.mmap(-1, size))
+        self._map_slot(slot, kvm.MEM_READONLY, address, size, addressof(c_char.from_buffer(memory)))
+        self._shown.append(memory)  # stays mapped as long as the VM may look at it
+        return memory
+
     def _set_slot(self, slot: int, flags: int) -> None:
         region, address = self._slots[slot]
-        data = kvm.MEMORY_REGION.pack(slot, flags, region.base, region.size, address)
+        self._map_slot(slot, flags, region.base, region.size, address)
+
+    def _map_slot(self, slot: int, flags: int, base: int, size: int, address: int) -> None:
+        data = kvm.MEMORY_REGION.pack(slot, flags, base, size, address)
         try:
             kvm.call(self._vm_fd, kvm.SET_USER_MEMORY_REGION, bytearray(data))
         except kvm.KvmError as error:
-            raise HypervisorError(f"{region.size:#x} bytes of RAM at {region.base:#x}: {error}") from None
+            raise HypervisorError(f"{size:#x} bytes of RAM at {base:#x}: {error}") from None
 
     # Interrupts and doorbells
 
@@ -231,6 +250,7 @@ class KvmHypervisor:
         vm_fd, self._vm_fd = self._vm_fd, -1
         if vm_fd >= 0:
             os.close(vm_fd)
+        self._shown.clear()
         self._system.close()
 
 
