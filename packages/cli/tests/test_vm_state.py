@@ -19,7 +19,7 @@ from pystratovirt.devices import net
 from pystratovirt.vm import VirtualMachine
 from virtio_devices.balloon.device import BalloonState
 from virtio_devices.console.device import ConsoleState
-from virtio_devices.mmio import MmioState
+from virtio_devices.mmio_state import MmioState
 from virtio_devices.net.backend import Backend
 from virtio_devices.net.state import NetState
 from virtio_devices.net.stream import StreamBackend

@@ -19,10 +19,10 @@ from virtio_devices.mmio import (
     FAILED,
     FEATURES_OK,
     NEEDS_RESET,
-    SIZE,
     USED_BUFFER,
-    MmioState,
 )
+from virtio_devices.mmio_registers import SIZE
+from virtio_devices.mmio_state import MmioState
 from virtio_devices.queue import SplitQueue
 from virtio_driver import MODERN, Driver, descriptors, new_loop, watched
 from vmm_core.directloop import DirectLoop

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice
-from virtio_devices.mmio import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, SIZE, MmioTransport
+from virtio_devices.mmio import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, MmioTransport
+from virtio_devices.mmio_registers import SIZE
 from virtio_rings import Ring
 from vmm_core.bus import Bus
 from vmm_core.clock import VirtualClock

@@ -13,23 +13,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+from virtio_devices import mmio_registers as reg
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice
 from virtio_devices.limit import LeakyBucket
+from virtio_devices.mmio_registers import ALL_ONES, CONFIG, INTERRUPT_ACK, QUEUE_NOTIFY, ShownRegisters
+from virtio_devices.mmio_state import MmioState, QueueState
 from virtio_devices.queue import QueueError, SplitQueue
 from vmm_core.clock import MonotonicClock
 from vmm_core.errors import StateError, VmmError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.interrupt import InterruptLine
-from vmm_core.state import expect, versioned
-
-SIZE = 0x200  # bytes of the register window
-QUEUE_NOTIFY, INTERRUPT_ACK = 0x050, 0x064
-
-_MAGIC = 0x7472_6976  # "virt"
-_CONFIG = 0x100
-_ALL_ONES = 0xFFFF_FFFF
+from vmm_core.state import expect
 
 # Device status bits (2.1)
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
@@ -40,34 +36,6 @@ _REPORTS_PER_SECOND, _REPORTS_AT_ONCE = 1, 10
 
 # InterruptStatus bits (4.2.2). A configuration change sets its own bit alone, as the text has it.
 USED_BUFFER, CONFIG_CHANGE = 1, 2
-
-
-@versioned(1)
-class QueueState(NamedTuple):
-    """Registers of one queue, and its indices while it is ready."""
-
-    size: int
-    desc: int
-    driver: int
-    device: int
-    ready: bool
-    next_avail: int
-    next_used: int
-
-
-@versioned(1)
-class MmioState(NamedTuple):
-    """Everything that a driver set through the registers."""
-
-    device_type: int
-    status: int
-    interrupt_status: int
-    device_features_sel: int
-    driver_features_sel: int
-    driver_features: int
-    unknown_features: bool
-    queue_sel: int
-    queues: tuple[QueueState, ...]
 
 
 class _QueueRegisters:
@@ -123,9 +91,9 @@ class MmioTransport:
         # Whether USED_BUFFER was set after the driver last read InterruptStatus. An event on ack_fd is of an acknowledgement that
         # nobody has seen when it came: it is of what was read, and a driver that finds the bit set once more looks for nothing.
         self._used_unread = False
-        # What the guest reads as registers without our knowing, in bytes and in words; None: every read is an exit. Reads cannot
-        # be told from acknowledgements then, so USED_BUFFER stays set from the first used buffer to the reset.
-        self._shown: tuple[memoryview, memoryview] | None = None
+        # What the guest reads without our knowing; None: every read is an exit. An acknowledgement that comes as an event cannot
+        # be told from one of an earlier look then, so USED_BUFFER stays set from the first used buffer to the reset.
+        self._shown: ShownRegisters | None = None
         self._device_features_sel = self._driver_features_sel = self._driver_features = self._queue_sel = 0
         self._unknown_features = False
         self._queues = [_QueueRegisters(size) for size in device.queue_sizes] if device else []
@@ -171,84 +139,67 @@ class MmioTransport:
         Reads of one or two bytes see parts of a register there, which the bus answers with 0: no driver may rely on either
         (4.2.2.2).
         """
+        device = self.device
         with self._control:
+            shown = None if memory is None else ShownRegisters(memory, device.device_type if device else None)
             with self._state:
-                self._shown = None if memory is None else (memory, memory.cast("I"))
-            if memory is None:
-                return
-            memory[:] = bytes(SIZE)
-            words = memory.cast("I")
-            words[0x000 >> 2], words[0x004 >> 2] = _MAGIC, 2
-            device = self.device
-            if device is None:
-                return
-            words[0x008 >> 2] = device.device_type
-            words[0x0B0 >> 2 : 0x0C0 >> 2] = memoryview(b"\xff" * 16).cast("I")
-            self._show_selected(device)
-            with self._state:
+                self._shown = shown if device else None  # a placeholder's never change
                 self._show_status()
-            device.show_config()
+            if device:
+                self._show_selected(device)
+                device.show_config()
 
     def _show_selected(self, device: VirtioDevice) -> None:
-        """Show the registers that depend on a selector."""
         if self._shown:
-            words = self._shown[1]
-            words[0x010 >> 2] = self._features_word(device)
             queue = self._selected()
-            words[0x034 >> 2] = queue.max_size if queue else 0
-            words[0x044 >> 2] = int(queue is not None and queue.queue is not None)
+            self._shown.selected(
+                self._features_word(device), queue.max_size if queue else 0, queue is not None and queue.queue is not None
+            )
 
     def _show_status(self) -> None:
-        """Show the registers that loops change. The lock is held."""
+        """The lock is held."""
         if self._shown:
-            words = self._shown[1]
-            words[0x060 >> 2] = self._interrupt_status | self._always_pending
-            words[0x070 >> 2] = self._status
+            self._shown.status(self._interrupt_status | self._always_pending, self._status)
 
     def show_config(self, generation: int, config: bytes) -> None:
-        """Show the configuration space. Generation and content are neighbours and written as one.
-
-        A driver that begins to read in the few nanoseconds of that sees a new generation with content of before, and has the
-        notification of the change still to come.
-        """
+        """Show another configuration space."""
         with self._state:
             if self._shown:
-                end = min(_CONFIG + len(config), SIZE)
-                self._shown[0][0x0FC:end] = (generation.to_bytes(4, "little") + config)[: end - 0x0FC]
+                self._shown.config(generation, config)
 
     # BusDevice: vCPU threads, several at once
 
     def read(self, offset: int, size: int) -> int:
         """Answer a register read; 0 for what is no register, is write-only or is not read in its width (4.2.2.2)."""
         device = self.device
-        if offset >= _CONFIG:
-            return device.read_config(offset - _CONFIG, size) if device else 0
+        if offset >= CONFIG:
+            return device.read_config(offset - CONFIG, size) if device else 0
         if size != 4:
             return 0
-        if offset == 0x060:
+        if offset == reg.INTERRUPT_STATUS:
             with self._state:
                 self._take_ack()
                 self._used_unread = False
                 return self._interrupt_status | self._always_pending
-        if offset == 0x000:
-            return _MAGIC
-        if offset == 0x004:
+        if offset == reg.MAGIC_VALUE:
+            return reg.MAGIC
+        if offset == reg.VERSION:
             return 2
         if device is None:
             return 0
-        if offset == 0x008:
+        if offset == reg.DEVICE_ID:
             return device.device_type
-        if offset == 0x010:
+        if offset == reg.DEVICE_FEATURES:
             return self._features_word(device)
-        if offset == 0x034:
+        if offset == reg.QUEUE_NUM_MAX:
             return queue.max_size if (queue := self._selected()) else 0
-        if offset == 0x044:
+        if offset == reg.QUEUE_READY:
             return int(queue.queue is not None) if (queue := self._selected()) else 0
-        if offset == 0x070:
+        if offset == reg.STATUS:
             return self._status
-        if 0x0B0 <= offset <= 0x0BC and not offset & 3:
-            return _ALL_ONES  # no such shared memory region, whichever is selected
-        if offset == 0x0FC:
+        if reg.SHM_LEN <= offset < reg.SHM_END and not offset & 3:
+            return ALL_ONES  # no such shared memory region, whichever is selected
+        if offset == reg.CONFIG_GENERATION:
             return device.config_generation
         return 0
 
@@ -257,9 +208,9 @@ class MmioTransport:
         device = self.device
         if device is None:
             return
-        if offset >= _CONFIG:
+        if offset >= CONFIG:
             if self._status & (DRIVER | FAILED) == DRIVER:
-                device.write_config(offset - _CONFIG, size, value)
+                device.write_config(offset - CONFIG, size, value)
         elif size != 4:
             return
         elif offset == INTERRUPT_ACK:
@@ -276,31 +227,31 @@ class MmioTransport:
                 self._show_selected(device)
 
     def _write_control(self, device: VirtioDevice, offset: int, value: int) -> None:
-        if offset == 0x070:
+        if offset == reg.STATUS:
             self._write_status(device, value & 0xFF)
-        elif offset == 0x014:
+        elif offset == reg.DEVICE_FEATURES_SEL:
             self._device_features_sel = value
-        elif offset == 0x020:
+        elif offset == reg.DRIVER_FEATURES:
             self._write_driver_features(value)
-        elif offset == 0x024:
+        elif offset == reg.DRIVER_FEATURES_SEL:
             self._driver_features_sel = value
-        elif offset == 0x030:
+        elif offset == reg.QUEUE_SEL:
             self._queue_sel = value
-        elif offset == 0x044:
+        elif offset == reg.QUEUE_READY:
             self._write_ready(device, value)
         elif (queue := self._selected()) and not queue.queue and self._status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK:
-            if offset == 0x038:
+            if offset == reg.QUEUE_NUM:
                 queue.size = value
-            elif offset in (0x080, 0x084):
+            elif offset in (reg.QUEUE_DESC, reg.QUEUE_DESC + 4):
                 queue.desc = _half(queue.desc, value, offset & 4)
-            elif offset in (0x090, 0x094):
+            elif offset in (reg.QUEUE_DRIVER, reg.QUEUE_DRIVER + 4):
                 queue.driver = _half(queue.driver, value, offset & 4)
-            elif offset in (0x0A0, 0x0A4):
+            elif offset in (reg.QUEUE_DEVICE, reg.QUEUE_DEVICE + 4):
                 queue.device = _half(queue.device, value, offset & 4)
 
     def _features_word(self, device: VirtioDevice) -> int:
         sel = self._device_features_sel
-        return (device.features >> (32 * sel)) & _ALL_ONES if sel < 2 else 0
+        return (device.features >> (32 * sel)) & ALL_ONES if sel < 2 else 0
 
     def _selected(self) -> _QueueRegisters | None:
         sel = self._queue_sel
@@ -311,7 +262,7 @@ class MmioTransport:
             return
         sel = self._driver_features_sel
         if sel < 2:
-            kept = self._driver_features & ~(_ALL_ONES << (32 * sel))
+            kept = self._driver_features & ~(ALL_ONES << (32 * sel))
             self._driver_features = kept | value << (32 * sel)
         elif value:
             self._unknown_features = True  # nothing beyond bit 63 is offered
@@ -514,7 +465,7 @@ class MmioTransport:
         if saved.device_type != (device.device_type if device else 0) or len(saved.queues) != len(self._queues):
             raise StateError(f"state of device type {saved.device_type} with {len(saved.queues)} queues")
         words = (saved.device_features_sel, saved.driver_features_sel, saved.queue_sel)
-        if not all(0 <= word <= _ALL_ONES for word in words) or saved.status & ~(_DRIVER_BITS | NEEDS_RESET):
+        if not all(0 <= word <= ALL_ONES for word in words) or saved.status & ~(_DRIVER_BITS | NEEDS_RESET):
             raise StateError("a register has a value that does not exist")
         ready = any(queue.ready for queue in saved.queues)
         if ((saved.status & DRIVER_OK or ready) and not saved.status & FEATURES_OK) or not 0 <= saved.driver_features < 1 << 64:
@@ -548,4 +499,4 @@ class MmioTransport:
 
 def _half(old: int, value: int, high: int) -> int:
     """Return the 64-bit `old` with its low or high half replaced."""
-    return (old & _ALL_ONES) | value << 32 if high else (old & ~_ALL_ONES) | value
+    return (old & ALL_ONES) | value << 32 if high else (old & ~ALL_ONES) | value
