@@ -10,6 +10,13 @@ import socket
 import threading
 from array import array
 from struct import pack, unpack
+from typing import TYPE_CHECKING, cast
+
+from virtio_devices.net.vhost import VhostBackend
+from virtio_devices.vhost_kernel import VhostKernel
+
+if TYPE_CHECKING:
+    from virtio_devices.net.tap import TapBackend
 
 _F_VERSION_1, _F_PROTOCOL_FEATURES = 1 << 32, 1 << 30
 _MQ, _REPLY_ACK, _CONFIG = 1 << 0, 1 << 3, 1 << 9
@@ -66,7 +73,41 @@ class DeafBackEnd:
 
 
 def deaf_kernel(fd: int, number: int, data: bytearray) -> int:
-    """Stands in for the ioctls of /dev/vhost-vsock: the kernel that takes every queue and serves none."""
+    """Stands in for the ioctls of vhost devices: the kernel that takes every queue and serves none."""
     if number & 0xFF == 0 and number >> 31:  # VHOST_GET_FEATURES
         data[:] = pack("=Q", _F_VERSION_1 | 3 << 28)
     return 0
+
+
+class DeafTap:
+    """Stands in for a tap that the kernel serves, so that nobody here reads or writes it."""
+
+    features = 0
+    pairs = 1
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fds = [os.eventfd(0, os.EFD_CLOEXEC)]
+
+    def alive(self) -> bool:
+        return True
+
+    def set_offloads(self, features: int) -> None:
+        """Nothing to do."""
+
+    def set_pairs(self, count: int) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+def deaf_vhost(name: str, _path: str = "") -> VhostKernel:
+    """Stands in for `VhostKernel.open`."""
+    return VhostKernel(name, os.eventfd(0, os.EFD_CLOEXEC), ioctl=deaf_kernel)
+
+
+def deaf_network(name: str) -> VhostBackend:
+    """A network that the kernel carries, or would."""
+    return VhostBackend(cast("TapBackend", DeafTap(name)), [deaf_vhost(name)])

@@ -1,8 +1,8 @@
 """A guest's driver that wants harm, against every device of the command line in a whole machine in test mode.
 
 For each driver of the table: any register accesses and any rings, with addresses where RAM ends. Nothing that escapes, nothing
-written beside guest memory, no more memory used than a bound, and a machine that answers its client and whose device works again
-after a reset. What each device makes of its own requests is tested beside it, in virtio-devices.
+written or read beside guest memory, no more memory used than a bound, and a machine that answers its client and whose device works
+again after a reset. What each device makes of its own requests is tested beside it, in virtio-devices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from block_qcow2 import create_image
-from deaf_peers import DeafBackEnd, deaf_kernel
+from deaf_peers import DeafBackEnd, deaf_network, deaf_vhost
 from pystratovirt import log
 from pystratovirt.cmdline.drivers import DRIVERS
 from pystratovirt.devices import net
@@ -39,7 +39,7 @@ ENTRIES = 16
 SHARED = "microvm,mem-share=on"
 RINGS, RINGS_SIZE = 0x1_0000, 0x1000  # where the rings are that make sense: descriptors, available at 0x400, used at 0x800
 MEMORY_MAX = 48 * MiB  # that the monitor may use for itself meanwhile: far less than what a driver can name in its rings
-PATTERN = 0xA5
+PATTERN = b"not the guest's!"  # 16 bytes
 
 SEL, NUM, READY, NOTIFY = 0x030, 0x038, 0x044, 0x050
 DESC, AVAIL, USED = 0x080, 0x090, 0x0A0
@@ -83,6 +83,14 @@ SPECIMENS = {
         " -device virtio-blk-device,drive=d,id=b,num-queues=2,iothread=io",
     ),
     "virtio-net-device": Specimen(4, "-netdev tap,id=n,ifname=t -device virtio-net-device,netdev=n,id=c"),
+    # The card with a back end that serves the queues: the control queue is ours all the same.
+    "virtio-net-device, vhost=on": Specimen(6, "-netdev tap,id=n,ifname=t,vhost=on -device virtio-net-device,netdev=n,id=c"),
+    "virtio-net-device, vhost-user": Specimen(
+        6,
+        "-chardev socket,id=u,path={}/peer -netdev vhost-user,id=n,chardev=u,queues=2"
+        " -device virtio-net-device,netdev=n,id=c,mq=on",
+        SHARED,
+    ),
     "virtio-serial-device": _SERIAL,
     "virtconsole": _SERIAL,
     "virtserialport": _SERIAL,
@@ -177,24 +185,21 @@ def victim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     ends: list[socket.socket] = []
 
     def open_netdev(netdev: Any, take: Any = None) -> Backend:
+        if netdev.vhost:
+            return deaf_network(netdev.id)
         ours, theirs = socket.socketpair()
         ends.append(theirs)
         return StreamBackend(netdev.id, ours)
 
-    def open_vhost(name: str, path: str) -> VhostKernel:
-        end, other = socket.socketpair()
-        other.close()
-        return VhostKernel(name, end.detach(), ioctl=deaf_kernel)
-
     monkeypatch.setattr(net, "open_netdev", open_netdev)
-    monkeypatch.setattr(VhostKernel, "open", open_vhost)
+    monkeypatch.setattr(VhostKernel, "open", deaf_vhost)
     monkeypatch.setattr(log, "error", complaints.append)
     monkeypatch.setattr(session, "SETTLE_LIMIT", 0.01)  # a deaf back end never answers, so waiting longer is no use
     create_image(str(tmp_path / "disk"), format="qcow2", size=4 * MiB)
     with ExitStack() as stack:
 
         def make(driver: str, *, shared: bool = False) -> Victim:
-            if driver.startswith("vhost-user"):
+            if "peer" in SPECIMENS[driver].options:
                 stack.callback(DeafBackEnd(str(tmp_path / "peer")).close)
             specimen = SPECIMENS[driver]
             return stack.enter_context(Victim(tmp_path, specimen._replace(machine=SHARED) if shared else specimen))
@@ -232,7 +237,7 @@ ACTIONS = st.one_of(
 
 
 class Surroundings:
-    """What lies beside guest memory in its mapping: filled with a pattern, which must stay."""
+    """What lies beside guest memory in its mapping: filled with a pattern, which must stay, and must stay there."""
 
     def __init__(self, vm: Victim) -> None:
         memory = vm.vm.machine.memory
@@ -244,11 +249,17 @@ class Surroundings:
         memory.write(0, bytes(15))
         self._parts = [self._whole[:start], self._whole[start + RAM :]]
         for part in self._parts:
-            part[:] = bytes([PATTERN]) * len(part)
+            assert len(part) % len(PATTERN) == 0
+            part[:] = PATTERN * (len(part) // len(PATTERN))
 
-    def check(self) -> None:
+    def check(self, vm: Victim) -> None:
         for part in self._parts:
-            assert part == bytes([PATTERN]) * len(part)
+            assert part == PATTERN * (len(part) // len(PATTERN)), "written beside guest memory"
+        found = PATTERN[8:] + PATTERN[:8]  # in any copy of 24 bytes or more, wherever it begins in the pattern or ends
+        for half in (PATTERN, found):
+            assert half not in vm.vm.machine.memory.read(0, RAM), "read from beside guest memory"
+            for path in (vm.folder / "disk", vm.folder / "c1"):
+                assert not path.exists() or half not in path.read_bytes(), f"read from beside guest memory into {path.name}"
 
     def close(self) -> None:
         for part in (*self._parts, self._whole):
@@ -277,13 +288,13 @@ def attack(vm: Victim, examples: int, **more: Any) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    surroundings.check()
+    surroundings.check(vm)
     surroundings.close()
     assert peak - before < MEMORY_MAX
 
 
 def test_there_is_a_specimen_of_every_driver() -> None:
-    assert set(SPECIMENS) == set(DRIVERS)
+    assert {name.partition(",")[0] for name in SPECIMENS} == set(DRIVERS)
 
 
 @pytest.mark.parametrize("driver", sorted(SPECIMENS))
