@@ -14,6 +14,7 @@ import pytest
 from block_qcow2 import create_image, open_disk
 from block_qcow2.errors import ImageInUseError
 from block_qcow2.qcow2.create import Options
+from deaf_peers import DeafBackEnd, DeafTap, deaf_kernel
 from pystratovirt.cmdline.backends import Drive
 from pystratovirt.cmdline.declare import Parameters
 from pystratovirt.cmdline.netdevs import Tap, User, VhostUser
@@ -24,7 +25,9 @@ from qmp_protocol.commands.device import NetdevAdd
 from qmp_protocol.schema import Struct
 from running_vm import STATUS, Refused, RunningVm, holdings, open_pair
 from virtio_devices.device import DeviceError
+from virtio_devices.net import tap, vhost
 from virtio_devices.net.stream import StreamBackend
+from virtio_devices.vhost_kernel import VhostKernel
 from vmm_core.state import decode, encode
 
 MiB = 1 << 20
@@ -491,12 +494,95 @@ class TestNetworks:
             ({"ifname": "t", "tcp-ports": "80"}, "netdev_add: tcp-ports is for type user"),
             ({"type": "user", "tcp-ports": ""}, "tcp-ports: empty"),
             ({"type": "user", "fd": "3"}, "netdev_add: fd is for type tap"),
-            ({"type": "user", "queues": 2}, "netdev_add: a user netdev has one pair of queues"),
+            ({"type": "user", "queues": 2}, "queues: 2: a user netdev has one pair of queues"),
+            ({"type": "user", "queues": 17}, "The 'queues' 17 is bigger than max queue num 16"),
             ({"type": "vhost-user", "chardev": "c", "ifname": "t"}, "netdev_add: ifname is for type tap"),
         ],
     )
     def test_a_network_that_contradicts_itself_is_refused(self, vm: RunningVm, arguments: dict[str, Any], text: str) -> None:
         assert text in refusal(vm, "netdev_add", **{"id": "n", **arguments})
+
+
+class TestNetworksThatOthersCarry:
+    """The kernel (vhost) or another process (vhost-user), in the slots that clients fill. See tests/lab for real ones."""
+
+    def link(self, vm: RunningVm) -> bool:
+        return bool(vm.register(4, 0x104) >> 16 & 1)
+
+    def test_a_process_carries_a_network_for_as_long_as_it_is_plugged_in(self, tmp_path: Path) -> None:
+        with RunningVm(tmp_path, machine="microvm,mem-share=on") as vm:
+            before = holdings()
+            for _ in range(2):
+                path = tmp_path / "switch"
+                peer = DeafBackEnd(str(path))
+                backend = {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": str(path)}}, "server": False}}
+                vm.run("chardev-add", id="c", backend=backend)
+                vm.run("netdev_add", id="n", type="vhost-user", chardev="c", queues=2)
+                assert refusal(vm, "chardev-remove", id="c") == "Chardev c is in use"
+                assert "is in use" in refusal(vm, "netdev_add", id="m", type="vhost-user", chardev="c")
+                vm.run("device_add", id="n", driver="virtio-net-mmio", addr="0")
+                assert self.link(vm)
+                vm.drive_slot(4)
+                assert self.link(vm)
+                event, _ = vm.answers("device_del", id="n")
+                assert event["event"] == "DEVICE_DELETED"
+                assert not self.link(vm)
+                vm.run("netdev_del", id="n")
+                vm.run("chardev-remove", id="c")
+                peer.close()  # it waits until nobody is connected
+                path.unlink()
+            assert holdings() == before
+
+    def test_memory_that_nobody_else_sees_is_none_for_a_process(self, tmp_path: Path) -> None:
+        with RunningVm(tmp_path, "-chardev", f"socket,id=c,path={tmp_path}/switch") as vm:
+            peer = DeafBackEnd(str(tmp_path / "switch"))
+            before = holdings()
+            assert refusal(vm, "netdev_add", id="n", type="vhost-user", chardev="c") == (
+                "Add netdev error: n: Failed to initial vhost user memory map, consider using command mem-share=on"
+            )
+            assert holdings() == before
+            peer.close()
+
+    def test_passed_descriptors_of_taps_and_of_vhost_belong_together(
+        self, vm: RunningVm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As whoever has privileges opens them and passes them to a machine that has none."""
+        made: list[tuple[str, list[int]]] = []
+
+        class Taps(DeafTap):
+            def __init__(self, name: str, fds: list[int]) -> None:
+                made.append((name, [os.fstat(fd).st_ino for fd in fds]))
+                self.name, self.fds, self.pairs = name, fds, len(fds)
+
+        kernels: list[int] = []
+
+        def kernel(name: str, fd: int) -> VhostKernel:
+            kernels.append(os.fstat(fd).st_ino)
+            return VhostKernel(name, fd, ioctl=deaf_kernel)
+
+        monkeypatch.setattr(tap, "adopt_tap", Taps)
+        monkeypatch.setattr(vhost, "VhostKernel", kernel)
+        before = holdings()
+        passed: dict[str, int] = {}
+        for name in ("tapA", "tapB", "vA", "vB"):
+            ours, theirs = socket.socketpair()
+            vm.run("getfd", (theirs.fileno(),), fdname=name)
+            passed[name] = os.fstat(theirs.fileno()).st_ino
+            ours.close()
+            theirs.close()
+        assert "vhostfds: 1 descriptor for 2 pairs" in refusal(
+            vm, "netdev_add", id="n", vhost=True, fds="tapA:tapB", vhostfds="vA"
+        )
+        assert made == []
+        vm.run("netdev_add", id="n", vhost=True, fds="tapA:tapB", vhostfds="vA:vB")
+        assert made == [("n", [passed["tapA"], passed["tapB"]])]
+        assert kernels == [passed["vA"], passed["vB"]]
+        vm.run("device_add", id="n", driver="virtio-net-mmio", addr="0")
+        vm.drive_slot(4)
+        assert self.link(vm)
+        vm.run("device_del", id="n")
+        assert not self.link(vm)
+        assert holdings() == before
 
 
 def test_a_network_without_vhost_and_without_a_tap_is_one_without_a_link(vm: RunningVm) -> None:
@@ -546,7 +632,8 @@ class TestOneDeclaration:
         made: list[Any] = []
         monkeypatch.setattr(net, "open_netdev", lambda netdev, take: made.append(netdev) or StreamBackend("u", socket.socket()))
         vm.run("netdev_add", id="u", type="user", tcp_ports="8080:80")
-        assert made == [User(id="u", tcp_ports="8080:80")]
+        vm.run("netdev_add", id="v", type="user", queues=1)
+        assert made == [User(id="u", tcp_ports="8080:80"), User(id="v")]
 
 
 class TestOtherCommands:

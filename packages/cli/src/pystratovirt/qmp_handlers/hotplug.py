@@ -106,8 +106,8 @@ def declared(arguments: NetdevAdd) -> Netdev:
         if number is not None and not 1 <= number <= PAIRS_MAX:
             what = f"The num of fd {number}" if name == "fds" else f"The 'queues' {number}"
             raise QmpError(GENERIC_ERROR, f"{name}: {what} is bigger than max queue num {PAIRS_MAX}")
-    if kind is User and arguments.queues is not None:
-        raise QmpError(GENERIC_ERROR, "netdev_add: a user netdev has one pair of queues")
+    if kind is User and arguments.queues not in (None, 1):
+        raise QmpError(GENERIC_ERROR, f"queues: {arguments.queues}: a user netdev has one pair of queues, which needs no saying")
     values: dict[str, Any] = {}
     for field in arguments.fields():
         key, value = kind.keys.get(field.name), getattr(arguments, field.attribute)
