@@ -122,6 +122,19 @@ def test_a_lab_host_that_does_not_come_up_is_started_once_more() -> None:
     ]
 
 
+def test_a_lab_host_that_stands_still_is_ended() -> None:
+    command = [sys.executable, LAB, "run", "--stall", "20", "--", "sh", "-c", "sleep 25; echo up; sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"up\n", "one that is at work is not ended"
+        for pid in descendants(process.pid):
+            if Path(f"/proc/{pid}/comm").read_text().startswith("qemu"):
+                os.kill(pid, signal.SIGSTOP)
+        assert process.stderr.readline() == b"lab: the lab host stands still: not a word for 20 s:\n"
+        assert process.wait(WAIT) == 125
+
+
 def test_a_timeout_ends_everything() -> None:
     done = lab("--timeout", "5", "--", "sleep", "1000")
     assert (done.returncode, done.stderr) == (124, b"lab: the command did not end within 5 s\n")

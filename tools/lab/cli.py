@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="start the lab host once more if it is not up after S seconds",
     )
+    boots.add_argument(
+        "--stall",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="end everything when the lab host stands still for S seconds (300)",
+    )
     boots.add_argument("--qemu", action="append", default=[], metavar="ARG", help="a further argument for QEMU; repeatable")
     boots.add_argument("--verbose", action="store_true", help="the lab host's console on standard error")
 
@@ -116,6 +123,7 @@ def _options(options: argparse.Namespace, tty: bool) -> host.Options:
         memory=options.memory,
         timeout=options.timeout,
         boot_timeout=options.boot_timeout,
+        stall=options.stall,
         out=options.out,
         dmesg=options.dmesg,
         tty=tty,

@@ -65,6 +65,7 @@ class Options:
     memory: int = 4096  # MiB
     timeout: float | None = None  # seconds, for the whole run
     boot_timeout: float = 240.0  # seconds, for what takes 4 to 60; then the lab host is started once more
+    stall: float = 300.0  # seconds; the lab host says every ten that it lives
     out: Path | None = None  # a folder that the command sees as $LAB_OUT
     dmesg: Path | None = None  # a file for the lab host's kernel log
     tty: bool = False  # the command gets a terminal of its own; ours is in raw mode meanwhile
@@ -191,6 +192,7 @@ class _Host:
         self._input = bytearray()
         self._log = bytearray()
         self._up = False  # our standard input is the next host's if this one never comes up
+        self._heard = 0.0  # of the lab host, on the monotonic clock
         self._status: int | None = None
         end = b"\1" + token.encode()
         self._streams = {
@@ -257,6 +259,8 @@ class _Host:
             if not self._up and time.monotonic() >= up_by:
                 limit = f"{self._options.boot_timeout:g} s"
                 raise _NotUpError(f"the lab host did not come up within {limit}:\n{self._last_words()}")
+            if self._up and time.monotonic() - self._heard >= self._options.stall:
+                raise LabError(f"the lab host stands still: not a word for {self._options.stall:g} s:\n{self._last_words()}")
             if os.getppid() != parent:
                 raise SystemExit(128 + signal.SIGHUP)  # who started us is gone, and nobody waits for the result
             for key, mask in self._selector.select(_LOOK):
@@ -309,6 +313,7 @@ class _Host:
             if self._options.verbose:
                 _write(2, data)
         elif name == "control":
+            self._heard = time.monotonic()
             self._control += data
             *lines, self._control[:] = bytes(self._control).split(b"\n")
             for line in lines:
