@@ -335,6 +335,14 @@ class TestOthersDevices:
         vm = make(words, "microvm,mem-share=on")
         assert queue_sizes(vm, OTHER) == [512, 512]
 
+    def test_a_client_sees_whether_there_is_a_back_end(self, make: Make) -> None:
+        vm = make("-chardev socket,id=u,path={}/peer -device vhost-user-blk-device,id=d,chardev=u", "microvm,mem-share=on")
+        assert vm.run("human-monitor-command", command_line="info stats").split("\r\n") == [
+            "d (vhost-user-blk-device):",
+            "    connected=1,back_ends=1,waiting=0",
+            "",
+        ]
+
     def test_a_folder_has_its_tag(self, make: Make) -> None:
         words = "-chardev socket,id=u,path={}/peer,server,nowait -device vhost-user-fs-device,id=f,chardev=u,tag=kataShared"
         vm = make(words, "microvm,mem-share=on")

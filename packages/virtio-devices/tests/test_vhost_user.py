@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -255,6 +256,29 @@ def test_requests_wait_for_a_back_end_that_comes_back(back_end: Make, guest: Mak
         f"the back end at {server.path} has closed the connection; the guest waits",
         f"the back end at {server.path} is back",
     ]
+
+
+def test_back_ends_and_what_waits_for_them_are_counted(back_end: Make, guest: MakeGuest) -> None:
+    server = back_end(**BLK)
+    driver = guest(retry=0.01)
+    assert driver.device is not None
+    assert driver.device.counters() == {"connected": 1, "back_ends": 1, "waiting": 0}
+    driver.start()
+    assert driver.ask(b"before", 6) == b"BEFORE"
+    assert driver.device.counters() == {"connected": 1, "back_ends": 1, "waiting": 0}
+    server.kill()
+    for _ in range(2):
+        driver.offer(b"between", 7)
+    driver.kick()
+    while driver.device.counters() != {"connected": 0, "back_ends": 1, "waiting": 2}:
+        time.sleep(0.001)
+    back_end(**BLK)
+    driver.collect(2)
+    assert driver.device.counters() == {"connected": 1, "back_ends": 2, "waiting": 0}
+    ring = driver.rings[0]
+    driver.memory.store(ring.avail + 2, 2, 0xFFFF)
+    assert driver.device.counters()["waiting"] == ring.size, "what a driver writes is no number of requests"
+    driver.memory.store(ring.avail + 2, 2, 3)
 
 
 @pytest.mark.parametrize("options", [BLK, RECORDS], ids=["without record", "with record"])

@@ -115,9 +115,9 @@ class VirtioDevice:
         return True
 
     def counters(self) -> dict[str, int]:
-        """Return what the device has counted since it was made, by name; nothing where others serve its queues. On any thread.
+        """Return what the device has counted since it was made, by name; nothing where the kernel serves its queues.
 
-        Frames, packets and bytes are `rx` towards the guest and `tx` from it.
+        On any thread. Frames, packets and bytes are `rx` towards the guest and `tx` from it.
         """
         return {}
 

@@ -119,7 +119,7 @@ def _network(vm: VirtualMachine, name: str) -> str:
 
 
 def _info_stats(vm: VirtualMachine) -> str:
-    """What each device counts. Those are missing whose queues the kernel or another process serves: it is counted there."""
+    """What each device counts. Requests that the kernel or another process serves are counted there, and not here."""
     lines = []
     for _, name, driver, device in _devices(vm):
         if counted := device.counters():

@@ -73,6 +73,18 @@ class VhostUserDevice(VirtioDevice):
         """Whether there is a back end at present."""
         return self._session.connected
 
+    def counters(self) -> dict[str, int]:
+        """Return whether there is a back end, how many there were, and the requests that wait for it or are with it.
+
+        What it does with them is its own to count.
+        """
+        waiting = 0
+        for queue in self.queues:
+            if queue is not None:
+                offered, answered = (self._memory.load(ring + 2, 2) for ring in (queue.avail, queue.used))  # 2.7.6, 2.7.8: idx
+                waiting += min(offered - answered & 0xFFFF, queue.size)  # a driver may write anything there
+        return {"connected": int(self.connected), "back_ends": self._session.found, "waiting": waiting}
+
     def close(self) -> None:
         """Reset, and hang up."""
         with self._lock:

@@ -110,6 +110,7 @@ class Session:
         self._reply_limit = reply_limit
         self._retry_first, self._retry_max = (RETRY_FIRST, RETRY_MAX) if retry is None else (retry, retry)
         self._keeps_record: bool | None = None  # as the first back end does; None: there was none
+        self.found = 0  # how often a back end was there and could be used
         self._front: FrontEnd | None = None
         self._job: Job | None = None
         self._running = False  # the rings of the job are with the back end
@@ -340,6 +341,7 @@ class Session:
             self._keeps_record = bool(front.protocol & P_INFLIGHT_SHMFD)
         self._config_now = front.config
         self._front = front
+        self.found += 1
         self._since = time.monotonic()
 
     def _start_job(self, front: FrontEnd, job: Job) -> None:
