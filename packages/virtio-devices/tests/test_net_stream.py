@@ -453,5 +453,6 @@ def test_the_last_words_of_a_process_that_ended_before_the_driver_came_are_in_th
     assert driver.link == 0
     assert driver.up().link == 0
     assert said == ["net0: the network is gone: passt ended with status 1: the host is on fire"]
+    assert backend.obituary() == "passt ended with status 1: the host is on fire", "as often as somebody asks"
     driver.close()
     backend.close()

@@ -43,6 +43,8 @@ class PasstBackend(StreamBackend):
         """Start `program` with `arguments` of its own, and wait until it works. Raises DeviceError with its last words."""
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
         self._pid = self._errors = -1
+        self._status: int | None = None  # of the process that has ended, as waitpid() has it
+        self._said_last = ""
         try:
             super().__init__(name, ours)
             with theirs:
@@ -104,11 +106,11 @@ class PasstBackend(StreamBackend):
         return data
 
     def obituary(self) -> str:
-        """Return how it ended, in its own words."""
+        """Return how it ended, in its own words. The same however often somebody asks."""
         status = self._reap(_OBITUARY_LIMIT)
         how = "does not talk any more" if status is None else f"ended with {_words(status)}"
-        text = self._said()
-        return f"passt {how}: {text}" if text else f"passt {how}"
+        self._said_last = self._said() or self._said_last
+        return f"passt {how}: {self._said_last}" if self._said_last else f"passt {how}"
 
     def close(self) -> None:
         """Close the stream and see the process end."""
@@ -125,7 +127,7 @@ class PasstBackend(StreamBackend):
     def _reap(self, limit: float) -> int | None:
         """Wait up to `limit` seconds for its end; return its status, None while it runs on."""
         if self._pid <= 0:
-            return None
+            return self._status
         flags = 0
         try:
             pidfd = os.pidfd_open(self._pid)
@@ -142,7 +144,7 @@ class PasstBackend(StreamBackend):
         pid, status = os.waitpid(self._pid, flags)
         if not pid:
             return None
-        self._pid = -1
+        self._pid, self._status = -1, status
         return status
 
     def _said(self) -> str:
