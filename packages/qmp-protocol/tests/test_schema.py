@@ -217,6 +217,11 @@ def test_commands_that_are_not_strict_ignore_what_they_do_not_know(name: str) ->
     assert command.parse({**needed, "no-such-member": 1}) == command.parse(needed)
 
 
+@pytest.mark.parametrize("name", [command.name for command in COMMANDS if command.strict])
+def test_all_others_refuse_what_they_do_not_know(name: str) -> None:
+    assert refusal(name, {**NEEDED.get(name, {}), "no-such-member": 1}).startswith("unknown field `no-such-member`, ")
+
+
 def test_kata_s_blockdev_add_becomes_a_typed_value() -> None:
     parsed = BlockdevAdd.parse({"driver": "raw", "node-name": "d", "file": {"driver": "file", "filename": "/f", "aio": "native"}})
     assert parsed == BlockdevAdd(node_name="d", file=BlockdevFile(driver="file", filename="/f", aio="native"))
