@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import debian, guests, host, modules, probe, suite
+from .process import orderly_end
 from .progress import say
 
 EXIT_LAB, EXIT_TIMEOUT = 125, 124  # as `docker run` and timeout(1) have them
@@ -198,17 +199,19 @@ def _shell(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _setup(options: argparse.Namespace, _: Sequence[str]) -> int:
-    debian.install(debian.missing())
-    if options.refresh:
-        debian.refresh("cloud")
-    kernel, _initrd = host.assets()
+    with orderly_end():
+        debian.install(debian.missing())
+        if options.refresh:
+            debian.refresh("cloud")
+        kernel, _initrd = host.assets()
     say(f"The lab is ready: kernel {kernel.release}.")
     return 0
 
 
 def _assets(options: argparse.Namespace, _: Sequence[str]) -> int:
-    kernel = guests.kernel(options.flavour)
-    print(f"kernel={kernel.image}\ninitrd={guests.initrd(kernel)}\nrootfs={guests.rootfs(options.size)}")
-    if options.virtio_words:
-        print(f"virtio_mmio={modules.virtio_mmio_with_words(kernel)}")
+    with orderly_end():
+        kernel = guests.kernel(options.flavour)
+        print(f"kernel={kernel.image}\ninitrd={guests.initrd(kernel)}\nrootfs={guests.rootfs(options.size)}")
+        if options.virtio_words:
+            print(f"virtio_mmio={modules.virtio_mmio_with_words(kernel)}")
     return 0
