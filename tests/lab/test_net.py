@@ -6,12 +6,13 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from lab import guests
-from lab.network import DHCP, GATEWAY, OUTSIDE, WAIT, never_ending, run, tap, transfer, way_out
+from lab.network import DHCP, GATEWAY, OUTSIDE, WAIT, never_ending, open_tap, run, tap, transfer, way_out
 from lab.vmm import Qmp, Vmm
 
 PROMPT = r"guest:\S*# "
@@ -98,6 +99,58 @@ def test_what_is_sent_arrives_over_taps_vhost_and_passt_through_pauses_and_a_tap
     vmm.send("poweroff")
     assert vmm.wait() == 0
     assert "the network is gone" in vmm.errors()
+
+
+@pytest.mark.soak
+def test_descriptors_of_taps_and_of_vhost_that_were_opened_by_others_carry_frames(
+    start: Start, qmp: Connect, arguments: list[object]
+) -> None:
+    """By number on the command line, two pairs of queues; and by name over QMP, for a card that is plugged in and pulled out."""
+    run("modprobe", "vhost_net")
+    with tap("tapnum", "10.77.0.1/24", "multi_queue"), tap("tapqmp", "10.78.0.1/24"), ExitStack() as opened:
+
+        def opens(fd: int) -> int:
+            opened.callback(os.close, fd)
+            return fd
+
+        def vhost() -> int:
+            return opens(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
+
+        taps = [opens(open_tap("tapnum", queues=True)) for _ in range(2)]
+        vhosts = [vhost() for _ in range(2)]
+        vmm = start(
+            *arguments,
+            "-netdev", f"tap,id=num,fds={taps[0]}:{taps[1]},vhost=on,vhostfds={vhosts[0]}:{vhosts[1]}",
+            "-device", "virtio-net-device,netdev=num,id=num,mq=on,mac=52:54:00:77:00:01",
+            descriptors=[*taps, *vhosts],
+        )  # fmt: skip
+        vmm.expect(PROMPT)
+        client = qmp()
+        never_ending(vmm)
+        assert vmm.run("cat /sys/class/net/eth0/address").strip() == "52:54:00:77:00:01"
+        assert vmm.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l").strip() == "2"
+        vmm.run("ip addr add 10.77.0.2/24 dev eth0; ip link set eth0 up; ping -c 2 -i 0.2 10.77.0.1")
+        run(str(guests.busybox()), "ping", "-c", "2", "-i", "0.2", "10.77.0.2")
+        transfer(vmm, "10.77.0.1", "10.77.0.1")
+
+        before = len(list(Path(f"/proc/{vmm.pid}/fd").iterdir()))
+        for _ in range(2):
+            with ExitStack() as passed:
+                for name, fd in (("tapA", open_tap("tapqmp")), ("vhostA", os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))):
+                    passed.callback(os.close, fd)
+                    client.execute("getfd", {"fdname": name}, fds=[fd])
+            client.execute("netdev_add", {"id": "net-0", "fds": "tapA", "vhost": True, "vhostfds": "vhostA"})
+            client.execute("device_add", {"id": "net-0", "driver": "virtio-net-mmio", "addr": "0x0"})
+            vmm.run("until [ -e /sys/class/net/eth1 ]; do usleep 100000; done; ip link set eth1 up")
+            vmm.run("until [ $(cat /sys/class/net/eth1/carrier) = 1 ]; do usleep 100000; done; ip addr flush dev eth1")
+            vmm.run("ip addr add 10.78.0.2/24 dev eth1; ping -c 2 -i 0.2 10.78.0.1")
+            transfer(vmm, "10.78.0.1", "10.78.0.1")
+            client.execute("device_del", {"id": "net-0"})
+            vmm.run("until [ $(cat /sys/class/net/eth1/carrier) = 0 ]; do usleep 100000; done")
+            assert len(list(Path(f"/proc/{vmm.pid}/fd").iterdir())) <= before
+        vmm.send("poweroff")
+        assert vmm.wait() == 0
+        assert "Traceback" not in vmm.errors()
 
 
 def test_passt_ends_with_a_vmm_that_is_killed(start: Start, qmp: Connect, arguments: list[object], host_network: None) -> None:

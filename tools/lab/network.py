@@ -14,6 +14,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from .vmm import Vmm
 
@@ -22,6 +23,8 @@ PAYLOAD = hashlib.shake_256(b"network").digest(4 << 20)
 DIGEST = hashlib.sha256(PAYLOAD).hexdigest()
 OUTSIDE = "192.0.2.2"  # this host, as the way out sees it
 GATEWAY = "192.0.2.1"  # what a guest of passt takes for this host's loopback
+ANSWERS = "198.51.100.1"  # this host, for a guest of passt that pings: passt leads no echo to the loopback
+_PING_GROUPS = "/proc/sys/net/ipv4/ping_group_range"  # whose programs may ping: nobody's, unless somebody says so
 # For busybox udhcpc.
 DHCP = b"""#!/bin/sh
 [ "$1" = bound ] || exit 0
@@ -78,6 +81,20 @@ def way_out() -> Iterator[None]:
         yield
     finally:
         delete("outside")
+
+
+@contextmanager
+def echoes() -> Iterator[None]:
+    """This host answers a guest of passt that pings ANSWERS."""
+    file = Path(_PING_GROUPS)
+    before = file.read_text()
+    run("ip", "addr", "add", f"{ANSWERS}/32", "dev", "lo")
+    try:
+        file.write_text("0 2147483647")
+        yield
+    finally:
+        file.write_text(before)
+        subprocess.run(["ip", "addr", "del", f"{ANSWERS}/32", "dev", "lo"], check=False, capture_output=True)
 
 
 class Peer:
