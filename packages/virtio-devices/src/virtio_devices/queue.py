@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from operator import add, itemgetter, sub
 from struct import Struct
 
 from vmm_core.errors import GuestMemoryError, VmmError
@@ -18,6 +21,10 @@ from vmm_core.guestmem import GuestMemory
 Chain = tuple[int, list[memoryview], list[memoryview]]
 """One request: the head's index, what the device may read, what it may write. The views are guest memory itself, in ring
 order and never empty. A plain tuple, because a named one costs a tenth of the time a request may take."""
+
+Singles = tuple[list[int], Sequence[int], Sequence[int], list[int]]
+"""Requests of one descriptor each, by columns: heads; where each buffer begins in the queue's `window`, how long it is, where
+it ends there."""
 
 _DESC = Struct("<QIHH").unpack_from  # 2.7.5 virtq_desc: addr, len, flags, next
 _F_NEXT, _F_WRITE, _F_INDIRECT = 1, 2, 4  # 2.7.5
@@ -29,6 +36,11 @@ _USED_F_NO_NOTIFY = 1  # 2.7.8
 MAX_INDIRECT = 1024
 _MAX_TABLE = 16 * 65535  # an index has 16 bits, and 65,535 entries are what the reference takes
 _MAX_BYTES = 1 << 32  # 2.7.5.3.1: a chain is never longer than 2**32 bytes in total
+
+# A table that is used from its first entry on, one after the other, has this for flags and next, as long as it goes on.
+_LONG = 16 * 12  # bytes; a shorter table is read sooner entry by entry
+_READ_ON = array("I", range(0x1_0000 + _F_NEXT, MAX_INDIRECT << 16, 0x1_0000)).tobytes()
+_WRITE_ON = array("I", range(0x1_0000 + _F_NEXT + _F_WRITE, MAX_INDIRECT << 16, 0x1_0000)).tobytes()
 
 # Stores are seen in program order on x86; elsewhere the index must be kept behind what it publishes.
 _WEAKLY_ORDERED = os.uname().machine not in ("x86_64", "i686", "i386")
@@ -82,12 +94,17 @@ class SplitQueue:
             self._avail = memory.view(avail, 6 + 2 * size).cast("H")  # [flags, idx, ring..., used_event]
             self._used_words = memory.view(used, 6 + 8 * size).cast("H")  # [flags, idx, ring..., avail_event]
             self._used = memory.view(used + 4, 8 * size).cast("Q")  # 2.7.8 virtq_used_elem: id in the low half, len in the high
+            self._used_halves = memory.view(used + 4, 8 * size).cast("I")
             # The region in which a guest's buffers mostly are, looked at first: Linux allocates from the top of its memory.
             base, extent, _ = memory.regions[-1 if 4 * memory.regions[-1].size >= memory.size else 0]
-            self._window = memory.view(base, extent)
+            self.window = memory.view(base, extent)
         except GuestMemoryError as error:
             raise QueueError(f"rings of queue: {error}") from None
         self._window_base, self._window_size = base, extent
+        self._longs, self._words = self.window.cast("Q"), self.window.cast("I")
+        # The table by columns: addr, len, flags.
+        self._addrs, self._lengths = self._desc.cast("Q")[::2], self._desc.cast("I")[2::4]
+        self._flags = self._desc.cast("H")[6::8]
         self._memory = memory
         self.size = size
         self.desc, self.avail, self.used = desc, avail, used
@@ -129,7 +146,7 @@ class SplitQueue:
         Raises QueueError on anything that a correct driver cannot have written.
         """
         desc, avail, size, view, unpack = self._desc, self._avail, self.size, self._memory.view, _DESC
-        window, base, extent = self._window, self._window_base, self._window_size
+        window, base, extent = self.window, self._window_base, self._window_size
         mask, indirect = size - 1, self.indirect
         seen = self._seen
         idx = avail[1]
@@ -156,6 +173,9 @@ class SplitQueue:
                             raise self._bad_indirect(nested, flags, length)
                         start = addr - base
                         if start >= 0 and start + length <= extent:
+                            if length >= _LONG and not total and (whole := self._whole_table(start, length)):
+                                readable, writable, total = whole
+                                break
                             table, origin = window, start
                         else:
                             table, origin = view(addr, length), 0
@@ -190,6 +210,76 @@ class SplitQueue:
         except GuestMemoryError as error:
             raise QueueError(str(error)) from None
 
+    def _whole_table(self, start: int, length: int) -> tuple[list[memoryview], list[memoryview], int] | None:
+        """Read an indirect table in the window by columns: what is readable, what is writable, and their bytes.
+
+        None unless it is as Linux makes it (each entry goes on to the next one, all buffers lie in the window): what it says
+        then, and what is wrong with it, is found entry by entry. Each number is read once; it is never looked at again.
+        """
+        window, base, extent, words = self.window, self._window_base, self._window_size, self._words
+        entries = length >> 4
+        if start & 7 or entries > MAX_INDIRECT:
+            return None
+        end = (start + length) >> 2
+        links = words[(start >> 2) + 3 : end : 4].tobytes()  # flags and next of each
+        flags = links[-4]
+        first = 0 if links[0] & _F_WRITE else 1 if links[4] & _F_WRITE else entries - (flags >> 1)  # that is writable
+        body = 4 * entries - 4
+        split = min(4 * first, body)
+        if (
+            links[:split] != _READ_ON[:split]
+            or links[split:body] != _WRITE_ON[split:body]
+            or links[-3]
+            or flags != (_F_WRITE if first < entries else 0)
+        ):
+            return None
+        lengths = words[(start >> 2) + 2 : end : 4].tolist()
+        addrs = self._longs[start >> 3 : end >> 1 : 2].tolist()
+        if base:
+            addrs = list(map(sub, addrs, repeat(base)))
+            if min(addrs) < 0:
+                return None
+        if max(addrs) + max(lengths) > extent or not all(lengths):
+            return None
+        pieces = [window[at : at + length] for at, length in zip(addrs, lengths)]  # noqa: B905 (asking takes as long as two pieces)
+        return pieces[:first], pieces[first:], sum(lengths)
+
+    def take_singles(self, most: int, flags: int, least: int = 1) -> Singles | None:
+        """Take up to `most` requests at once when each is a single descriptor: with `flags` and nothing else, of `least` bytes or
+        more, in the window. Fewer than two are left to chains(), as none.
+
+        None when the next ones are not all like that, or something is wrong with them: chains() has them then.
+        """
+        avail, seen, size = self._avail, self._seen, self.size
+        count = (avail[1] - seen) & 0xFFFF
+        if count > size - ((seen - self._used_idx) & 0xFFFF):
+            return None
+        if count > most:
+            count = most
+        if count < 2:
+            return [], (), (), []
+        if _WEAKLY_ORDERED:
+            self._fence()
+        first = seen & (size - 1)
+        end = first + count
+        heads: list[int] = avail[2 + first : 2 + min(end, size)].tolist()
+        if end > size:
+            heads += avail[2 : 2 + end - size].tolist()
+        pick: itemgetter[tuple[int, ...]] = itemgetter(*heads)
+        try:
+            if self._flags[heads[0]] != flags or pick(self._flags).count(flags) != count:
+                return None
+            starts, lengths = pick(self._addrs), pick(self._lengths)
+        except IndexError:
+            return None
+        if base := self._window_base:
+            starts = tuple(map(sub, starts, repeat(base)))
+        ends = list(map(add, starts, lengths))
+        if min(starts) < 0 or max(ends) > self._window_size or min(lengths) < least:
+            return None
+        self._seen = (seen + count) & 0xFFFF
+        return heads, starts, lengths, ends
+
     def _bad_indirect(self, nested: bool, flags: int, length: int) -> QueueError:
         if not self.indirect:
             return QueueError("an indirect descriptor, which was not negotiated")
@@ -199,9 +289,9 @@ class SplitQueue:
             return QueueError("an indirect descriptor with a next one")
         return QueueError(f"an indirect table of {length} bytes")
 
-    def put_back(self) -> None:
-        """Leave the request that chains() yielded last in the ring, to be yielded again. Ends that iteration."""
-        self._seen = (self._seen - 1) & 0xFFFF
+    def put_back(self, count: int = 1) -> None:
+        """Leave the requests that were taken last in the ring, to be yielded again. Ends an iteration of chains()."""
+        self._seen = (self._seen - count) & 0xFFFF
 
     def add_used(self, head: int, written: int) -> None:
         """Give a request back after writing `written` bytes. The driver sees it after publish()."""
@@ -210,6 +300,20 @@ class SplitQueue:
             written = 0xFFFF_FFFF
         self._used[used_idx & (self.size - 1)] = head | written << 32
         self._used_idx = (used_idx + 1) & 0xFFFF
+
+    def add_all_used(self, heads: Sequence[int], written: Sequence[int]) -> None:
+        """Give requests back as with add_used() for each of `heads` in turn. What was `written` into each is below 2**32."""
+        size, used = self.size, self._used_halves
+        at = self._used_idx & (size - 1)
+        ids, lengths = array("I", heads), array("I", written)
+        count = len(ids)
+        if at + count > size:
+            room = size - at
+            used[: 2 * (count - room) : 2], used[1 : 2 * (count - room) : 2] = ids[room:], lengths[room:]
+            ids, lengths = ids[:room], lengths[:room]
+        used[2 * at : 2 * (at + len(ids)) : 2] = ids
+        used[2 * at + 1 : 2 * (at + len(ids)) : 2] = lengths
+        self._used_idx = (self._used_idx + count) & 0xFFFF
 
     def publish(self) -> bool:
         """Make everything given back visible at once, and return whether the driver wants a notification for it."""

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC
-from virtio_devices.net.features import ETHERNET, F_MRG_RXBUF, HEADER, NUM_BUFFERS
-from virtio_devices.queue import QueueError, SplitQueue
+from virtio_devices.net.buffers import Buffers
+from virtio_devices.net.features import F_MRG_RXBUF
+from virtio_devices.queue import SplitQueue
 from vmm_core.loop import READ, WRITE, Loop
 
 TYPE_CHECKING = False
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 # One turn of a queue ends after this many frames, or bytes, so that the other direction and other devices have theirs; and what
 # was done until then is published, so that a driver need not wait for the end of a long queue.
 FRAMES, BYTES = 64, 1 << 18
-IOV_MAX = 1024  # buffers of one system call (limits.h)
 
 
 class Statistics(NamedTuple):
@@ -87,12 +87,11 @@ class Lane:
         self._mask = 0
         self._blocked = False  # frames to send wait for the descriptor
         self._kicks_wanted = True
-        # Receive buffers taken from the ring and not filled yet: head, views, their length.
-        self._ready: list[tuple[int, list[memoryview], int]] = []
+        self._buffers = Buffers()
 
     def begin(self, mergeable: bool) -> None:
         """Get ready for a new driver. `mergeable`: VIRTIO_NET_F_MRG_RXBUF was negotiated."""
-        self._mergeable = mergeable
+        self._buffers.begin(mergeable=mergeable)
         self._kicks_wanted = True
 
     def receive(self, queue: SplitQueue) -> None:
@@ -108,9 +107,8 @@ class Lane:
         self._watch(0)
         self._blocked = False
         if rx is not None:
-            for _ in self._ready:
-                rx.put_back()
-        self._ready.clear()
+            self._buffers.put_back(rx)
+        self._buffers.clear()
 
     def guard(self) -> None:
         """Notice when the network is gone, until rest(). For a pair that the back end serves."""
@@ -158,21 +156,6 @@ class Lane:
             self._owner.lost(reason)
             self._owner.serve_later(self._tx)  # frames that waited for the network wait for nothing now, and no kick will come
 
-    def _refill(self, queue: SplitQueue, wanted: int) -> None:
-        """Have `wanted` receive buffers at hand, if the driver has made that many available."""
-        ready = self._ready
-        # 5.1.6.3.1: buffers that may be merged hold a header at least, others a whole frame.
-        least = HEADER if self._mergeable else HEADER + ETHERNET
-        for head, readable, writable in queue.chains():
-            if readable or not writable:
-                raise QueueError("a receive buffer has to be writable, and nothing else")
-            length = len(writable[0]) if len(writable) == 1 else sum(map(len, writable))
-            if length < least or len(writable) >= IOV_MAX:
-                raise QueueError(f"a receive buffer of {length} bytes in {len(writable)} pieces")
-            ready.append((head, writable, length))
-            if len(ready) >= wanted:
-                return
-
     def _starve(self, queue: SplitQueue) -> bool:
         """Wait for receive buffers, and not for frames. False when there are some after all."""
         self._kicks_wanted = True
@@ -187,31 +170,6 @@ class Lane:
             self._kicks_wanted = False
             queue.disable_kicks()
         self._watch(self._mask | READ)
-
-    def _give(self, queue: SplitQueue, length: int) -> int:
-        """Give back the buffers that a frame of `length` bytes with its header lies in; return how many they are."""
-        ready = self._ready
-        head, views, room = ready[0]
-        first = views[0]
-        if length <= room:
-            if len(first) >= HEADER:
-                first[NUM_BUFFERS], first[NUM_BUFFERS + 1] = 1, 0
-            else:
-                poke(views, NUM_BUFFERS, b"\1\0")
-            queue.add_used(head, length)
-            del ready[0]
-            return 1
-        count = 0
-        left = length
-        for head, _, room in ready:
-            count += 1
-            queue.add_used(head, min(left, room))
-            left -= room
-            if left <= 0:
-                break
-        poke(views, NUM_BUFFERS, count.to_bytes(2, "little"))
-        del ready[:count]
-        return count
 
     def _unwanted(self, header: bytes) -> bool:
         """Tell whether the driver does not want the frame that begins with `header`."""
@@ -274,30 +232,3 @@ class Backend:
 
     def close(self) -> None:
         """Give everything back. Twice is fine."""
-
-
-def poke(views: Sequence[memoryview], offset: int, data: bytes) -> None:
-    """Store `data` at `offset` of scattered bytes; what lies beyond their end is dropped."""
-    for view in views:
-        if offset < len(view):
-            part = min(len(view) - offset, len(data))
-            view[offset : offset + part] = data[:part]
-            data, offset = data[part:], 0
-            if not data:
-                return
-        else:
-            offset -= len(view)
-
-
-def peek(views: Sequence[memoryview], offset: int, count: int) -> bytes:
-    """Return `count` bytes from `offset` on of scattered bytes, or as many as there are."""
-    data = b""
-    for view in views:
-        if offset < len(view):
-            data += bytes(view[offset : offset + count - len(data)])
-            offset = 0
-            if len(data) == count:
-                break
-        else:
-            offset -= len(view)
-    return data

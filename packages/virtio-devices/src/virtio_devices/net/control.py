@@ -7,7 +7,7 @@ Not here: what the answers lead to on other loops (`device`).
 
 from __future__ import annotations
 
-from virtio_devices.net.backend import peek
+from virtio_devices.net.buffers import peek
 from virtio_devices.net.features import (
     ACK_ERR,
     ACK_OK,

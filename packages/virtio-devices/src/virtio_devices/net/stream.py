@@ -13,7 +13,8 @@ from select import POLLRDHUP, poll
 from socket import SO_SNDBUF, SOL_SOCKET, socket
 from struct import Struct
 
-from virtio_devices.net.backend import BYTES, FRAMES, IOV_MAX, Backend, Lane
+from virtio_devices.net.backend import BYTES, FRAMES, Backend, Lane
+from virtio_devices.net.buffers import IOV_MAX
 from virtio_devices.net.features import ETHERNET, HEADER
 from virtio_devices.queue import QueueError, SplitQueue
 from vmm_core.loop import WRITE, Loop
@@ -91,36 +92,19 @@ class StreamLane(Lane):
             return True
         if self._owner.rx_filter is not None and self._unwanted(bytes(frame[:18])):
             return True
-        ready = self._ready
+        buffers = self._buffers
         needed = HEADER + length
-        room = sum(size for _, _, size in ready)
-        while room < needed:
-            before = len(ready)
-            if not before or self._mergeable:
-                self._refill(queue, before + 1)
-            if len(ready) > before:
-                room += ready[-1][2]
-            elif before and (not self._mergeable or 2 * before >= queue.size):
+        while buffers.room < needed:
+            if buffers.fill(queue, needed):
+                continue
+            if buffers.count and (not buffers.mergeable or 2 * buffers.count >= queue.size):
                 self.rx_dropped += 1  # no frame of this size will ever fit
                 return True
-            elif self._starve(queue):
+            if self._starve(queue):
                 return False
-        skip = HEADER
-        for _, views, _ in ready:
-            for view in views:
-                if skip:
-                    part = min(skip, len(view))
-                    view[:part] = _NO_HEADER[:part]
-                    view = view[part:]
-                    skip -= part
-                part = min(len(view), len(frame))
-                view[:part] = frame[:part]
-                frame = frame[part:]
-                if not frame:
-                    break
-            if not frame:
-                break
-        self._give(queue, needed)
+        buffers.store(0, _NO_HEADER)
+        buffers.store(HEADER, frame)
+        buffers.give(queue, needed)
         self.rx_frames += 1
         self.rx_bytes += length
         return True

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from errno import EBADFD, EINVAL
+from errno import EAGAIN, EBADFD, EINVAL
 from fcntl import F_GETFL, F_SETFL, fcntl, ioctl
 from struct import Struct
 
 from virtio_devices.device import DeviceError
-from virtio_devices.net.backend import BYTES, FRAMES, IOV_MAX, Backend, Lane, peek
+from virtio_devices.net.backend import BYTES, FRAMES, Backend, Lane
+from virtio_devices.net.buffers import peek
 from virtio_devices.net.features import (
     ETHERNET,
     F_GUEST_CSUM,
@@ -28,7 +29,7 @@ from virtio_devices.net.features import (
     OFFLOADS,
     PAIRS_MAX,
 )
-from virtio_devices.queue import QueueError, SplitQueue
+from virtio_devices.queue import QueueError, Singles, SplitQueue
 from vmm_core.loop import WRITE, Loop
 
 TYPE_CHECKING = False
@@ -57,6 +58,9 @@ _IFREQ = Struct("<16sH22x")  # ifreq: ifr_name, ifr_flags
 _INT = Struct("<i")
 _NAME_MAX = 15
 
+# What a tap answers that takes no more frames now, or none any more. Anything else (an interface that is down, nonsense in the
+# header) is about one frame, which is lost.
+_STOP = (EAGAIN, EBADFD)
 _SPILL = 0x1_2000  # bytes: more than a frame of 64 KiB with every header
 
 
@@ -66,17 +70,17 @@ class TapLane(Lane):
     def __init__(self, owner: Owner, pair: int, loop: Loop, fd: int) -> None:
         """Make a lane at rest."""
         super().__init__(owner, pair, loop, fd)
-        # Frames come in all sizes, and the next one's is not known: as many buffers are offered as the last ones needed, and
-        # what is too much for those lands here and is copied.
+        # Frames come in all sizes, and the next one's is not known: as much room is offered as the last ones needed, and what is
+        # too much for that lands here and is copied.
         self._spill = memoryview(bytearray(_SPILL))
-        self._depth = 1
-        # A frame that was read and waits for more buffers: its length, and how much of it is in how many of the ready ones.
-        self._held: tuple[int, int, int] | None = None
+        self._expected = 1
+        # A frame that was read and waits for more buffers: its length, and how much of it is in the buffers that there were.
+        self._held: tuple[int, int] | None = None
 
     def begin(self, mergeable: bool) -> None:
         """Get ready for a new driver."""
         super().begin(mergeable)
-        self._depth, self._held = 1, None
+        self._expected, self._held = 1, None
 
     def rest(self, rx: SplitQueue | None) -> None:
         """Stop watching, and put receive buffers back. A frame that had not enough of them is lost."""
@@ -95,7 +99,7 @@ class TapLane(Lane):
 
     def _receive(self, queue: SplitQueue) -> None:
         """Flat, and nothing in it that a frame does not need: this is the hot path."""
-        ready, spill, fd, readv = self._ready, self._spill, self._fd, os.readv
+        buffers, spill, fd, readv = self._buffers, self._spill, self._fd, os.readv
         filtering = self._owner.rx_filter is not None
         budget = BYTES
         for _ in range(FRAMES):
@@ -103,26 +107,13 @@ class TapLane(Lane):
                 if not self._finish(queue):
                     return
                 continue
-            depth = self._depth
-            if len(ready) < depth:
-                self._refill(queue, depth)
-                if not ready:
-                    if self._starve(queue):
-                        return
-                    continue
-            if depth == 1:
-                _, views, room = ready[0]
-                vector = [*views, spill]
-                count = 1
-            else:
-                vector, room, count = [], 0, 0
-                for _, views, length in ready[:depth]:
-                    if len(vector) + len(views) >= IOV_MAX:
-                        break
-                    vector += views
-                    room += length
-                    count += 1
-                vector.append(spill)
+            expected = self._expected
+            if buffers.room < expected and not buffers.fill(queue, expected) and not buffers.count:
+                if self._starve(queue):
+                    return
+                continue
+            vector, room = buffers.offer(expected)
+            vector.append(spill)
             try:
                 length = readv(fd, vector)
             except BlockingIOError:
@@ -139,15 +130,16 @@ class TapLane(Lane):
             elif filtering and self._unwanted(peek(vector, HEADER, 18)):
                 pass
             elif length <= room:
-                if self._give(queue, length) < depth:
-                    self._depth = depth - 1
+                buffers.give(queue, length)
+                if length != expected:
+                    self._expected = max(length, expected - (expected >> 4))
                 self.rx_frames += 1
                 self.rx_bytes += length - HEADER
                 budget -= length
                 if budget < 0:
                     break
-            elif self._mergeable and length < room + _SPILL:
-                self._held = length, room, count
+            elif buffers.mergeable and length < room + _SPILL:
+                self._held = length, room
             else:
                 self.rx_dropped += 1
         self._hungry(queue)
@@ -155,28 +147,21 @@ class TapLane(Lane):
     def _finish(self, queue: SplitQueue) -> bool:
         """Complete the frame that is held with buffers behind those that it lies in. False while they are missing."""
         assert self._held
-        length, room, count = self._held
-        ready = self._ready
-        total = sum(room for _, _, room in ready)
-        while total < length:
-            before = len(ready)
-            self._refill(queue, before + 1)
-            if len(ready) > before:
-                total += ready[-1][2]
-            elif 2 * before >= queue.size:
+        length, room = self._held
+        buffers = self._buffers
+        while buffers.room < length:
+            if buffers.fill(queue, length):
+                continue
+            if 2 * buffers.count >= queue.size:
                 # Drivers make new buffers available when they have taken back some: waiting for more would be for ever.
                 self._held = None
                 self.rx_dropped += 1
                 return True
-            elif self._starve(queue):
+            if self._starve(queue):
                 return False
-        spill = self._spill[: length - room]
-        for _, views, _ in ready[count:]:
-            for view in views:
-                part = min(len(view), len(spill))
-                view[:part] = spill[:part]
-                spill = spill[part:]
-        self._depth = max(self._depth, self._give(queue, length))
+        buffers.store(room, self._spill[: length - room])
+        buffers.give(queue, length)
+        self._expected = max(self._expected, length)
         self._held = None
         self.rx_frames += 1
         self.rx_bytes += length - HEADER
@@ -197,23 +182,23 @@ class TapLane(Lane):
         fd, writev, add_used = self._fd, os.writev, queue.add_used
         budget, frames = BYTES, FRAMES
         queue.disable_kicks()
-        while True:
+        while budget >= 0 and frames:
+            run = queue.take_singles(frames, 0)
+            if run and run[0]:
+                budget = self._write_singles(queue, run, budget)
+                if self._blocked or self.dead:
+                    return
+                frames -= len(run[0])
+                continue
             for head, readable, writable in queue.chains():
                 if writable or not readable:
                     raise QueueError("a frame to send has to be readable, and nothing else")
                 try:
                     length = writev(fd, readable)
-                except BlockingIOError:
-                    queue.put_back()
-                    self._blocked = True
-                    self._watch(self._mask | WRITE)
-                    return
                 except OSError as error:
-                    # A frame that the host does not take (an interface that is down, nonsense in the header) is a lost frame.
-                    if error.errno == EBADFD:
+                    if error.errno in _STOP:
                         queue.put_back()
-                        self._die("the other side has gone")
-                        self.drop_all(queue)
+                        self._stop_sending(queue, error)
                         return
                     self.tx_dropped += 1
                     length = 0
@@ -224,11 +209,48 @@ class TapLane(Lane):
                 budget -= length
                 frames -= 1
                 if budget < 0 or not frames:
-                    self._owner.serve_later(self._tx)
+                    break
+            else:
+                if not queue.enable_kicks():
                     return
-            if not queue.enable_kicks():
-                return
-            queue.disable_kicks()
+                queue.disable_kicks()
+        self._owner.serve_later(self._tx)
+
+    def _write_singles(self, queue: SplitQueue, run: Singles, budget: int) -> int:
+        """Write frames of one piece each, as far as the budget and the network allow. Return what is left of the budget."""
+        heads, starts, _, ends = run
+        window, fd, write = queue.window, self._fd, os.write
+        done = 0
+        stop: OSError | None = None
+        for start, end in zip(starts, ends, strict=True):
+            try:
+                length = write(fd, window[start:end])
+            except OSError as error:
+                if error.errno in _STOP:
+                    stop = error
+                    break
+                self.tx_dropped += 1
+            else:
+                self.tx_frames += 1
+                self.tx_bytes += length - HEADER
+                budget -= length
+            done += 1
+            if budget < 0:
+                break
+        queue.put_back(len(heads) - done)
+        queue.add_all_used(heads[:done], [0] * done)
+        if stop:
+            self._stop_sending(queue, stop)
+        return budget
+
+    def _stop_sending(self, queue: SplitQueue, error: OSError) -> None:
+        """Wait until the network takes frames again, or for nothing when it has gone. What was not sent is in the ring."""
+        if error.errno == EAGAIN:
+            self._blocked = True
+            self._watch(self._mask | WRITE)
+        else:
+            self._die("the other side has gone")
+            self.drop_all(queue)
 
 
 class TapBackend(Backend):
