@@ -61,3 +61,41 @@ def test_nothing_is_prepared_for_a_log_that_does_not_want_it(
         log.setup(None, wanted=False)
     assert [each is not None for each in made] == [heard]
     assert (len(traffic(tmp_path / "log")) > 0) == heard
+
+
+@pytest.mark.parametrize(
+    ("level", "levels"),
+    [
+        ("error", set()),
+        ("warn", {"WARN"}),
+        ("info", {"WARN", "INFO"}),
+        ("debug", {"WARN", "INFO", "DEBUG"}),
+        ("TRACE", {"WARN", "INFO", "DEBUG", "TRACE"}),
+        ("nonsense", {"WARN", "INFO"}),
+    ],
+)
+@pytest.mark.parametrize("to_file", [True, False])
+def test_what_the_environment_asks_for_is_in_the_log_and_nothing_else(
+    tmp_path: Path, level: str, levels: set[str], to_file: bool
+) -> None:
+    path = tmp_path / "lines"
+    with Vm(tmp_path, "-D", *([str(path)] if to_file else []), level=level) as vm, Client(vm.unix) as client:
+        assert client.run("trace-set-state", {"name": "virtio_tpt_read_config", "enable": True}) == {"return": {}}
+        vm.drive_slot(0)
+        for offset, value in (
+            (0x70, 0),
+            (0x70, 3),
+            (0x24, 1),
+            (0x20, 1),
+            (0x70, 11),
+            (0x30, 0),
+            (0x38, 3),
+            (0x44, 1),
+            (0x70, 15),
+        ):
+            vm.register(0, offset, value)  # a queue of a size that cannot be, which is worth a warning
+        vm.register(0, 0)
+        client.run("query-status")
+        lines = (path if to_file else vm.log).read_text().splitlines()
+        assert not to_file or vm.log.read_text() == ""
+    assert {found[1] for line in lines if (found := re.search(r"\]:([A-Z]+): ", line))} == levels

@@ -321,6 +321,21 @@ class TestConsoles:
             return stack.enter_context(sock.makefile("rwb", buffering=0))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-chardev file,id=c,path={}/out -serial chardev:c",
+        "-serial chardev:c -chardev file,id=c,path={}/out",
+        "-serial file,path={}/out",
+    ],
+)
+def test_a_serial_port_leads_where_it_is_told_to_whatever_the_order(make: Make, tmp_path: Path, words: str) -> None:
+    vm = make(words)
+    for byte in b"hello\n":
+        vm.access.write_port(0x3F8, 1, byte)
+    until(lambda: (tmp_path / "out").read_bytes() == b"hello\n")
+
+
 class TestOthersDevices:
     """With another process that takes queues and serves none."""
 

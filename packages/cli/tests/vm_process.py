@@ -84,9 +84,10 @@ class Vm:
         machine: str = "microvm",
         memory: str = "128",
         swapped: bool = False,
+        level: str = "trace",
         program: Sequence[str] = ("-m", "pystratovirt"),
     ) -> None:
-        """`-qmp` is the unix socket and `-mon` the TCP one, unless `swapped`. `program` is what Python runs."""
+        """`-qmp` is the unix socket and `-mon` the TCP one unless `swapped`; `level` is the log's; `program` what Python runs."""
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(folder / "test"))
         listener.listen()
@@ -103,7 +104,7 @@ class Vm:
         self.log = folder / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "STRATOVIRT_LOG_LEVEL": "trace"}
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "STRATOVIRT_LOG_LEVEL": level}
             )
         try:
             self.test, _ = listener.accept()
