@@ -214,12 +214,32 @@ def test_pairs_are_the_kernel_s_as_the_driver_uses_them(make: Make) -> None:
     assert driver.running() == [True, False, False]
     assert driver.command(CLASS_MQ, 0, struct.pack("<H", 3)) == OK
     assert driver.running() == [True, True, True]
+    driver.offer(bytes(12), bytes(60), queue=5)
     driver.serve(2, 1)
     assert driver.command(CLASS_MQ, 0, struct.pack("<H", 2)) == OK
     assert driver.running() == [True, True, False]
     assert driver.tap.counts == [1, 3, 2]
     assert driver.command(CLASS_MQ, 0, struct.pack("<H", 3)) == OK
     assert driver.vhosts[2].queues[1]["base"] == 1
+
+
+def test_frames_that_wait_in_a_pair_that_is_given_up_come_back(make: Make) -> None:
+    """The kernel has sent the first of three; nobody else would ever take the others."""
+    driver = make(pairs=2).up()
+    assert driver.command(CLASS_MQ, 0, struct.pack("<H", 2)) == OK
+    for _ in range(3):
+        driver.offer(bytes(12), bytes(60), queue=3)
+    driver.serve(1, 1)
+    assert len(driver.rings[3].collect()) == 1
+    driver.command(CLASS_MQ, 0, struct.pack("<H", 1))
+    assert driver.running() == [True, False]
+    assert len(driver.rings[3].collect()) == 2
+    assert driver.device.statistics().tx_dropped == 2
+    assert driver.read(0x060) & USED_BUFFER
+    assert driver.command(CLASS_MQ, 0, struct.pack("<H", 2)) == OK
+    assert driver.vhosts[1].queues[1]["base"] == 3
+    assert driver.command(CLASS_MQ, 0, struct.pack("<H", 1)) == OK
+    assert driver.rings[3].collect() == []
 
 
 def test_without_multi_queue_one_pair_and_the_third_queue_for_commands(make: Make) -> None:

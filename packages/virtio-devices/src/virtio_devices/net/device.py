@@ -449,6 +449,7 @@ class NetDevice(VirtioDevice):
         if not 1 <= count <= self.pairs:
             return False
         backend, lanes = self._backend, self._lanes
+        elsewhere = set(self._elsewhere)
         done = True
         if backend is not None:
             # A queue that is detached reports an error, so nobody may watch it any more.
@@ -472,7 +473,13 @@ class NetDevice(VirtioDevice):
                 # Also what waits in a pair that is not used any more: it is lost, as there will be no kick for it.
                 if index not in self.handed_over:
                     self._kick_later(index)
+            for pair in elsewhere - self._elsewhere:
+                # The same of those that the back end had; their kicks are nobody's here, so it is done now.
+                lanes[pair].loop.run(lambda pair=pair: self._guarded(2 * pair + 1, self._drop))  # type: ignore[misc]
         return done
+
+    def _drop(self, index: int, queue: SplitQueue) -> None:
+        self._lanes[index >> 1].drop_all(queue)
 
     def set_guest_offloads(self, features: int) -> bool:
         """Change what frames the driver takes."""

@@ -142,3 +142,6 @@ class _Elsewhere(Lane):
 
     def guard(self) -> None:
         """Nothing to watch: the session does."""
+
+    def drop_all(self, queue: SplitQueue) -> None:
+        """Leave them in the ring: of a back end that has gone nobody knows which it has sent already, if not in order."""
