@@ -77,6 +77,8 @@ _SERIAL = Specimen(
     " -device virtconsole,chardev=c0,id=p0 -device virtserialport,chardev=c1,id=p1",
 )
 SPECIMENS = {
+    "virtio-blk-device, not there": Specimen(1, ""),  # the empty slots that clients fill
+    "virtio-net-device, not there": Specimen(5, ""),
     "virtio-blk-device": Specimen(
         0,
         "-object iothread,id=io -drive file={}/disk,id=d,format=qcow2,direct=off,discard=unmap"

@@ -15,6 +15,7 @@ from block_qcow2 import create_image, open_disk
 from block_qcow2.errors import ImageInUseError
 from block_qcow2.qcow2.create import Options
 from deaf_peers import DeafBackEnd, DeafTap, deaf_kernel
+from guest_driver import GET_ID, IN, OUT, Driver, until
 from pystratovirt.cmdline.backends import Drive
 from pystratovirt.cmdline.declare import Parameters
 from pystratovirt.cmdline.netdevs import Tap, User, VhostUser
@@ -32,6 +33,7 @@ from vmm_core.state import decode, encode
 
 MiB = 1 << 20
 CONFIG_CHANGE = 2
+SECOND = 1_000_000_000  # ns
 
 
 @pytest.fixture
@@ -337,6 +339,51 @@ class TestTheGuest:
             target.run("cont")
             target.run("device_del", id="d")
             assert target.interrupts(1) == CONFIG_CHANGE
+
+
+class TestPluggedDisks:
+    """What a drive and device_add say reaches the disk that is plugged in, and goes with it."""
+
+    def test_a_serial_number_and_a_limit(self, vm: RunningVm, image: Path, tmp_path: Path) -> None:
+        (tmp_path / "other").write_bytes(bytes(MiB))
+        vm.add_drive("d", image, **{"throttling.iops-total": 10})
+        vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="1", serial="A1")
+        disk = Driver(vm, 1, 1)
+        assert disk.disk(GET_ID, room=20)[:3] == b"A1\0"
+        for _ in range(11):
+            disk.disk(IN, room=512, waits=False)
+        vm.access.clock_step(SECOND // 10)
+        assert disk.used(0) < 6, "ten a second, and not all at once"
+        for _ in range(20):
+            vm.access.clock_step(SECOND // 10)
+        until(lambda: disk.used(0) == 12)
+        vm.run("device_del", id="d")
+        vm.add_drive("e", tmp_path / "other")
+        vm.run("device_add", id="e", driver="virtio-blk-mmio", addr="1")
+        disk = Driver(vm, 1, 1)
+        assert disk.disk(GET_ID, room=20) == bytes(21)
+        for _ in range(12):
+            disk.disk(IN, room=512)  # without a word about time
+
+    def test_a_disk_that_can_only_be_read(self, vm: RunningVm, image: Path) -> None:
+        vm.add_drive("d", image, read_only=True)
+        vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="0")
+        disk = Driver(vm, 0, 1)
+        assert disk.disk(IN, room=512) == bytes(513)
+        assert disk.disk(OUT, b"x" * 512) != b"\0"
+        assert image.read_bytes() == bytes(MiB)
+
+    def test_a_driver_that_was_there_before_reads_and_writes_what_is_plugged_in(self, vm: RunningVm, image: Path) -> None:
+        disk = Driver(vm, 3, 1)
+        assert disk.disk(IN, room=512)[-1:] == b"\1", "nothing is there"
+        for turn in (b"a", b"b"):
+            vm.add_drive("d", image)
+            vm.run("device_add", id="d", driver="virtio-blk-mmio", addr="0x3")
+            assert disk.disk(OUT, turn * 512) == b"\0"
+            assert disk.disk(IN, room=512) == turn * 512 + b"\0"
+            vm.run("device_del", id="d")
+            assert image.read_bytes()[:512] == turn * 512
+            assert disk.disk(IN, room=512)[-1:] == b"\1"
 
 
 class TestNetworks:
