@@ -21,9 +21,10 @@ Connect = Callable[[], Qmp]
 
 
 class Switch:
-    """Forwards frames between a vhost-user socket on which it listens and a tap of its own, in two pairs of queues."""
+    """Forwards frames between a vhost-user socket on which it listens and a tap of its own, in `queues` pairs of queues."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, queues: int = 2) -> None:
+        self.queues = queues
         self.path = folder / "net.sock"
         self._log = folder / "testpmd.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -31,7 +32,7 @@ class Switch:
     def start(self) -> None:
         """Start, and wait until the tap is there."""
         self.path.unlink(missing_ok=True)  # one that was killed leaves it
-        queues = 2
+        queues = self.queues
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
@@ -61,9 +62,9 @@ def until(condition: Callable[[], bool], log: Path) -> None:
 
 
 @pytest.fixture
-def switch(folder: Path) -> Iterator[Switch]:
+def switch(request: pytest.FixtureRequest, folder: Path) -> Iterator[Switch]:
     run("modprobe", "tun")
-    made = Switch(folder)
+    made = Switch(folder, getattr(request, "param", 2))
     made.start()
     yield made
     made.kill()
@@ -105,6 +106,41 @@ def test_a_switch_carries_frames_both_ways_dies_and_comes_back(
     switch.start()
     vmm.run("wait; until ping -c 1 -W 5 10.82.0.1; do sleep 1; done")
     transfer(vmm, "10.82.0.1", "10.82.0.1")
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
+    assert "Traceback" not in vmm.errors()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("switch", [1], indirect=True)  # as many pairs as a card has that clients plug in
+def test_a_switch_is_plugged_into_a_running_guest_and_pulled_out(
+    start: Start, qmp: Connect, cloud_kernel: guests.Kernel, folder: Path, rootfs: Path, switch: Switch
+) -> None:
+    vmm = start(
+        "-machine", "microvm,mem-share=on", "-smp", 2, "-m", 512, "-kernel", cloud_kernel.image,
+        "-initrd", guests.initrd(cloud_kernel, (*guests.MODULES, "virtio_net")),
+        "-append", "console=ttyS0 quiet root=/dev/vda rw panic=-1 net.ifnames=0",
+        "-drive", f"file={rootfs},id=rootfs,direct=off", "-device", "virtio-blk-device,drive=rootfs,id=rootfs",
+        "-qmp", f"unix:{folder}/qmp.sock,server,nowait", "-serial", "stdio",
+    )  # fmt: skip
+    vmm.expect(PROMPT)
+    client = qmp()
+    never_ending(vmm)
+    before = len(list(Path(f"/proc/{vmm.pid}/fd").iterdir()))
+    for _ in range(2):
+        backend = {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": str(switch.path)}}, "server": False}}
+        client.execute("chardev-add", {"id": "vu", "backend": backend})
+        client.execute("netdev_add", {"id": "net", "type": "vhost-user", "chardev": "vu"})
+        client.execute("device_add", {"id": "net", "driver": "virtio-net-mmio", "addr": "0x0"})
+        vmm.run("until [ -e /sys/class/net/eth0 ]; do usleep 100000; done; ip link set eth0 up")
+        vmm.run("until [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do usleep 100000; done; ip addr flush dev eth0")
+        vmm.run("ip addr add 10.82.0.2/24 dev eth0; until ping -c 1 -W 5 10.82.0.1; do sleep 1; done")
+        transfer(vmm, "10.82.0.1", "10.82.0.1")
+        client.execute("device_del", {"id": "net"})
+        assert client.event("DEVICE_DELETED")["data"]["device"] == "net"
+        vmm.run("until [ $(cat /sys/class/net/eth0/carrier) = 0 ]; do usleep 100000; done")
+        client.execute("chardev-remove", {"id": "vu"})
+        assert len(list(Path(f"/proc/{vmm.pid}/fd").iterdir())) <= before
     vmm.send("poweroff")
     assert vmm.wait() == 0
     assert "Traceback" not in vmm.errors()
