@@ -25,7 +25,7 @@ _ANSWERS = {1: _F_VERSION_1 | _F_PROTOCOL_FEATURES | 3 << 28, 15: _MQ | _REPLY_A
 
 
 class DeafBackEnd:
-    """A vhost-user back end that takes every queue and serves none. Close it after the front end."""
+    """A vhost-user back end that takes every queue and serves none, for one front end. Close it after that one."""
 
     def __init__(self, path: str) -> None:
         self._listener = socket.socket(socket.AF_UNIX)
@@ -44,10 +44,15 @@ class DeafBackEnd:
             connection, _ = self._listener.accept()
         except OSError:
             return
+        self.answer(connection)
+
+    @classmethod
+    def answer(cls, connection: socket.socket) -> None:
+        """Answer a front end until it hangs up."""
         with connection:
-            while header := self._receive(connection, 12):
+            while header := cls._receive(connection, 12):
                 request, flags, size = unpack("=III", header)
-                payload = self._receive(connection, size) if size else b""
+                payload = cls._receive(connection, size) if size else b""
                 if request in _ANSWERS:
                     answer = pack("=Q", _ANSWERS[request])
                 elif request in (_GET_VRING_BASE, _GET_CONFIG):
@@ -70,6 +75,16 @@ class DeafBackEnd:
                 return b""
             data += part
         return data
+
+
+def serve_all(path: str) -> None:
+    """Be a back end for any number of front ends, until the process is ended. Says when it listens."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            threading.Thread(target=DeafBackEnd.answer, args=(listener.accept()[0],), daemon=True).start()
 
 
 def deaf_kernel(fd: int, number: int, data: bytearray) -> int:

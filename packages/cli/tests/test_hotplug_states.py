@@ -1,7 +1,7 @@
 """Every sequence of hot-plug commands, against a model: answers, what the guest sees, and nothing left behind.
 
 The server, the handlers, the machine and its devices are the real ones, in test mode. Networks are socket pairs that are passed
-with getfd. Some commands come while the process is out of descriptors.
+with getfd, and those of another process, which moves nothing. Some commands come while the process is out of descriptors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +32,8 @@ from running_vm import RunningVm, holdings, open_pair
 NAMES = [f"n{number}" for number in range(6)]
 FILES = ["raw", "other", "qcow2", "folder", "missing"]
 SIZE = 1 << 20
+SWITCH = "import sys; sys.path.insert(0, sys.argv[1]); from deaf_peers import serve_all; serve_all(sys.argv[2])"
+MACHINE = "microvm,mem-share=on"
 
 names = st.sampled_from(NAMES)
 starved = st.sampled_from([False, False, False, True])
@@ -86,6 +90,12 @@ class HotPlugging(RuleBasedStateMachine):
         self.passed: set[str] = set()
         self.far_ends: list[socket.socket] = []  # of all that were passed: a network whose other end is closed has no link
         self.chardevs: dict[str, bool] = {}  # whether something uses it
+        self.led: set[str] = set()  # those that lead to the process below
+        self.carried: dict[str, str] = {}  # networks of that process, by the chardev that they have
+        words = [sys.executable, "-c", SWITCH, str(Path(__file__).parent), str(self.folder / "switch")]
+        self.switch = subprocess.Popen(words, stdout=subprocess.PIPE)
+        assert self.switch.stdout is not None
+        assert self.switch.stdout.readline() == b"ready\n"
         self.paused = False
 
     @initialize(furnished=st.booleans())
@@ -99,12 +109,12 @@ class HotPlugging(RuleBasedStateMachine):
             options += ["-device", "virtio-blk-device,drive=n0,id=n1", "-device", "virtio-net-device,netdev=n2,id=n3"]
             options += ["-device", "virtio-net-device,netdev=n4", "-device", "virtio-rng-device,rng=r,id=n5"]
         self.reserved = {"n5"} if furnished else set()
-        with RunningVm(self.folder, *options) as self.vm:
+        with RunningVm(self.folder, *options, machine=MACHINE) as self.vm:
             if furnished:
                 self.vm.run("device_del", id="n1")
                 self.vm.run("device_del", id="n3")
             self.know_what_an_idle_machine_holds()
-        self.vm = RunningVm(self.folder, *options)
+        self.vm = RunningVm(self.folder, *options, machine=MACHINE)
         if furnished:
             self.drives, self.networks, self.chardevs = {"n0": ("raw", False)}, {"n2", "n4"}, {"n0": True}
             self.devices = {"n1": Plugged("blk", "n0", 0), "n3": Plugged("net", "n2", 4), "": Plugged("net", "n4", 5)}
@@ -122,7 +132,16 @@ class HotPlugging(RuleBasedStateMachine):
         self.vm.run("device_del", id="n0")
         self.passed.clear()
         self.close_far_ends()
+        self.vm.run("chardev-add", id="n1", backend=self.socket("switch"))
+        self.vm.run("netdev_add", id="n1", type="vhost-user", chardev="n1")
+        self.vm.run("device_add", id="n1", driver="virtio-net-mmio")
+        self.vm.run("device_del", id="n1")
+        self.vm.run("chardev-remove", id="n1")
         self.idle = holdings()
+
+    def socket(self, name: str) -> dict[str, Any]:
+        """What chardev-add says of a socket of the test's folder."""
+        return {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": str(self.folder / name)}}, "server": False}}
 
     def attempt(self, right: bool, command: str, starve: bool = False, **arguments: Any) -> bool:
         """Run a command that has to work exactly when it is `right`, or may fail as well when there are no descriptors."""
@@ -168,6 +187,8 @@ class HotPlugging(RuleBasedStateMachine):
         self.drives.pop(backend, None)
         self.networks.discard(backend)
         self.unconnected.discard(backend)
+        if chardev := self.carried.pop(backend, None):
+            self.chardevs[chardev] = False
 
     def may_open(self, file: str, read_only: bool) -> bool:
         if file not in ("raw", "other", "qcow2"):
@@ -247,20 +268,31 @@ class HotPlugging(RuleBasedStateMachine):
         elif done:
             self.gone.remove((kind, name))
 
-    @rule(name=names)
-    def add_a_character_device(self, name: str) -> None:
-        data = {"addr": {"type": "unix", "data": {"path": str(self.folder / "nobody")}}, "server": False}
-        if self.attempt(name not in self.chardevs, "chardev-add", id=name, backend={"type": "socket", "data": data}):
+    @rule(name=names, leads=st.booleans())
+    def add_a_character_device(self, name: str, leads: bool) -> None:
+        backend = self.socket("switch" if leads else "nobody")
+        if self.attempt(name not in self.chardevs, "chardev-add", id=name, backend=backend):
             self.chardevs[name] = False
+            if leads:
+                self.led.add(name)
 
     @rule(name=names)
     def remove_a_character_device(self, name: str) -> None:
         if self.attempt(self.chardevs.get(name) is False, "chardev-remove", id=name):
             del self.chardevs[name]
+            self.led.discard(name)
 
-    @rule(name=names, chardev=names, starve=starved)
-    def reach_for_a_network_that_nobody_carries(self, name: str, chardev: str, starve: bool) -> None:
-        self.attempt(False, "netdev_add", starve, id=name, type="vhost-user", chardev=chardev)
+    @rule(name=names, chardev=names, free=st.booleans(), starve=starved)
+    def add_a_network_of_the_process(self, name: str, chardev: str, free: bool, starve: bool) -> None:
+        if free:  # else hardly one in a thousand would be right
+            chardev = min((each for each in self.led if not self.chardevs[each]), default=chardev)
+            name = min((each for each in NAMES if each not in self.taken), default=name)
+        right = self.chardevs.get(chardev) is False and chardev in self.led and name not in self.taken and not self.full
+        if self.attempt(right, "netdev_add", starve, id=name, type="vhost-user", chardev=chardev):
+            self.networks.add(name)
+            self.gone.discard(("net", name))
+            self.carried[name] = chardev
+            self.chardevs[chardev] = True
 
     @rule(slot=st.integers(0, 5))
     def load_a_driver(self, slot: int) -> None:
@@ -302,6 +334,8 @@ class HotPlugging(RuleBasedStateMachine):
                 self.end()
         finally:
             net.open_netdev = self.original
+            self.switch.kill()
+            self.switch.communicate()
             shutil.rmtree(self.folder)
 
     def end(self) -> None:
