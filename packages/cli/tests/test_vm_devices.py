@@ -20,7 +20,7 @@ import pytest
 import block_qcow2
 from block_qcow2 import create_image
 from deaf_peers import DeafBackEnd
-from guest_driver import DISCARD, GET_ID, IN, NUM_MAX, OUT, SEL, WRITE_ZEROES, Driver, until
+from guest_driver import DISCARD, FLUSH, GET_ID, IN, NUM_MAX, OUT, SEL, WRITE_ZEROES, Driver, until
 from pystratovirt.cmdline.backends import Drive
 from pystratovirt.devices import net
 from running_vm import CONFIG, LIMIT, RunningVm
@@ -124,6 +124,20 @@ class TestDisks:
         assert Driver(vm, DISK, 1).disk(WRITE_ZEROES, pack("<QII", 0, 8, 0)) == OK
         assert image.read_bytes()[:8192] == bytes(4096) + b"\x5a" * 4096
 
+    def test_what_it_has_done_is_to_be_had(self, make: Make) -> None:
+        vm = make("-drive file={}/disk,id=d,direct=off -device virtio-blk-device,drive=d,id=b")
+        disk = Driver(vm, DISK, 1)
+        for _ in range(3):
+            assert disk.disk(IN, room=1024)[-1:] == OK
+        assert disk.disk(OUT, bytes(512)) == OK
+        assert disk.disk(FLUSH) == OK
+        (counted,) = vm.run("query-blockstats")
+        stats = counted["stats"]
+        assert (stats["rd_operations"], stats["rd_bytes"], stats["wr_operations"], stats["wr_bytes"]) == (3, 3072, 1, 512)
+        assert stats["flush_operations"] == 1
+        text = vm.run("human-monitor-command", command_line="info stats")
+        assert "reads=3,read_bytes=3072,writes=1,written_bytes=512,flushes=1," in text
+
     @pytest.mark.parametrize(("limit", "passes"), [("iops-total=10", 1), ("bps-total=20480", 4)])
     def test_a_limit_holds_requests_until_their_time(self, make: Make, limit: str, passes: int) -> None:
         """A tenth of a second's worth at once, and one more, which the bucket then owes; the others each in their turn."""
@@ -210,6 +224,7 @@ class TestEntropy:
     def test_what_a_period_allows_is_what_a_guest_gets(self, make: Make) -> None:
         vm = make("-object rng-random,id=r,filename=/dev/zero -device virtio-rng-device,rng=r,id=e,max-bytes=200,period=2000")
         entropy = Driver(vm, OTHER, 1)  # 100 bytes a second
+        assert "requests=0,bytes=0,delays=0" in vm.run("human-monitor-command", command_line="info stats")
         for _ in range(6):
             entropy.request(0, b"", 100, waits=False)
         until(lambda: entropy.used(0) >= 1)
@@ -218,6 +233,8 @@ class TestEntropy:
             vm.access.clock_step(SECOND)
             until(lambda expected=expected: entropy.used(0) >= expected - 1)
             assert entropy.used(0) <= expected
+        done = entropy.used(0)
+        assert f"requests={done},bytes={100 * done}," in vm.run("human-monitor-command", command_line="info stats")
 
 
 PORT_ADD, PORT_NAME, CONSOLE_PORT, READY, PORT_READY, PORT_OPEN = 1, 7, 4, 0, 3, 6  # virtio 1.2, section 5.3.6
