@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import socket
@@ -548,6 +549,44 @@ class TestNetworks:
     )
     def test_a_network_that_contradicts_itself_is_refused(self, vm: RunningVm, arguments: dict[str, Any], text: str) -> None:
         assert text in refusal(vm, "netdev_add", **{"id": "n", **arguments})
+
+
+def test_five_hundred_disks_and_cards_in_turn_leave_nothing(
+    vm: RunningVm, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With drivers that are there all the time, and use what they get. With a real guest under load: tests/lab."""
+    monkeypatch.setattr(net, "open_netdev", open_pair)
+    other = tmp_path / "other.qcow2"
+    create_image(str(other), format="qcow2", size=MiB)
+    disks = {slot: Driver(vm, slot, 1) for slot in range(4)}
+    for slot in (4, 5):
+        vm.drive_slot(slot)
+    before, held = holdings(), 0
+    for number in range(500):
+        if number == 100:  # what is loaded or kept once is there
+            before, held = holdings(), anonymous_memory()
+        if number % 2:
+            vm.run("netdev_add", id="n", ifname="t")
+            vm.run("device_add", id="n", driver="virtio-net-mmio", addr=str(number // 2 % 2))
+            vm.run("device_del", id="n")
+        else:
+            slot = number // 2 % 4
+            file, kind = (image, "raw") if number % 3 else (other, "qcow2")
+            vm.add_drive("d", file, driver=kind)
+            vm.run("device_add", id="d", driver="virtio-blk-mmio", addr=str(slot))
+            data = bytes([number % 251]) * 512
+            assert disks[slot].disk(OUT, data) == b"\0"
+            assert disks[slot].disk(IN, room=512) == data + b"\0"
+            vm.run("device_del", id="d")
+    assert holdings() == before
+    assert anonymous_memory() - held < 2048, "KiB, or 5 a round"
+
+
+def anonymous_memory() -> int:
+    """What this process holds of memory that belongs to no file, in KiB."""
+    gc.collect()
+    (line,) = (line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Pss_Anon:"))
+    return int(line.split()[1])
 
 
 class TestNetworksThatOthersCarry:
