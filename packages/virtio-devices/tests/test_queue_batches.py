@@ -107,13 +107,19 @@ def test_a_table_as_linux_makes_it_is_read_whole() -> None:
     for count, readable in ((34, 1), (34, 33), (34, 34), (34, 0), (MAX_INDIRECT, 1)):
         ring.offer(ring.chain(*((BUF, 1, n >= readable) for n in range(count)), table=TABLE))
         queue = enable(ring, (ring.avail_idx - 1) & 0xFFFF)
-        whole = queue._whole_table(TABLE, 16 * count)
+        whole = queue._whole_table(TABLE, count)
         assert whole
         assert (len(whole[0]), len(whole[1]), whole[2]) == (readable, count - readable, count)
         with patch.object(queue_module, "_DESC", wraps=queue_module._DESC) as unpack:
             ((_, before, after),) = queue.chains()
         assert (len(before), len(after)) == (readable, count - readable)
         assert unpack.call_count == 1, "the one in the ring"
+
+
+@pytest.mark.parametrize("offset", [0, 8, 4, 2, 1])
+def test_a_long_table_may_lie_anywhere(offset: int) -> None:
+    """Read 4 bytes too early, these entries would be in RAM as well."""
+    assert check_table(LOW, offset, 14, 1, [(n, 0, 0) for n in range(14)]) == ""
 
 
 def test_a_long_table_after_other_descriptors_is_a_part_of_their_chain() -> None:
@@ -141,8 +147,8 @@ def test_the_bytes_of_a_long_table_have_a_limit_too() -> None:
 
 DESCRIPTORS = st.tuples(
     st.one_of(st.integers(BUF, BUF + 64), st.sampled_from((BUF, (1 << 18) - 1, (1 << 20) - 1, 1 << 32, (1 << 32) + 64, 1 << 40))),
-    st.sampled_from((1, 2, 12, 64, 64, 64, 1536, 0, 1 << 20)),
-    st.sampled_from((WRITE, WRITE, WRITE, WRITE, WRITE, 0, NEXT, WRITE | NEXT, INDIRECT, 0x8000 | WRITE)),
+    st.sampled_from((64, 64, 64, 64, 64, 1536, 12, 2, 1, 0, 1 << 20)),
+    st.sampled_from((*(WRITE,) * 12, 0, 0, NEXT, WRITE | NEXT, INDIRECT, 0x8000 | WRITE)),
 )
 
 
@@ -151,9 +157,10 @@ DESCRIPTORS = st.tuples(
     st.integers(0, 5),
     INDICES,
     st.lists(DESCRIPTORS, min_size=1, max_size=32),
-    st.lists(st.integers(0, 33), max_size=32),
+    st.lists(st.integers(0, 31), max_size=32),
+    st.sampled_from((0, 0, 0, 1)),
     st.lists(st.tuples(st.integers(0, 33), st.integers(0, 8)), max_size=12),
-    st.sampled_from((0, WRITE)),
+    st.sampled_from((WRITE, WRITE, WRITE, 0)),
     st.sampled_from((1, 12)),
 )
 @settings(max_examples=1_500)
@@ -163,6 +170,7 @@ def test_requests_taken_many_at_once_are_those_of_the_ring_in_order_and_no_other
     start: int,
     descriptors: list[tuple[int, int, int]],
     offers: list[int],
+    beyond: int,
     turns: list[tuple[int, int]],
     flags: int,
     least: int,
@@ -172,7 +180,7 @@ def test_requests_taken_many_at_once_are_those_of_the_ring_in_order_and_no_other
     ring.start_at(start)
     for index, (addr, length, mine) in enumerate(descriptors[: ring.size]):
         ring.descriptor(index, addr, length, mine, (index + 1) % ring.size)
-    ring.offer(*(offers[: ring.size]))
+    ring.offer(*(head % (ring.size + beyond) for head in offers[: ring.size]))
     wanted, refusal = walk(enable(ring, start))
     queue = enable(ring, start)
     window = addressof(c_char.from_buffer(queue.window))

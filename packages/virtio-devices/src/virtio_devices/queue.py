@@ -140,6 +140,11 @@ class SplitQueue:
         """Whether the driver has made something available that chains() has not yielded."""
         return self._avail[1] != self._seen
 
+    @property
+    def available(self) -> int:
+        """How many requests there are to be taken, as the driver says: not to be relied on."""
+        return (self._avail[1] - self._seen) & 0xFFFF
+
     def chains(self) -> Iterator[Chain]:
         """Yield every request that is available now, oldest first. Requests not taken from the iterator stay in the ring.
 
@@ -160,7 +165,8 @@ class SplitQueue:
         try:
             while seen != idx:
                 head = at = avail[2 + (seen & mask)]
-                table, origin, entries, left, nested = desc, 0, size, size, False
+                table, origin, nested = desc, 0, False
+                entries = left = size
                 readable: list[memoryview] = []
                 writable: list[memoryview] = []
                 total = 0
@@ -173,14 +179,17 @@ class SplitQueue:
                             raise self._bad_indirect(nested, flags, length)
                         start = addr - base
                         if start >= 0 and start + length <= extent:
-                            if length >= _LONG and not total and (whole := self._whole_table(start, length)):
-                                readable, writable, total = whole
-                                break
                             table, origin = window, start
                         else:
                             table, origin = view(addr, length), 0
-                        at, entries, nested = 0, length >> 4, True
-                        left = entries if entries < MAX_INDIRECT else MAX_INDIRECT
+                        at, nested = 0, True
+                        entries = left = length >> 4
+                        if length >= _LONG:
+                            if entries > MAX_INDIRECT:
+                                left = MAX_INDIRECT
+                            elif table is window and not total and (whole := self._whole_table(start, entries)):
+                                readable, writable, total = whole
+                                break
                         continue
                     if not length:
                         raise QueueError(f"descriptor {at} has length 0")
@@ -210,17 +219,16 @@ class SplitQueue:
         except GuestMemoryError as error:
             raise QueueError(str(error)) from None
 
-    def _whole_table(self, start: int, length: int) -> tuple[list[memoryview], list[memoryview], int] | None:
-        """Read an indirect table in the window by columns: what is readable, what is writable, and their bytes.
+    def _whole_table(self, start: int, entries: int) -> tuple[list[memoryview], list[memoryview], int] | None:
+        """Read an indirect table in the window by columns: what is readable, what is writable, and how many bytes that is.
 
         None unless it is as Linux makes it (each entry goes on to the next one, all buffers lie in the window): what it says
         then, and what is wrong with it, is found entry by entry. Each number is read once; it is never looked at again.
         """
         window, base, extent, words = self.window, self._window_base, self._window_size, self._words
-        entries = length >> 4
-        if start & 7 or entries > MAX_INDIRECT:
+        if start & 7:
             return None
-        end = (start + length) >> 2
+        end = (start >> 2) + 4 * entries
         links = words[(start >> 2) + 3 : end : 4].tobytes()  # flags and next of each
         flags = links[-4]
         first = 0 if links[0] & _F_WRITE else 1 if links[4] & _F_WRITE else entries - (flags >> 1)  # that is writable
@@ -229,7 +237,6 @@ class SplitQueue:
         if (
             links[:split] != _READ_ON[:split]
             or links[split:body] != _WRITE_ON[split:body]
-            or links[-3]
             or flags != (_F_WRITE if first < entries else 0)
         ):
             return None

@@ -47,19 +47,12 @@ class Buffers:
         self._ends = [0]  # number n begins at [n] of some stretch, and ends at [n + 1]
         self._at = 0  # the first one that is not given back
         self._views: list[memoryview] = []  # from its beginning on
+        self.room = 0  # for the next frame with its header
 
     @property
     def count(self) -> int:
         """How many buffers there are."""
         return len(self._heads) - self._at
-
-    @property
-    def room(self) -> int:
-        """How large a frame with its header may be."""
-        ends, at = self._ends, self._at
-        if self.mergeable or at == len(self._heads):
-            return ends[-1] - ends[at]
-        return self._lengths[at]
 
     def fill(self, queue: SplitQueue, wanted: int) -> bool:
         """Have room for `wanted`, if the driver has made that much available; more if that is cheap. Tell whether any came.
@@ -86,6 +79,7 @@ class Buffers:
                 heads += more
                 lengths += sizes
                 ends[-1:] = accumulate(sizes, initial=ends[-1])
+                self.room = ends[-1] - ends[0] if self.mergeable else lengths[0]
                 window = queue.window
                 if self.mergeable:
                     count = len(more)
@@ -107,6 +101,7 @@ class Buffers:
             self._heads.append(head)
             self._lengths.append(length)
             self._ends.append(self._ends[-1] + length)
+            self.room += length
             self._views += writable
             self._detour -= 1
             if self.room >= wanted:
@@ -161,7 +156,11 @@ class Buffers:
             first[NUM_BUFFERS], first[NUM_BUFFERS + 1] = count & 0xFF, count >> 8
         else:
             poke(views, NUM_BUFFERS, count.to_bytes(2, "little"))
-        self._at = at + count
+        self._at = at = at + count
+        if self.mergeable:
+            self.room -= taken
+        else:
+            self.room = self._lengths[at] if at < len(self._lengths) else 0
         while taken >= len(first):
             taken -= len(first)
             del views[0]

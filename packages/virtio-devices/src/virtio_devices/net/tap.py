@@ -61,6 +61,7 @@ _NAME_MAX = 15
 # What a tap answers that takes no more frames now, or none any more. Anything else (an interface that is down, nonsense in the
 # header) is about one frame, which is lost.
 _STOP = (EAGAIN, EBADFD)
+_MANY = 6  # frames to be sent that are taken at once sooner than one by one
 _SPILL = 0x1_2000  # bytes: more than a frame of 64 KiB with every header
 
 
@@ -183,8 +184,7 @@ class TapLane(Lane):
         budget, frames = BYTES, FRAMES
         queue.disable_kicks()
         while budget >= 0 and frames:
-            run = queue.take_singles(frames, 0)
-            if run and run[0]:
+            if queue.available >= _MANY and (run := queue.take_singles(frames, 0)) and run[0]:
                 budget = self._write_singles(queue, run, budget)
                 if self._blocked or self.dead:
                     return
