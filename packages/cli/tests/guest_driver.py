@@ -30,6 +30,7 @@ class Driver:
             self._set(0x020, vm.register(slot, 0x010))
         self._set(STATUS, 11)
         for queue in range(queues):
+            vm.access.write(self._base(queue), bytes(0x1000))  # another driver may have had it
             self._set(SEL, queue)
             self._set(NUM, ENTRIES)
             for offset, part in ((0x080, 0), (0x090, 0x400), (0x0A0, 0x800)):
