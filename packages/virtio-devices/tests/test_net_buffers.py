@@ -142,6 +142,17 @@ def test_without_mergeable_buffers_each_is_offered_alone() -> None:
     assert buffers.room == 1536
 
 
+def test_a_driver_whose_buffers_are_not_to_be_taken_at_once_is_not_asked_each_time() -> None:
+    ring, queue = new_queue()
+    offer(ring, [[20, 20]] * 20)
+    buffers = Buffers()
+    buffers.begin(mergeable=True)
+    with patch.object(queue, "take_singles", wraps=queue.take_singles) as take:
+        for number in range(1, 21):
+            assert buffers.fill(queue, 40 * number)
+    assert take.call_count == 1
+
+
 def test_a_system_call_is_never_offered_more_views_than_it_takes() -> None:
     ring, queue = new_queue(size=2048)
     for _ in range(3):

@@ -38,7 +38,7 @@ _MAX_TABLE = 16 * 65535  # an index has 16 bits, and 65,535 entries are what the
 _MAX_BYTES = 1 << 32  # 2.7.5.3.1: a chain is never longer than 2**32 bytes in total
 
 # A table that is used from its first entry on, one after the other, has this for flags and next, as long as it goes on.
-_LONG = 16 * 12  # bytes; a shorter table is read sooner entry by entry
+_LONG = 16 * 20  # bytes; a shorter table is read sooner entry by entry
 _READ_ON = array("I", range(0x1_0000 + _F_NEXT, MAX_INDIRECT << 16, 0x1_0000)).tobytes()
 _WRITE_ON = array("I", range(0x1_0000 + _F_NEXT + _F_WRITE, MAX_INDIRECT << 16, 0x1_0000)).tobytes()
 

@@ -61,7 +61,7 @@ _NAME_MAX = 15
 # What a tap answers that takes no more frames now, or none any more. Anything else (an interface that is down, nonsense in the
 # header) is about one frame, which is lost.
 _STOP = (EAGAIN, EBADFD)
-_MANY = 6  # frames to be sent that are taken at once sooner than one by one
+_MANY = 8  # frames to be sent that are taken at once sooner than one by one
 _SPILL = 0x1_2000  # bytes: more than a frame of 64 KiB with every header
 
 
