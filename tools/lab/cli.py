@@ -118,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
 def _options(options: argparse.Namespace, tty: bool) -> host.Options:
     if options.smp < 1 or options.memory < 512:
         raise host.LabError("--smp must be at least 1, --memory at least 512")
+    if not options.stall > host.HEARTBEAT:
+        raise host.LabError(
+            f"--stall {options.stall:g}: must be more than {host.HEARTBEAT:g} s: that often the lab host is heard of"
+        )
     return host.Options(
         arch=options.arch,
         smp=options.smp,

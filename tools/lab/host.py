@@ -46,6 +46,7 @@ _LAST_WORDS = 25  # lines of that, or from where the kernel says what went wrong
 _TROUBLE = re.compile(r"sysrq: |BUG: |Oops|Kernel panic|Out of memory|general protection fault", re.IGNORECASE)
 _CHUNK = 64 * 1024
 _LOOK = 1.0  # seconds between two looks at the clock and at who started us
+HEARTBEAT = 10.0  # seconds; that often the lab host says that it lives (inside.sh)
 
 
 class LabError(Exception):
@@ -65,7 +66,7 @@ class Options:
     memory: int = 4096  # MiB
     timeout: float | None = None  # seconds, for the whole run
     boot_timeout: float = 240.0  # seconds, for what takes 4 to 60; then the lab host is started once more
-    stall: float = 300.0  # seconds; the lab host says every ten that it lives
+    stall: float = 300.0  # seconds, more than HEARTBEAT
     out: Path | None = None  # a folder that the command sees as $LAB_OUT
     dmesg: Path | None = None  # a file for the lab host's kernel log
     tty: bool = False  # the command gets a terminal of its own; ours is in raw mode meanwhile
@@ -192,7 +193,7 @@ class _Host:
         self._input = bytearray()
         self._log = bytearray()
         self._up = False  # our standard input is the next host's if this one never comes up
-        self._heard = 0.0  # of the lab host, on the monotonic clock
+        self._silence = 0.0  # seconds that we have waited for a word of the lab host, in vain
         self._status: int | None = None
         end = b"\1" + token.encode()
         self._streams = {
@@ -259,11 +260,15 @@ class _Host:
             if not self._up and time.monotonic() >= up_by:
                 limit = f"{self._options.boot_timeout:g} s"
                 raise _NotUpError(f"the lab host did not come up within {limit}:\n{self._last_words()}")
-            if self._up and time.monotonic() - self._heard >= self._options.stall:
+            if self._up and self._silence >= self._options.stall:
                 raise LabError(f"the lab host stands still: not a word for {self._options.stall:g} s:\n{self._last_words()}")
             if os.getppid() != parent:
                 raise SystemExit(128 + signal.SIGHUP)  # who started us is gone, and nobody waits for the result
-            for key, mask in self._selector.select(_LOOK):
+            # Only what was waited for counts: who reads our output may have it wait for long, and so may who stopped us.
+            before = time.monotonic()
+            ready = self._selector.select(_LOOK)
+            self._silence += min(time.monotonic() - before, _LOOK)
+            for key, mask in ready:
                 self._handle(key, mask)
         if self._options.dmesg:
             self._options.dmesg.write_bytes(self._log)
@@ -313,7 +318,7 @@ class _Host:
             if self._options.verbose:
                 _write(2, data)
         elif name == "control":
-            self._heard = time.monotonic()
+            self._silence = 0.0
             self._control += data
             *lines, self._control[:] = bytes(self._control).split(b"\n")
             for line in lines:
