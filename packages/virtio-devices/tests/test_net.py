@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from net_cable import BROADCAST, MAC, OTHER, Cable, Net, frame
 from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, DeviceError
 from virtio_devices.mmio import CONFIG_CHANGE
+from virtio_devices.mmio_registers import SIZE
 from virtio_devices.net.device import NetDevice
 from virtio_devices.net.features import (
     CLASS_ANNOUNCE,
@@ -707,6 +708,18 @@ def test_a_network_that_cannot_do_what_was_negotiated_is_refused(make: Make, cab
     cables[-1].send(frame())
     driver.loop.poll()
     assert driver.heard() == [frame()]
+
+
+def test_what_another_network_offers_is_seen_in_registers_in_memory(make: Make, cables: list[Cable]) -> None:
+    driver = make()
+    registers = memoryview(bytearray(SIZE))
+    driver.transport.mirror(registers)
+    cables.append(Cable(features=0))
+    for change in (lambda: driver.device.attach(cables[-1]), driver.device.detach):
+        offered = registers.cast("I")[0x010 >> 2]
+        change()
+        assert registers.cast("I")[0x010 >> 2] ^ offered == OFFLOADS | F_CTRL_GUEST_OFFLOADS
+        assert registers.cast("I").tolist() == [driver.read(at) for at in range(0, SIZE, 4)]
 
 
 def test_a_network_that_comes_while_a_driver_has_chosen_more_makes_it_choose_again(make: Make, cables: list[Cable]) -> None:

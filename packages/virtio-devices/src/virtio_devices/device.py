@@ -30,7 +30,7 @@ class DeviceError(VmmError):
 
 
 class Notifier(Protocol):
-    """How a device reaches its driver. From any thread; never blocks, never raises, and calls nothing of the device."""
+    """How a device reaches its driver. From any thread; never blocks, never raises, and takes no lock of the device."""
 
     def queue_used(self, index: int) -> None:
         """Send a used buffer notification for queue `index` (2.3)."""
@@ -49,6 +49,10 @@ class Notifier(Protocol):
 
     def show_config(self, generation: int, config: bytes) -> None:
         """Take note of another configuration space, before the driver is told."""
+        ...
+
+    def show_features(self) -> None:
+        """Take note of other features. A driver is not told: those that it has negotiated stay."""
         ...
 
     def needs_reset(self, reason: str) -> None:
@@ -78,7 +82,7 @@ class VirtioDevice:
         if not loops:
             raise ValueError(f"{name}: a device needs a loop")
         self.name = name
-        self.features = features | F_VERSION_1
+        self._features = features | F_VERSION_1
         self.queue_sizes = tuple(queue_sizes)
         self.active = False
         self.broken = False
@@ -95,6 +99,17 @@ class VirtioDevice:
         # Replaced as one, so that a reader on any thread sees bytes and generation that belong together (2.5.1).
         self._config = (0, config)
         self._config_lock = threading.Lock()  # of writers
+
+    @property
+    def features(self) -> int:
+        """What is offered; it may change with what the device is attached to."""
+        return self._features
+
+    @features.setter
+    def features(self, features: int) -> None:
+        self._features = features
+        if self._notifier is not None:
+            self._notifier.show_features()
 
     # Configuration space (2.5), from any thread
 

@@ -146,15 +146,14 @@ class MmioTransport:
                 self._shown = shown if device else None  # a placeholder's never change
                 self._show_status()
             if device:
-                self._show_selected(device)
+                self._show_selected()
                 device.show_config()
 
-    def _show_selected(self, device: VirtioDevice) -> None:
+    def _show_selected(self) -> None:
         if self._shown:
             queue = self._selected()
-            self._shown.selected(
-                self._features_word(device), queue.max_size if queue else 0, queue is not None and queue.queue is not None
-            )
+            self._shown.queue(queue.max_size if queue else 0, queue is not None and queue.queue is not None)
+            self.show_features()
 
     def _show_status(self) -> None:
         """The lock is held."""
@@ -166,6 +165,12 @@ class MmioTransport:
         with self._state:
             if self._shown:
                 self._shown.config(generation, config)
+
+    def show_features(self) -> None:
+        """Show other features."""
+        with self._state:
+            if self._shown and self.device:
+                self._shown.features(self._features_word(self.device))
 
     # BusDevice: vCPU threads, several at once
 
@@ -224,7 +229,7 @@ class MmioTransport:
         else:
             with self._control:
                 self._write_control(device, offset, value)
-                self._show_selected(device)
+                self._show_selected()
 
     def _write_control(self, device: VirtioDevice, offset: int, value: int) -> None:
         if offset == reg.STATUS:
@@ -401,8 +406,7 @@ class MmioTransport:
                 self._status = self._interrupt_status = 0
                 self._used_unread = False
                 self._show_status()
-            if self.device:
-                self._show_selected(self.device)
+            self._show_selected()
 
     def pause(self) -> None:
         """Bring the device to rest."""
@@ -491,7 +495,7 @@ class MmioTransport:
             self._interrupt_status = saved.interrupt_status & (USED_BUFFER | CONFIG_CHANGE)
             self._used_unread = True  # an event of before must not take away what is pending now
             self._show_status()
-        self._show_selected(device)
+        self._show_selected()
         if saved.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK:
             device.pause()
             device.activate(saved.driver_features, [registers.queue for registers in self._queues], self.notify_fds)

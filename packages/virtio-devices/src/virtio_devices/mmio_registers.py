@@ -32,10 +32,13 @@ class ShownRegisters:
             words[DEVICE_ID >> 2] = device_type
             memory[SHM_LEN:SHM_END] = b"\xff" * (SHM_END - SHM_LEN)  # no such region, whichever is selected
 
-    def selected(self, features: int, queue_size: int, ready: bool) -> None:
-        """Show the registers that depend on a selector."""
+    def features(self, features: int) -> None:
+        """Show the features that are selected."""
+        self._words[DEVICE_FEATURES >> 2] = features
+
+    def queue(self, queue_size: int, ready: bool) -> None:
+        """Show the registers of the queue that is selected."""
         words = self._words
-        words[DEVICE_FEATURES >> 2] = features
         words[QUEUE_NUM_MAX >> 2] = queue_size
         words[QUEUE_READY >> 2] = ready
 
