@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from errno import EAGAIN, EBADFD, EINVAL, EIO
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from net_cable import MAC, Cable, Net, frame
 from virtio_devices.device import F_EVENT_IDX
+from virtio_devices.net.backend import BYTES, FRAMES
 from virtio_devices.net.buffers import IOV_MAX, Buffers
 from virtio_devices.net.device import NetDevice
 from virtio_devices.net.features import ETHERNET, F_MRG_RXBUF, HEADER
@@ -137,7 +140,9 @@ def test_without_mergeable_buffers_each_is_offered_alone() -> None:
     buffers = Buffers()
     buffers.begin(mergeable=False)
     assert buffers.fill(queue, 60_000)
+    offer(ring, [[1536]] * 5)
     assert not buffers.fill(queue, 60_000), "more would not help"
+    assert buffers.count == 5
     assert [len(view) for view in buffers.offer(60_000)[0]] == [1536]
     assert buffers.room == 1536
 
@@ -181,6 +186,98 @@ def test_a_buffer_that_is_none_is_found_when_its_turn_comes_and_not_before() -> 
     assert buffers.fill(queue, 1536)
     with pytest.raises(QueueError, match="writable, and nothing else"):
         buffers.fill(queue, 1537)
+
+
+# Frames of one descriptor, many at once
+
+
+class Network:
+    """Stands for os.write(): takes frames, or answers with an error. `answers` is by number of frame."""
+
+    def __init__(self, answers: dict[int, int]) -> None:
+        self.answers = answers
+        self.lengths: list[int] = []
+
+    def __call__(self, fd: int, data: memoryview) -> int:
+        self.lengths.append(len(data))
+        if number := self.answers.get(len(self.lengths) - 1):
+            raise OSError(number, os.strerror(number))
+        return len(data)
+
+
+Sent = tuple[Net, Network, list[tuple[int, int]]]
+
+
+@pytest.fixture
+def send(memory: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Sent]]:
+    """Return what sends frames of one descriptor each, with one kick: driver, network, and what came back."""
+    loop, cable = new_loop(), Cable()
+    driver = Net(NetDevice("net0", [loop], memory, mac=MAC, backend=cable), memory, loop)
+
+    def send(*sizes: int, answers: dict[int, int] | None = None, full: bool = False) -> Sent:
+        network = Network(answers or {})
+        with suppress(BlockingIOError):
+            while full:
+                cable.near[0].send(bytes(60))
+        monkeypatch.setattr("os.write", network)
+        driver.up(size=256)
+        for number, size in enumerate(sizes):
+            driver.rings[1].offer(driver.rings[1].chain((DATA + 64 * number, size, False)))
+        edges = driver.line.edges
+        driver.kick(1)
+        driver.line.edges -= edges
+        return driver, network, driver.rings[1].collect()
+
+    yield send
+    monkeypatch.undo()
+    driver.close()
+    cable.close()
+    loop.close()
+
+
+def test_many_frames_are_sent_in_order_and_come_back_in_order(send: Callable[..., Sent]) -> None:
+    driver, network, done = send(*range(60, 90))
+    assert network.lengths == list(range(60, 90))
+    assert done == [(head, 0) for head in range(30)]
+    assert driver.device.statistics()[4:] == (30, sum(range(60, 90)) - 30 * HEADER, 0)
+
+
+def test_a_turn_ends_after_so_many_frames_or_bytes_and_the_rest_has_the_next_one(send: Callable[..., Sent]) -> None:
+    """Each turn is one interrupt."""
+    driver, _, done = send(*[60] * (2 * FRAMES + 10))
+    assert (len(done), driver.line.edges) == (2 * FRAMES + 10, 3)
+    driver.status = 0
+    each = BYTES // 5 + 1
+    driver, network, done = send(*[each] * 12)
+    assert (len(done), driver.line.edges) == (12, 3)
+    assert network.lengths == [each] * 5, "seven are few"
+
+
+def test_of_many_frames_those_that_the_network_refuses_are_lost_and_no_other(send: Callable[..., Sent]) -> None:
+    driver, network, done = send(*[60] * 20, answers={3: EIO, 19: EINVAL})
+    assert (len(network.lengths), len(done)) == (20, 20)
+    assert driver.device.statistics()[4:] == (18, 18 * 48, 2)
+
+
+def test_many_frames_wait_in_the_ring_once_the_network_takes_none(send: Callable[..., Sent]) -> None:
+    driver, network, done = send(*[60] * 20, answers={11: EAGAIN, 12: EAGAIN})
+    assert len(network.lengths) == 12 + 9 + 1, "the socket is writable: the loop tries again, once, and then goes on"
+    assert [head for head, _ in done] == list(range(20))
+    assert driver.device.statistics()[4:] == (20, 20 * 48, 0)
+
+
+def test_a_network_that_takes_none_is_not_asked_again_before_it_says_so(send: Callable[..., Sent]) -> None:
+    _, network, done = send(*[60] * 20, answers=dict.fromkeys(range(11, 99), EAGAIN), full=True)
+    assert len(network.lengths) == 12
+    assert [head for head, _ in done] == list(range(11))
+
+
+def test_many_frames_are_lost_once_the_network_has_gone(send: Callable[..., Sent]) -> None:
+    driver, network, done = send(*[60] * 20, answers={11: EBADFD})
+    assert len(network.lengths) == 12
+    assert [head for head, _ in done] == list(range(20))
+    assert driver.device.statistics()[4:] == (11, 11 * 48, 9)
+    assert not driver.link & 1
 
 
 # The whole device, with and without taking many at once
