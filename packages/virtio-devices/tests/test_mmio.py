@@ -592,6 +592,7 @@ STEPS = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(st.lists(STEPS, max_size=40))
 @example([("feature", 0, 0), ("write", 0x014, 1), ("feature", 0, 0)])
+@example([("start", 0, 0), ("use", 0, 0), ("ack", 0, 0), ("change", 0, 0), ("write", 0x064, 3)])
 def test_registers_in_memory_are_what_the_bus_answers(steps: list[tuple[str, int, int]]) -> None:
     loop, memory = new_loop(), GuestMemory([(0, 1 << 20)])
     driver = Driver(Echo(loop), memory, loop)
@@ -619,6 +620,8 @@ def test_registers_in_memory_are_what_the_bus_answers(steps: list[tuple[str, int
             driver.start()
         elif step == "reset":
             transport.reset()
+        elif step == "ack":
+            os.eventfd_write(transport.ack_fd, 1)
         elif step == "feature":
             device.features ^= F_PRIVATE | 1 << 40
         elif step == "offer" and driver.rings and device.active:
@@ -633,6 +636,26 @@ def test_registers_in_memory_are_what_the_bus_answers(steps: list[tuple[str, int
     loop.close()
     memory.close()
     assert bytes(registers) == last, "nobody looks at it any more"
+
+
+def test_registers_in_memory_tell_of_an_interrupt_before_it_comes(echo: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    registers = memoryview(bytearray(SIZE))
+    echo.transport.mirror(registers)
+    echo.start()
+    seen: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(echo.line, "trigger", lambda: seen.append((registers[0x060], registers[0x070], registers[0x100])))
+    echo.transport.queue_used(0)
+    echo.device.resize(5)
+    echo.write(0x064, USED_BUFFER | CONFIG_CHANGE)
+    assert registers[0x060] == USED_BUFFER, "until the reset, as acknowledgements may be events that nobody sees"
+    echo.transport.queue_used(1)
+    echo.transport.needs_reset("a test")
+    assert seen == [
+        (USED_BUFFER, READY, 0),
+        (USED_BUFFER | CONFIG_CHANGE, READY, 5),
+        (USED_BUFFER, READY, 5),
+        (USED_BUFFER | CONFIG_CHANGE, READY | NEEDS_RESET, 5),
+    ]
 
 
 def test_a_longer_configuration_space_than_the_window_is_shown_as_far_as_it_fits(
