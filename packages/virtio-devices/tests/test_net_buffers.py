@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from net_cable import MAC, Cable, Net, frame
 from virtio_devices.device import F_EVENT_IDX
+from virtio_devices.net import buffers as buffers_module
 from virtio_devices.net.backend import BYTES, FRAMES
 from virtio_devices.net.buffers import IOV_MAX, Buffers
 from virtio_devices.net.device import NetDevice
@@ -156,6 +157,50 @@ def test_a_driver_whose_buffers_are_not_to_be_taken_at_once_is_not_asked_each_ti
         for number in range(1, 21):
             assert buffers.fill(queue, 40 * number)
     assert take.call_count == 1
+
+
+def test_many_are_taken_again_after_those_that_could_not_be() -> None:
+    ring, queue = new_queue()
+    offer(ring, [[20, 20]])
+    offer(ring, [[1536]] * 20)
+    buffers = Buffers()
+    buffers.begin(mergeable=True)
+    with patch.object(buffers_module, "_AHEAD", 3):
+        for number in range(3):
+            assert buffers.fill(queue, 40 + 1536 * number)
+            assert buffers.count == number + 1
+        assert buffers.fill(queue, buffers.room + 1)
+    assert buffers.count == 6
+
+
+def test_there_is_room_for_what_is_left_when_more_is_taken() -> None:
+    ring, queue = new_queue()
+    offer(ring, [[1536]] * 5)
+    buffers = Buffers()
+    buffers.begin(mergeable=True)
+    assert buffers.fill(queue, 1)
+    for _ in range(3):
+        buffers.give(queue, 100)
+    offer(ring, [[1000]] * 4, base=0x4_0000)
+    assert buffers.fill(queue, 2 * 1536 + 1)
+    assert (buffers.count, buffers.room) == (6, 2 * 1536 + 4 * 1000)
+    buffers.give(queue, 2 * 1536 + 1001)
+    queue.publish()
+    assert [written for _, written in ring.collect()] == [100, 100, 100, 1536, 1536, 1000, 1]
+    assert (buffers.count, buffers.room) == (2, 2000)
+
+
+def test_a_buffer_of_more_pieces_than_a_system_call_takes_is_refused() -> None:
+    for mergeable in (True, False):
+        ring, queue = new_queue(size=4096)
+        offer(ring, [[8] * (IOV_MAX - 1), [8] * IOV_MAX], base=0x2_0000)
+        buffers = Buffers()
+        buffers.begin(mergeable=mergeable)
+        assert buffers.fill(queue, 8)
+        assert len(buffers.offer(8 * (IOV_MAX - 1))[0]) == IOV_MAX - 1
+        buffers.give(queue, 8 * (IOV_MAX - 1))
+        with pytest.raises(QueueError, match=f"in {IOV_MAX} pieces"):
+            buffers.fill(queue, 8)
 
 
 def test_a_system_call_is_never_offered_more_views_than_it_takes() -> None:

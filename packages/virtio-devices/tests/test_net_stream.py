@@ -74,9 +74,9 @@ def pipe() -> Iterator[Pipe]:
 def make(memory: GuestMemory, loop: DirectLoop) -> Iterator[Make]:
     made: list[Net] = []
 
-    def make(pipe: Pipe) -> Net:
+    def make(pipe: Pipe, queue_size: int = 256) -> Net:
         said: list[str] = []
-        device = NetDevice("net0", [loop], memory, mac=MAC, backend=pipe.backend, report=said.append)
+        device = NetDevice("net0", [loop], memory, mac=MAC, backend=pipe.backend, queue_size=queue_size, report=said.append)
         made.append(Net(device, memory, loop))
         made[-1].said = said  # type: ignore[attr-defined]
         return made[-1]
@@ -113,6 +113,17 @@ def test_what_is_no_frame_is_not_sent(make: Make, pipe: Pipe, size: int) -> None
     driver.say(frame())
     assert pipe.received() == packed(frame())
     assert driver.device.statistics().tx_dropped == 1
+
+
+@pytest.mark.parametrize("pieces", [1020, 1021, 1022, 1023])
+def test_frames_of_many_pieces_go_out_in_as_many_system_calls_as_it_takes(make: Make, pipe: Pipe, pieces: int) -> None:
+    driver = make(pipe, queue_size=2048).up(size=2048)
+    first, second = frame(60), frame(1200)[: pieces + 20]
+    driver.offer(bytes(HEADER) + first, queue=1)
+    driver.offer(bytes(HEADER) + second[:21], *(second[at : at + 1] for at in range(21, pieces + 20)), queue=1)
+    driver.kick(1)
+    assert pipe.received() == packed(first, second)
+    assert len(driver.rings[1].collect()) == 2
 
 
 def test_frames_wait_while_the_stream_is_full_and_none_is_lost(make: Make) -> None:
@@ -172,6 +183,15 @@ def test_more_frames_than_one_turn_takes_arrive_without_further_events(make: Mak
     pipe.far.send(packed(*[frame(60)] * 100))
     driver.loop.poll()
     assert driver.heard() == [frame(60)] * 100
+
+
+def test_a_frame_that_no_ring_of_the_driver_can_hold_is_dropped_and_the_next_ones_arrive(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe).up(size=8)
+    driver.room(*[1600] * 8)
+    pipe.far.sendall(packed(frame(60_000), frame(60)))
+    driver.loop.poll()
+    assert driver.heard() == [frame(60)]
+    assert driver.device.statistics().rx_dropped == 1
 
 
 def test_without_mergeable_buffers_what_does_not_fit_is_dropped(make: Make, pipe: Pipe) -> None:
