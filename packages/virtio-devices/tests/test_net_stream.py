@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from net_cable import MAC, Net, frame
 from virtio_devices.device import F_EVENT_IDX, DeviceError
+from virtio_devices.mmio import CONFIG_CHANGE
+from virtio_devices.mmio_registers import SIZE
 from virtio_devices.net import passt
 from virtio_devices.net.device import NetDevice
 from virtio_devices.net.features import F_CTRL_GUEST_OFFLOADS, HEADER, OFFLOADS
@@ -252,6 +254,15 @@ def test_a_stream_that_ends_between_two_drivers_is_noticed_by_the_next(make: Mak
     pipe.far.close()
     assert driver.link == 0
     assert driver.up().link == 0
+
+
+def test_a_driver_that_reads_memory_hears_of_a_stream_that_has_ended_when_it_is_ready(make: Make, pipe: Pipe) -> None:
+    driver = make(pipe)
+    registers = memoryview(bytearray(SIZE))
+    driver.transport.mirror(registers)
+    pipe.far.close()
+    driver.up()
+    assert (registers[0x106], registers[0x060] & CONFIG_CHANGE, driver.line.edges) == (0, CONFIG_CHANGE, 1)
 
 
 def test_a_stream_that_has_ended_already_is_put_in_without_a_link(memory: GuestMemory, loop: DirectLoop, pipe: Pipe) -> None:

@@ -126,7 +126,10 @@ class NetDevice(VirtioDevice):
         return bool(self._config[1][CONFIG_STATUS] & S_LINK_UP)
 
     def read_config(self, offset: int, size: int) -> int:
-        """Return a part of the configuration space. Between drivers nothing watches the network, so that is looked after here."""
+        """Return a part of the configuration space. Between drivers nothing watches the network, so that is looked after here.
+
+        A driver that reads it from memory hears of a network that has gone when it is ready (`_start`).
+        """
         if not self.active:
             with self._lock:
                 if not self.active:
