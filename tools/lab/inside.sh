@@ -24,8 +24,8 @@ done
 exec 4>/dev/vport0p4
 echo up >&4
 # A host whose emulation hangs is silent, and so is a command at work: this tells one from the other.
-while $b sleep 10; do echo alive; done >&4 &
-relays="$relays $!"
+# It is no child of this shell, which waits for those, and goes on to the very end.
+(while $b sleep 10; do echo alive; done >&4 &)
 # In the foreground: a shell's background children ignore SIGINT, and so would the job.
 (
     exec 4>&-
@@ -43,7 +43,7 @@ relays="$relays $!"
 status=$?
 # What the job left running ends with it, like the processes of a container; else an open pipe would hold the lab.
 echo 1 >/sys/fs/cgroup/job/cgroup.kill
-kill $relays
+[ -z "$relays" ] || kill $relays
 wait
 { $b dmesg; printf '\001%s' "$LAB_TOKEN"; } >/dev/vport0p5
 $b sync

@@ -125,7 +125,10 @@ class KvmHypervisor:
             return None
         from ctypes import addressof, c_char
 
-        memory = memoryview(mmap.mmap(-1, size))
+        try:
+            memory = memoryview(mmap.mmap(-1, size))
+        except OSError as error:
+            raise HypervisorError(f"{size:#x} bytes for registers at {address:#x}: {error.strerror}") from None
         self._map_slot(slot, kvm.MEM_READONLY, address, size, addressof(c_char.from_buffer(memory)))
         self._shown.append(memory)  # stays mapped as long as the VM may look at it
         return memory
