@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from vmm_core.machine.core import MachineEvent
 
 IO_THREAD = "vmm-io"  # serves what no -object iothread is named for
-FLUSH_INTERVAL = 100_000_000  # ns; a guest that writes to its serial port and never again leaves the guest waits this long
 PREALLOC_THREADS = 16
 
 
@@ -272,11 +271,9 @@ class VirtualMachine:
         with blame("-serial"):
             serial.connect(self.open_chardev(chardev, "-serial"))
         if not self.config.test_socket:  # nothing is collected there
-            self._flush_serial()
+            from vmm_core.devices.serial_flush import SerialFlush
 
-    def _flush_serial(self) -> None:
-        self.machine.hypervisor.flush_coalesced()
-        self.main_loop.call_later(FLUSH_INTERVAL, self._flush_serial, host=True)
+            SerialFlush(self.main_loop, self.machine.hypervisor.flush_coalesced, serial)
 
     def _add_devices(self) -> None:
         """Fill the slots (see `slots`)."""

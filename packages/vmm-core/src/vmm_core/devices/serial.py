@@ -69,6 +69,8 @@ class Serial:
         self._backend: CharBackend | None = None
         self._output = SerialOutput(loop, self.flush, report)
         self._scratch_hook: Callable[[int], None] | None = None
+        self.used = True  # by the guest since somebody set this to False (`serial_flush`)
+        self._use_hook: Callable[[], None] | None = None
         self._lock = Lock()
         self._input = bytearray()  # from the host, not yet read by the guest
         self._arrived = 0  # how many of them are in the receiver
@@ -104,6 +106,10 @@ class Serial:
         """Call `hook` with every value written to the scratch register, port 0x3FF (`vmm_core.devices.debugport`)."""
         self._scratch_hook = hook
 
+    def on_use(self, hook: Callable[[], None]) -> None:
+        """Call `hook`, on any thread, when the guest uses the port and `used` was False."""
+        self._use_hook = hook
+
     def reset(self) -> None:
         """Power-on state. Bytes on the wire, in either direction, are not the UART's and stay."""
         with self._lock:
@@ -115,6 +121,8 @@ class Serial:
 
     def read(self, offset: int, size: int) -> int:
         """Read a register; a wider access reads the registers from there on, as the ISA bus splits it."""
+        if not self.used:
+            self._use()
         if size == 1:
             if offset == LSR and not self._ier:
                 return self._poll()
@@ -123,11 +131,18 @@ class Serial:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Write a register; a wider access writes the registers from there on, as the ISA bus splits it."""
+        if not self.used:
+            self._use()
         if size == 1:
             self._write(offset, value & 0xFF)
             return
         for i in range(min(size, 8 - offset)):
             self._write(offset + i, value >> 8 * i & 0xFF)
+
+    def _use(self) -> None:
+        self.used = True
+        if self._use_hook:
+            self._use_hook()
 
     def _poll(self) -> int:
         """Read the line status for a driver without interrupts: a kernel's console does so with each byte it prints."""
