@@ -11,6 +11,7 @@ $b mkdir /sys/fs/cgroup/job
 stream() { # PIPE PORT: copy a pipe to a port, then mark the end
     $b mkfifo "/run/lab/$1"
     { $b cat "/run/lab/$1"; printf '\001%s' "$LAB_TOKEN"; } >"/dev/vport0p$2" &
+    streams="$streams $!"
 }
 
 stream out.pipe 1
@@ -24,8 +25,7 @@ done
 exec 4>/dev/vport0p4
 echo up >&4
 # A host whose emulation hangs is silent, and so is a command at work: this tells one from the other.
-# It is no child of this shell, which waits for those, and goes on to the very end.
-(while $b sleep 10; do echo alive; done >&4 &)
+while $b sleep 10; do echo alive; done >&4 & # to the very end
 # In the foreground: a shell's background children ignore SIGINT, and so would the job.
 (
     exec 4>&-
@@ -44,7 +44,7 @@ status=$?
 # What the job left running ends with it, like the processes of a container; else an open pipe would hold the lab.
 echo 1 >/sys/fs/cgroup/job/cgroup.kill
 [ -z "$relays" ] || kill $relays
-wait
+wait $streams
 { $b dmesg; printf '\001%s' "$LAB_TOKEN"; } >/dev/vport0p5
 $b sync
 [ -z "$LAB_SHARE" ] || $b umount "$LAB_SHARE"
