@@ -10,8 +10,7 @@ $b mount -t sysfs sys /sys
 load() { # what is loaded in the background is waited for in inside.sh
     for module in "$@"; do
         options=
-        # Nested paging as QEMU 7.2 emulates it lets guests and hosts have each other's registers (CONTRIBUTING.md).
-        [ "${module##*-}" != kvm_amd.ko ] || options="npt=0 nested=0"
+        [ "${module##*-}" != kvm_amd.ko ] || options="npt=$LAB_NPT nested=0"
         $b insmod "$module" $options || echo "lab: cannot load $module"
     done
 }

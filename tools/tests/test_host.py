@@ -28,6 +28,14 @@ def test_every_word_and_variable_arrives_unchanged(words: list[str], value: str)
     assert done.stdout.startswith(value.encode())
 
 
+@pytest.mark.parametrize(
+    ("version", "nested"),
+    [("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)", False), ("QEMU emulator version 10.0.2", True), ("", False)],
+)
+def test_nested_paging_is_for_those_that_emulate_it(version: str, nested: bool) -> None:
+    assert host.nested_paging(version) is nested
+
+
 def test_the_commands_status_is_the_scripts(tmp_path: Path) -> None:
     def status(command: list[str], folder: str) -> int:
         script = host.job_script(command, folder, {"PATH": "/usr/bin:/bin"})
