@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -118,6 +119,39 @@ def test_a_port_in_use_is_asked_ten_times_a_second(machine: Machine) -> None:
         machine.speak()
         machine.loop.advance(machine.loop.now + 10 * MS)
     assert 90 <= len(machine.asked) <= 110
+
+
+class RacingPort:
+    """A port that the guest uses at the moment at which `used` is looked at for the `at`-th time, just after that."""
+
+    def __init__(self, at: int) -> None:
+        self._looks = -at
+        self._used = False
+        self.hook: Callable[[], None] = lambda: None
+
+    def on_use(self, hook: Callable[[], None]) -> None:
+        self.hook = hook
+
+    @property
+    def used(self) -> bool:
+        seen = self._used
+        self._looks += 1
+        if self._looks == 0 and not seen:
+            self._used = True
+            self.hook()
+        return seen
+
+    @used.setter
+    def used(self, used: bool) -> None:
+        self._used = used
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_use_at_the_very_moment_of_a_look_is_not_lost(at: int) -> None:
+    loop, asked, port = SlowLoop(), list[int](), RacingPort(at)
+    SerialFlush(loop, lambda: asked.append(loop.now), port)  # type: ignore[arg-type]
+    loop.advance(20_000 * MS)
+    assert min(after - before for before, after in pairwise(asked)) == SOON
 
 
 @given(st.lists(st.integers(1, 3000), max_size=30))

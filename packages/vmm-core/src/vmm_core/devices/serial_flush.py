@@ -50,9 +50,9 @@ class SerialFlush:
 
     def _tick(self) -> None:
         self._flush()
-        used, self._port.used = self._port.used, False
-        if used:
-            self._asleep = False
+        # Set to False only when it is True: a use of just then is either seen here, or finds `used` False and wakes us up.
+        if self._port.used:
+            self._port.used = self._asleep = False
             self._awake()
             return
         self._asleep = True
