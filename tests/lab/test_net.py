@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lab import guests
-from lab.network import DHCP, GATEWAY, OUTSIDE, WAIT, never_ending, open_tap, run, tap, transfer, way_out
+from lab.network import DHCP, GATEWAY, OUTSIDE, WAIT, bring_up, never_ending, open_tap, run, tap, transfer, way_out
 from lab.vmm import Qmp, Vmm
 
 PROMPT = r"guest:\S*# "
@@ -141,9 +141,8 @@ def test_descriptors_of_taps_and_of_vhost_that_were_opened_by_others_carry_frame
                     client.execute("getfd", {"fdname": name}, fds=[fd])
             client.execute("netdev_add", {"id": "net-0", "fds": "tapA", "vhost": True, "vhostfds": "vhostA"})
             client.execute("device_add", {"id": "net-0", "driver": "virtio-net-mmio", "addr": "0x0"})
-            vmm.run("until [ -e /sys/class/net/eth1 ]; do usleep 100000; done; ip link set eth1 up")
-            vmm.run("until [ $(cat /sys/class/net/eth1/carrier) = 1 ]; do usleep 100000; done; ip addr flush dev eth1")
-            vmm.run("ip addr add 10.78.0.2/24 dev eth1; ping -c 2 -i 0.2 10.78.0.1")
+            bring_up(vmm, "eth1", "10.78.0.2/24")
+            vmm.run("ping -c 2 -i 0.2 10.78.0.1")
             transfer(vmm, "10.78.0.1", "10.78.0.1")
             client.execute("device_del", {"id": "net-0"})
             vmm.run("until [ $(cat /sys/class/net/eth1/carrier) = 0 ]; do usleep 100000; done")

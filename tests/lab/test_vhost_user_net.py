@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lab import debian, guests
-from lab.network import configure, never_ending, run, transfer
+from lab.network import bring_up, configure, never_ending, run, transfer
 from lab.vmm import WAIT, Failure, Qmp, Vmm
 
 PROMPT = r"guest:\S*# "
@@ -71,19 +71,27 @@ def switch(request: pytest.FixtureRequest, folder: Path) -> Iterator[Switch]:
     made.path.unlink(missing_ok=True)
 
 
-@pytest.mark.soak
-def test_a_switch_carries_frames_both_ways_dies_and_comes_back(
-    start: Start, qmp: Connect, cloud_kernel: guests.Kernel, folder: Path, rootfs: Path, switch: Switch
-) -> None:
-    vmm = start(
+@pytest.fixture
+def arguments(cloud_kernel: guests.Kernel, folder: Path, rootfs: Path) -> list[object]:
+    """A microVM on memory that others may map, without a card. -qmp is folder/qmp.sock."""
+    return [
         "-machine", "microvm,mem-share=on", "-smp", 2, "-m", 512, "-kernel", cloud_kernel.image,
         "-initrd", guests.initrd(cloud_kernel, (*guests.MODULES, "virtio_net")),
         "-append", "console=ttyS0 quiet root=/dev/vda rw panic=-1 net.ifnames=0",
         "-drive", f"file={rootfs},id=rootfs,direct=off", "-device", "virtio-blk-device,drive=rootfs,id=rootfs",
+        "-qmp", f"unix:{folder}/qmp.sock,server,nowait", "-serial", "stdio",
+    ]  # fmt: skip
+
+
+@pytest.mark.soak
+def test_a_switch_carries_frames_both_ways_dies_and_comes_back(
+    start: Start, qmp: Connect, arguments: list[object], switch: Switch
+) -> None:
+    vmm = start(
+        *arguments,
         "-chardev", f"socket,id=vu,path={switch.path}",
         "-netdev", "vhost-user,id=net,chardev=vu,queues=2",
         "-device", "virtio-net-device,netdev=net,id=net,mq=on,mac=52:54:00:82:00:02",
-        "-qmp", f"unix:{folder}/qmp.sock,server,nowait", "-serial", "stdio",
     )  # fmt: skip
     vmm.expect(PROMPT)
     client = qmp()
@@ -114,15 +122,9 @@ def test_a_switch_carries_frames_both_ways_dies_and_comes_back(
 @pytest.mark.soak
 @pytest.mark.parametrize("switch", [1], indirect=True)  # as many pairs as a card has that clients plug in
 def test_a_switch_is_plugged_into_a_running_guest_and_pulled_out(
-    start: Start, qmp: Connect, cloud_kernel: guests.Kernel, folder: Path, rootfs: Path, switch: Switch
+    start: Start, qmp: Connect, arguments: list[object], switch: Switch
 ) -> None:
-    vmm = start(
-        "-machine", "microvm,mem-share=on", "-smp", 2, "-m", 512, "-kernel", cloud_kernel.image,
-        "-initrd", guests.initrd(cloud_kernel, (*guests.MODULES, "virtio_net")),
-        "-append", "console=ttyS0 quiet root=/dev/vda rw panic=-1 net.ifnames=0",
-        "-drive", f"file={rootfs},id=rootfs,direct=off", "-device", "virtio-blk-device,drive=rootfs,id=rootfs",
-        "-qmp", f"unix:{folder}/qmp.sock,server,nowait", "-serial", "stdio",
-    )  # fmt: skip
+    vmm = start(*arguments)
     vmm.expect(PROMPT)
     client = qmp()
     never_ending(vmm)
@@ -132,9 +134,8 @@ def test_a_switch_is_plugged_into_a_running_guest_and_pulled_out(
         client.execute("chardev-add", {"id": "vu", "backend": backend})
         client.execute("netdev_add", {"id": "net", "type": "vhost-user", "chardev": "vu"})
         client.execute("device_add", {"id": "net", "driver": "virtio-net-mmio", "addr": "0x0"})
-        vmm.run("until [ -e /sys/class/net/eth0 ]; do usleep 100000; done; ip link set eth0 up")
-        vmm.run("until [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do usleep 100000; done; ip addr flush dev eth0")
-        vmm.run("ip addr add 10.82.0.2/24 dev eth0; until ping -c 1 -W 5 10.82.0.1; do sleep 1; done")
+        bring_up(vmm, "eth0", "10.82.0.2/24")
+        vmm.run("until ping -c 1 -W 5 10.82.0.1; do sleep 1; done")
         transfer(vmm, "10.82.0.1", "10.82.0.1")
         client.execute("device_del", {"id": "net"})
         assert client.event("DEVICE_DELETED")["data"]["device"] == "net"

@@ -143,6 +143,13 @@ class Peer:
         self._listener.close()
 
 
+def bring_up(vmm: Vmm, card: str, address: str) -> None:
+    """Have a guest wait for a card that was plugged in and for its link, and give it `address` and no other."""
+    vmm.run(f"until [ -e /sys/class/net/{card} ]; do usleep 100000; done; ip link set {card} up")
+    vmm.run(f"until [ $(cat /sys/class/net/{card}/carrier) = 1 ]; do usleep 100000; done; ip addr flush dev {card}")
+    vmm.run(f"ip addr add {address} dev {card}")
+
+
 def never_ending(vmm: Vmm) -> None:
     """Give the guest something to read from that never ends, as descriptor 9 of its shell.
 

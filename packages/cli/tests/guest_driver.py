@@ -1,12 +1,20 @@
-"""A driver of one device of a running machine in test mode, which does everything right."""
+"""A driver of one device of a running machine in test mode, which does everything right, and networks that need no tap."""
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from struct import pack, unpack
+from typing import Any
 
+import pytest
+
+from pystratovirt.devices import net
 from running_vm import LIMIT, STATUS, RunningVm
+from virtio_devices.net.backend import Backend
+from virtio_devices.net.stream import StreamBackend
 
 MiB = 1 << 20
 SEL, NUM_MAX, NUM, READY, NOTIFY = 0x030, 0x034, 0x038, 0x044, 0x050
@@ -72,6 +80,22 @@ class Driver:
 
     def _set(self, offset: int, value: int) -> None:
         self._vm.register(self._slot, offset, value)
+
+
+@contextmanager
+def streams(monkeypatch: pytest.MonkeyPatch, kind: type[StreamBackend] = StreamBackend) -> Iterator[None]:
+    """Every netdev is a stream to nobody."""
+    ends: list[socket.socket] = []
+
+    def open_netdev(netdev: Any, take: Any = None) -> Backend:
+        ours, theirs = socket.socketpair()
+        ends.append(theirs)
+        return kind(netdev.id, ours)
+
+    monkeypatch.setattr(net, "open_netdev", open_netdev)
+    yield
+    for end in ends:
+        end.close()
 
 
 def until(condition: Callable[[], object], complaint: Callable[[], str] = lambda: "") -> None:

@@ -10,19 +10,15 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from struct import pack
-from typing import Any
 
 import pytest
 
 from block_qcow2 import create_image, open_disk
 from block_qcow2.errors import EngineError
-from guest_driver import DISCARD, FLUSH, IN, OUT, WRITE_ZEROES, Driver, until
-from pystratovirt.devices import net
+from guest_driver import DISCARD, FLUSH, IN, OUT, WRITE_ZEROES, Driver, streams, until
 from pystratovirt.trace import POINTS, Registry
 from running_vm import CONFIG, RunningVm
 from virtio_devices import vhost_kernel
-from virtio_devices.net.backend import Backend
-from virtio_devices.net.stream import StreamBackend
 from virtio_devices.vhost_kernel import VhostKernel
 from virtio_devices.vhost_user import protocol
 from virtio_devices.vhost_user.connection import Connection
@@ -38,14 +34,6 @@ def fired(lines: list[str]) -> set[str]:
 
 @pytest.fixture
 def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningVm]:
-    ends: list[socket.socket] = []
-
-    def open_netdev(netdev: Any, take: Any = None) -> Backend:
-        ours, theirs = socket.socketpair()
-        ends.append(theirs)
-        return StreamBackend(netdev.id, ours)
-
-    monkeypatch.setattr(net, "open_netdev", open_netdev)
     create_image(str(tmp_path / "disk"), 4 * MiB)
     (tmp_path / "other").write_bytes(bytes(MiB))
     options = (
@@ -55,10 +43,8 @@ def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningVm]:
         f"-chardev file,id=f,path={tmp_path}/console -device virtio-serial-device,id=s -device virtconsole,chardev=f,id=p "
         f"-serial socket,path={tmp_path}/serial,server,nowait"
     )
-    with RunningVm(tmp_path, *options.split()) as vm:
+    with streams(monkeypatch), RunningVm(tmp_path, *options.split()) as vm:
         yield vm
-    for end in ends:
-        end.close()
 
 
 def test_every_point_fires_when_it_is_switched_on_while_the_machine_runs(vm: RunningVm, tmp_path: Path) -> None:

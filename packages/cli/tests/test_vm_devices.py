@@ -20,11 +20,9 @@ import pytest
 import block_qcow2
 from block_qcow2 import create_image
 from deaf_peers import DeafBackEnd
-from guest_driver import DISCARD, FLUSH, GET_ID, IN, NUM_MAX, OUT, SEL, WRITE_ZEROES, Driver, until
+from guest_driver import DISCARD, FLUSH, GET_ID, IN, NUM_MAX, OUT, SEL, WRITE_ZEROES, Driver, streams, until
 from pystratovirt.cmdline.backends import Drive
-from pystratovirt.devices import net
 from running_vm import CONFIG, LIMIT, RunningVm
-from virtio_devices.net.backend import Backend
 from virtio_devices.net.stream import StreamBackend
 
 MiB = 1 << 20
@@ -195,17 +193,8 @@ class Pairs(StreamBackend):
 class TestCards:
     @pytest.fixture(autouse=True)
     def network(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        ends: list[socket.socket] = []
-
-        def open_netdev(netdev: Any, take: Any = None) -> Backend:
-            ours, theirs = socket.socketpair()
-            ends.append(theirs)
-            return Pairs(netdev.id, ours)
-
-        monkeypatch.setattr(net, "open_netdev", open_netdev)
-        yield
-        for end in ends:
-            end.close()
+        with streams(monkeypatch, Pairs):
+            yield
 
     def test_an_address_and_queues_of_a_size(self, make: Make) -> None:
         vm = make("-netdev tap,id=n,ifname=t -device virtio-net-device,netdev=n,id=c,mac=52:54:00:aa:bb:cc,queue-size=1024")
