@@ -51,12 +51,16 @@ class SerialFlush:
     def _tick(self) -> None:
         self._flush()
         # Set to False only when it is True: a use of just then is either seen here, or finds `used` False and wakes us up.
-        if self._port.used:
+        if self._in_use():
             self._port.used = self._asleep = False
             self._awake()
             return
         self._asleep = True
         self._timer = self._loop.call_later(SELDOM, self._tick, host=True)
-        if self._port.used:
+        if self._in_use():
             self._asleep = False
             self._awake()
+
+    def _in_use(self) -> bool:
+        """A look at what the guest's threads change, between one line and the next."""
+        return self._port.used
