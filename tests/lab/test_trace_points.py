@@ -1,17 +1,24 @@
-"""The trace points of KVM fire: on a machine that is built, reset and taken apart with them switched on. No guest runs.
+"""The trace points of KVM fire, on a machine that is built, reset and taken apart with them switched on; and that of reads of
+registers, which a real guest makes.
 
 All others: packages/cli/tests/test_trace_points.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from lab import guests
+from lab.vmm import Qmp, Vmm
 from pystratovirt.cmdline import parse
 from pystratovirt.trace import POINTS, Registry
 from pystratovirt.vm import VirtualMachine
 from vmm_core.x86_64.layout import Microvm
+
+PROMPT = r"guest:\S*# "
 
 
 def test_every_point_of_kvm_fires(cloud_kernel: guests.Kernel) -> None:
@@ -25,6 +32,41 @@ def test_every_point_of_kvm_fires(cloud_kernel: guests.Kernel) -> None:
     fired = {line[1:].partition("]")[0] for line in lines}
     wanted = {point.name for point in POINTS if point.name.startswith(("kvm_", "cpu_"))}
     assert wanted - fired <= {"kvm_get_fpu", "kvm_set_fpu"}  # of a host without XSAVE
+
+
+def test_reads_of_registers_are_traced_while_that_is_asked_for_and_no_exits_otherwise(
+    start: Callable[..., Vmm],
+    qmp: Callable[[], Qmp],
+    cloud_kernel: guests.Kernel,
+    initrd: Path,
+    rootfs: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STRATOVIRT_LOG_LEVEL", "trace")
+    vmm = start(
+        *("-machine", "microvm", "-m", 256, "-kernel", cloud_kernel.image, "-initrd", initrd),
+        *("-append", "console=ttyS0 quiet root=/dev/vda rw panic=-1"),
+        *("-drive", f"file={rootfs},id=rootfs,direct=off", "-device", "virtio-blk-device,drive=rootfs,id=rootfs"),
+        *("-qmp", f"unix:{folder}/qmp.sock,server,nowait", "-serial", "stdio", "-D", folder / "log"),
+    )
+    vmm.expect(PROMPT)
+    client = qmp()
+
+    def reads() -> int:
+        """Lines that a hundred requests, each with an interrupt of its own, bring."""
+        before = (folder / "log").read_text().count("[virtio_tpt_read_config]")
+        vmm.run("dd if=/dev/vda of=/dev/null bs=4k count=100 iflag=direct 2>/dev/null")
+        return (folder / "log").read_text().count("[virtio_tpt_read_config]") - before
+
+    assert reads() == 0
+    for _ in range(2):
+        client.execute("trace-set-state", {"name": "virtio_tpt_read_config", "enable": True})
+        assert reads() >= 50
+        client.execute("trace-set-state", {"name": "virtio_tpt_read_config", "enable": False})
+        assert reads() == 0
+    vmm.send("poweroff")
+    assert vmm.wait() == 0
 
 
 def run(kernel: Path) -> None:

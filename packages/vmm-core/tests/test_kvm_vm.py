@@ -180,6 +180,29 @@ def test_what_the_owner_puts_into_shown_memory_is_seen_at_once(guest: Callable[.
             pass
 
 
+def test_reads_of_shown_memory_can_be_given_back_to_the_bus_while_the_guest_runs(guest: Callable[..., Guest]) -> None:
+    load = b"\xa1" + MMIO.to_bytes(4, "little")
+    g = guest(load + OUT_AL + b"\xeb" + (256 - 9).to_bytes(1, "little"), flat_mode())
+    shown = g.hypervisor.show(MMIO, 0x1000)
+    assert shown is not None
+    shown.cast("I")[0] = 5
+    g.run()
+    assert g.next() == ("port", "write", 0, 1, 5)
+    for _ in range(3):
+        for _ in range(2):
+            g.hypervisor.set_shown(MMIO, False)
+        while g.next()[:2] != ("mmio", "read"):
+            pass
+        for _ in range(2):
+            g.hypervisor.set_shown(MMIO, True)
+        kinds = []
+        while kinds[-3:] != ["port"] * 3:
+            kinds.append(g.next()[0])
+    assert g.next() == ("port", "write", 0, 1, 5)
+    g.close()
+    g.hypervisor.set_shown(MMIO, False)
+
+
 def test_shown_memory_comes_behind_ram() -> None:
     hypervisor = KvmHypervisor(CpuTopology.flat(1))
     with pytest.raises(LifecycleError, match="no memory yet"):

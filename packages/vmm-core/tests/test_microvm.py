@@ -113,9 +113,17 @@ def make() -> Iterator[Maker]:
 class ShowingHypervisor(RecordingHypervisor):
     """Has registers in memory, as KVM does."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[bool] = []
+
     def show(self, address: int, size: int) -> memoryview | None:
         self.shown_at, self.shown = address, memoryview(bytearray(size))
         return self.shown
+
+    def set_shown(self, address: int, shown: bool) -> None:
+        assert address == self.shown_at
+        self.asked.append(shown)
 
 
 def test_windows_are_in_memory_that_reads_as_the_bus_answers() -> None:
@@ -132,6 +140,9 @@ def test_windows_are_in_memory_that_reads_as_the_bus_answers() -> None:
     machine.unplug(9)
     assert bytes(hypervisor.shown) == whole
     assert diary == ["in memory", "not in memory", "close"]
+    machine.show_registers(False)
+    machine.show_registers(True)
+    assert hypervisor.asked == [False, True]
     machine.close()
 
 

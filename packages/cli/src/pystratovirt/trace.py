@@ -37,6 +37,9 @@ class TracePoint(NamedTuple):
     targets: tuple[str, ...]
 
 
+REGISTER_READS: Final = "virtio_tpt_read_config"
+"""The point that sees nothing while guests read registers from memory."""
+
 _DISK = "block_qcow2.qcow2.disk:Qcow2Channel"
 _RAW = "block_qcow2.engines.threads:ThreadChannel"  # and the others, which inherit from it
 _BLK = "virtio_devices.blk.device:BlkDevice"
@@ -114,7 +117,7 @@ POINTS: Final = tuple(
         ("virtio_rng_write_req_data", "virtio_devices.rng:RngDevice._read"),
         ("virtio_serial_output_data", "virtio_devices.console.port:ConsolePort.new_output"),
         ("virtio_serial_new_inputqueue_buf", "virtio_devices.console.port:ConsolePort.new_room"),
-        ("virtio_tpt_read_config", "virtio_devices.mmio:MmioTransport.read"),
+        (REGISTER_READS, "virtio_devices.mmio:MmioTransport.read"),
         ("virtio_tpt_write_config", "virtio_devices.mmio:MmioTransport.write"),
         ("virtqueue_add_used", *(f"virtio_devices.queue:SplitQueue.{verb}" for verb in ("add_used", "add_all_used"))),
         ("virtqueue_pop_avail", *(f"virtio_devices.queue:SplitQueue.{verb}" for verb in ("chains", "take_singles"))),
@@ -145,6 +148,10 @@ class Registry:
         """Return name and state of each point whose name has a match of `pattern` anywhere. Raises TraceError."""
         found_in = _compile(pattern)
         return [(name, name in self._on) for name in self._points if found_in(name)]
+
+    def is_on(self, name: str) -> bool:
+        """Whether the point of this name is on."""
+        return name in self._on
 
     def set_states(self, pattern: str, enable: bool) -> None:
         """Switch each point whose name has a match of `pattern` anywhere. No match is no error.

@@ -141,6 +141,11 @@ class VirtualMachine:
             )
             undo.pop_all()
         self._stack.callback(self.machine.close)
+        if config.trace:
+            from pystratovirt.trace import REGISTER_READS, registry
+
+            with blame(f"-trace file={config.trace}"):
+                self.machine.show_registers(not registry.is_on(REGISTER_READS))
         for netdev in config.netdevs.values():
             self.open_netdev(netdev)
         if config.serial:

@@ -8,11 +8,11 @@ from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 from pystratovirt.cmdline.errors import show
-from pystratovirt.trace import TraceError, registry
+from pystratovirt.trace import REGISTER_READS, TraceError, registry
 from qmp_protocol.commands.debug import TraceGetState, TraceSetState, TraceState
 from qmp_protocol.commands.machine import QueryMem, QueryMemGpa, QueryVcpuReg
 from qmp_protocol.errors import GENERIC_ERROR, QmpError
-from vmm_core.errors import GuestMemoryError, VmmError
+from vmm_core.errors import GuestMemoryError, HypervisorError, VmmError
 
 if TYPE_CHECKING:
     from pystratovirt.runtime import Runtime
@@ -84,7 +84,8 @@ def register(server: QmpServer, runtime: Runtime) -> None:
     def trace_set_state(arguments: TraceSetState, call: Call) -> None:
         try:
             registry.set_states(arguments.name_, arguments.enable)
-        except TraceError as error:
+            vm.machine.show_registers(not registry.is_on(REGISTER_READS))
+        except (TraceError, HypervisorError) as error:
             raise QmpError(GENERIC_ERROR, f"Failed to set trace state: {error}") from None
 
 

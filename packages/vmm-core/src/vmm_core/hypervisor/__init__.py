@@ -97,6 +97,13 @@ class Hypervisor(Protocol):
         """
         ...
 
+    def set_shown(self, address: int, shown: bool) -> None:
+        """Have reads of what show() made at `address` reach the bus too, or no longer. Of a running machine as well.
+
+        Not from two threads at once. Raises HypervisorError when the hypervisor refuses, and nothing has changed then.
+        """
+        ...
+
     def interrupt_line(self, gsi: int) -> InterruptLine:
         """The wire of a global system interrupt, connected through an irqfd. The same object for the same number."""
         ...

@@ -202,6 +202,9 @@ class RecordingHypervisor:
         """None: who reads here asks the bus."""
         return None
 
+    def set_shown(self, address: int, shown: bool) -> None:
+        """Do nothing, as nothing is shown."""
+
     def interrupt_line(self, gsi: int) -> RecordedLine:
         """Return the recording line of `gsi`; the same object for the same number."""
         with self._lock:

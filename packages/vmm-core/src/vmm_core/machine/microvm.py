@@ -131,6 +131,14 @@ class Microvm(Machine):
         """Return the wire of an interrupt of the layout."""
         return self.hypervisor.interrupt_line(gsi)
 
+    def show_registers(self, shown: bool) -> None:
+        """Have guests read virtio-mmio registers from memory, where the hypervisor can (so it begins), or ask the bus for each.
+
+        Not from two threads at once. Raises HypervisorError.
+        """
+        if self._registers:
+            self.hypervisor.set_shown(Layout.VIRTIO_MMIO.base, shown)
+
     def add_serial(self, port: SerialPort) -> None:
         """Put a serial port at COM1. The machine owns it from here on."""
         self.pio.add(*Layout.COM1, port, "COM1")

@@ -44,7 +44,8 @@ class KvmHypervisor:
         self._lines: dict[int, IrqfdLine] = {}
         self._slots: list[tuple[Region, int]] = []  # with the address in this process
         self._memory: GuestMemory | None = None
-        self._shown: list[memoryview] = []
+        self._shown: dict[int, tuple[int, memoryview]] = {}  # by address: slot, and what is there
+        self._hidden: set[int] = set()  # of those
         self._ring: CoalescedRing | None = None
         self._coalesced = False
         self._system = Kvm({**kvm.REQUIRED, **self._arch_type.required}, path)
@@ -123,15 +124,27 @@ class KvmHypervisor:
         slot = len(self._slots) + len(self._shown)
         if not self._system.capability(kvm.CAP_READONLY_MEM) or slot >= self._system.capability(kvm.CAP_NR_MEMSLOTS):
             return None
-        from ctypes import addressof, c_char
-
         try:
             memory = memoryview(mmap.mmap(-1, size))
         except OSError as error:
             raise HypervisorError(f"{size:#x} bytes for registers at {address:#x}: {error.strerror}") from None
-        self._map_slot(slot, kvm.MEM_READONLY, address, size, addressof(c_char.from_buffer(memory)))
-        self._shown.append(memory)  # stays mapped as long as the VM may look at it
+        self._map_shown(slot, address, memory, size)
+        self._shown[address] = slot, memory  # stays mapped as long as the VM may look at it
         return memory
+
+    def set_shown(self, address: int, shown: bool) -> None:
+        """Have reads of what show() made at `address` reach the bus too, or no longer. Nothing once it is closed."""
+        if self._vm_fd < 0 or shown != (address in self._hidden):
+            return
+        slot, memory = self._shown[address]
+        self._map_shown(slot, address, memory, len(memory) if shown else 0)
+        (self._hidden.discard if shown else self._hidden.add)(address)
+
+    def _map_shown(self, slot: int, address: int, memory: memoryview, size: int) -> None:
+        """Show `size` bytes, all of them or none."""
+        from ctypes import addressof, c_char
+
+        self._map_slot(slot, kvm.MEM_READONLY, address, size, addressof(c_char.from_buffer(memory)))
 
     def _set_slot(self, slot: int, flags: int) -> None:
         region, address = self._slots[slot]
