@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     boots.add_argument(
         "--boot-timeout",
         type=float,
-        default=240.0,
+        default=60.0,
         metavar="S",
-        help="start the lab host once more if it is not up after S seconds",
+        help="start the lab host once more if it is not up after S seconds (60), and wait four times as long",
     )
     boots.add_argument(
         "--stall",

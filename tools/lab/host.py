@@ -26,7 +26,7 @@ import time
 import tty
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import cache, debian
@@ -47,6 +47,7 @@ _LAST_WORDS = 25  # lines of that, or from where the kernel says what went wrong
 _TROUBLE = re.compile(r"sysrq: |BUG: |Oops|Kernel panic|Out of memory|general protection fault", re.IGNORECASE)
 _CHUNK = 64 * 1024
 _LOOK = 1.0  # seconds between two looks at the clock and at who started us
+_PATIENCE = 4
 HEARTBEAT = 10.0  # seconds; that often the lab host says that it lives (inside.sh)
 
 
@@ -66,7 +67,9 @@ class Options:
     smp: int = 2
     memory: int = 4096  # MiB
     timeout: float | None = None  # seconds, for the whole run
-    boot_timeout: float = 240.0  # seconds, for what takes 4 to 60; then the lab host is started once more
+    # Seconds for what takes 4 to 20. One that takes longer stands still more often than it is slow; then the lab host is started
+    # once more, and has _PATIENCE times as long.
+    boot_timeout: float = 60.0
     stall: float = 300.0  # seconds, more than HEARTBEAT
     out: Path | None = None  # a folder that the command sees as $LAB_OUT
     dmesg: Path | None = None  # a file for the lab host's kernel log
@@ -130,18 +133,18 @@ def run(command: Sequence[str], options: Options) -> int:
     token = secrets.token_hex(16)
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
 
-    def once() -> int:
+    def once(boot_timeout: float) -> int:
         with ExitStack() as stack:
-            host = _Host(stack, options, token)
+            host = _Host(stack, replace(options, boot_timeout=boot_timeout), token)
             host.start(kernel, initrd, _job_archive(command, kernel, options, token))
             return host.serve(deadline)
 
     with orderly_end():
         try:
-            return once()
+            return once(options.boot_timeout)
         except _NotUpError as error:  # QEMU 7.2 hangs once in some hundred boots when it emulates several CPUs
             say(f"lab: {error}\nlab: starting it once more")
-        return once()
+        return once(_PATIENCE * options.boot_timeout)
 
 
 def _become_root() -> None:
