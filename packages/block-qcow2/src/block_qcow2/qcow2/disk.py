@@ -1,7 +1,7 @@
 """A qcow2 image as a disk with channels (`block_qcow2.disk`): the image engine between a guest and a host file.
 
-A request whose clusters are known, adjacent and ours alone goes straight to the file's channel; everything else, allocation,
-missing tables, compressed clusters, runs on the thread pool through the image's blocking interface.
+A request whose clusters are known and ours alone goes straight to the file's channel, in parts where they are not adjacent;
+everything else, allocation, missing tables, compressed clusters, runs on the thread pool through the image's blocking interface.
 
 Not here: the engine (`image`), how a file does asynchronous I/O (`engines`).
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import locks
 from ..disk import Channel
 from ..errors import BlockError, ImageReadOnlyError, OpenError, PassphraseNeededError
+from ..hostfile import Cursor
 from ..raw import RawDisk
 from ..zeroes import all_zero
 from .image import Extent, Qcow2Image
@@ -24,6 +25,7 @@ from .reader import fill_zero
 
 if TYPE_CHECKING:
     from .check import CheckResult
+    from .lookup import Part
     from .snapshots import Snapshot, Snapshots
 
 _UNLIMITED = 1 << 62
@@ -173,8 +175,20 @@ class Qcow2Disk:
 
 
 # What the file's channel gets as a token: the operation that ends with a request which went straight to the file (0: it ran on
-# the pool), the token of its owner, where to read once more and into what (None: it was a write). A tuple: every request has one.
+# the pool), the token of its owner, where to read once more and into what (None: it was a write). Of a part of a request: _PART,
+# their _Parts, and nothing. A tuple: every request has one.
 _Token = tuple[int, Any, int, "Sequence[memoryview] | None"]
+_PART = -1
+
+
+class _Parts:
+    """A request in several places: how many of them the file's channel still has, the first error, and its token."""
+
+    __slots__ = ("left", "of", "result")
+
+    def __init__(self, of: _Token) -> None:
+        self.of = of
+        self.left = self.result = 0
 
 
 class Qcow2Channel:
@@ -200,7 +214,10 @@ class Qcow2Channel:
             return -errno.EINVAL
         found = image.lookup_now(offset, length, write=False)
         if found is None:
-            return self._run(token, lambda: image.read_into(offset, buffers))
+            parts = image.lookup_parts(offset, length, write=False)
+            if parts is None:
+                return self._run(token, lambda: image.read_into(offset, buffers))
+            return self._in_parts(self._inner.readv, parts, token, offset, buffers, read=True)
         operation, host = found
         if host is None:
             fill_zero(buffers)
@@ -224,12 +241,46 @@ class Qcow2Channel:
             return self._run(token, lambda: image.write_zeroes(offset, length, unmap=unmap))
         found = image.lookup_now(offset, length, write=True)
         if found is None:
-            return self._run(token, lambda: image.write_from(offset, buffers))
+            parts = image.lookup_parts(offset, length, write=True)
+            if parts is None:
+                return self._run(token, lambda: image.write_from(offset, buffers))
+            return self._in_parts(self._inner.writev, parts, token, offset, buffers, read=False)
         operation, host = found
         result: int | None = self._inner.writev(host, buffers, (operation, token, offset, None))
         if result is not None:
             image.end(operation)
         return result
+
+    def _in_parts(
+        self,
+        start: Callable[[int, Sequence[memoryview], _Token], int | None],
+        found: tuple[int, list[Part]],
+        token: Any,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        read: bool,
+    ) -> int | None:
+        """Read or write what lies in several places: at once as far as the file's channel does that."""
+        operation, parts = found
+        joined = _Parts((operation, token, offset, buffers if read else None))
+        of_file: _Token = (_PART, joined, 0, None)
+        cursor = Cursor(buffers)
+        for host, length in parts:
+            views = cursor.views(length)
+            if host is None:
+                fill_zero(views)
+                continue
+            result = start(host, views, of_file)
+            if result is None:
+                joined.left += 1
+            elif result:
+                joined.result = result
+                break
+        if joined.left:
+            return None
+        self._image.end(operation)
+        return self._again(token, offset, buffers) if joined.result == -errno.EIO and read else joined.result
 
     def flush(self, token: Any) -> int | None:
         return self._run(token, self._image.flush)
@@ -260,6 +311,14 @@ class Qcow2Channel:
         of_file: _Token
         for of_file, result in self._inner.completions():
             operation, token, offset, buffers = of_file
+            if operation == _PART:
+                joined: _Parts = token
+                joined.left -= 1
+                joined.result = joined.result or result
+                if joined.left:
+                    continue
+                operation, token, offset, buffers = joined.of
+                result = joined.result
             if operation:
                 self._image.end(operation)
                 if result == -errno.EIO and buffers is not None:

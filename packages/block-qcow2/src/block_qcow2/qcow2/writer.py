@@ -24,11 +24,11 @@ from .format import (
     compressed_entry,
     compressed_span,
 )
-from .reader import UNALLOCATED, ZERO_PLAIN, Reader
+from .lookup import Lookup
+from .reader import UNALLOCATED, ZERO_PLAIN
 from .tables import L2Table
 
 _MAX_RUN = 4 << 20  # bytes of one allocating write: what it holds of other requests' clusters stays small
-_NOT_PLAIN = ZERO | COMPRESSED  # bits of an L2 entry
 _ZEROES = memoryview(bytes(1 << 15))  # longer padding goes to the host as a range
 
 
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
     end: int
 
 
-class Writer(Reader):
+class Writer(Lookup):
     """An image that can be written."""
 
     _deflate: Callable[[bytes | bytearray | memoryview], bytes] | None = None
@@ -76,52 +76,6 @@ class Writer(Reader):
         """Write `data` at `offset`."""
         with memoryview(data) as view:
             self.write_from(offset, [view])
-
-    def lookup_now(self, offset: int, length: int, *, write: bool) -> tuple[int, int | None] | None:
-        """Without blocking: (running operation, host offset, or None for zeroes) if one host range has all of a guest range.
-
-        None where that is not so or not known. The operation is running then: end() it when the I/O is done.
-        """
-        if self.encrypted or self._extended or (write and (self._broken or self._unready)):
-            return None
-        bits, shift = self.cluster_bits, self._l2_shift
-        last = offset + length - 1
-        l1_index = offset >> shift
-        with self._lock:
-            if self._exclusive or l1_index >= len(self.l1) or last >> shift != l1_index or not length:
-                return None
-            l1_entry = self.l1[l1_index]
-            at, l2 = l1_entry & OFFSET_MASK, self.l2
-            table = l2.last if at == l2.last_offset else l2.get(at)
-            if table is None or (write and not l1_entry & COPIED):
-                return None
-            entries = table.entries
-            index = offset >> bits & self._l2_mask
-            first = entries[index]
-            place = first & OFFSET_MASK
-            host: int | None = None
-            clusters = (last >> bits) - (offset >> bits)
-            if first & _NOT_PLAIN or not place:
-                if write or clusters or not first & ZERO or first & COMPRESSED:
-                    return None
-            else:
-                mask = self.cluster_size - 1
-                if place & mask or (write and not first & COPIED):
-                    return None
-                for i in range(1, clusters + 1):
-                    if entries[index + i] != first + (i << bits):
-                        return None
-                host = place + (offset & mask)
-                if write:
-                    if not self.external:
-                        start = place >> bits
-                        stop = start + clusters + 1
-                        if stop > self.refcounts.end or not self.reserved.isdisjoint(range(start, stop)):
-                            return None  # the long way reports it
-                    self.mark_dirty(offset, length)
-            self._next_operation = number = self._next_operation + 1
-            self._operations[number] = None
-            return number, host
 
     def _in_place(self, offset: int, length: int) -> list[tuple[int, int]] | None:
         """(host offset, length) of each part if all of the range can be overwritten where it is, else None."""
