@@ -34,7 +34,8 @@ _WATCHED = (f"{_WRITTEN}/tmp", f"{_WRITTEN}/var/tmp", "/dev/shm", "/run")
 _HARMLESS = re.compile(r"(Unhandled|ignored) (WRMSR|wrmsr).*0xc0010007")
 _COMPLAINT = re.compile(r"\bkvm\b.*|SVM:.*|BUG:.*|Oops.*|Call Trace.*|Out of memory.*|general protection.*", re.IGNORECASE)
 # What a stock kernel does at a start that none of these tests is about: a fifth of its time, where all of it is emulated.
-_REGISTERS = ("rip", "rflags", "rsp", "cs", "cr0", "cr3", "rax", "rdi", "rsi")
+_REGISTERS = ("rip", "rflags", "rsp", "cs", "cr0", "cr3", "rax", "rdi", "rsi", "tsc", "tsc_deadline")
+_REGISTERS += ("apic:320", "apic:380", "apic:390", "apic:3e0")  # its timer: how, from which count, at which, divided by what
 _FASTER = "mitigations=off nokaslr cryptomgr.notests audit=0 apparmor=0"
 _report = pytest.StashKey[pytest.TestReport]()
 

@@ -63,7 +63,7 @@ def test_a_register_is_answered_in_hexadecimal() -> None:
 def test_a_name_that_is_none_is_answered_with_those_that_are() -> None:
     text = refusal("r99", 0)
     assert text.startswith("not supported or arguments error: addr: no register r99; there are: rax, rbx, ")
-    assert text.endswith(", tsc, msr:NUMBER")
+    assert text.endswith(", tsc, apic:OFFSET, msr:NUMBER")
     assert "\x1b" not in refusal("\x1b[2J", 0)
     assert len(refusal("r" * 60000, 0)) < 2000
 

@@ -27,7 +27,7 @@ def state() -> KvmVcpuState:
         xsave=bytes(structs.XSAVE_SIZE),
         xcrs=None,
         debugregs=b"".join((0x200 + n).to_bytes(8, "little") for n in range(6)) + bytes(structs.DEBUGREGS_SIZE - 48),
-        lapic=bytes(structs.LAPIC_SIZE),
+        lapic=bytes(0x390) + b"\x77" + bytes(structs.LAPIC_SIZE - 0x391),
         msrs=((0x10, 0x1234), (0xC000_0082, 0xFFFF_FFFF_8100_0000), (0x1A0, 7)),
         events=bytes(structs.EVENTS_SIZE),
     )
@@ -57,13 +57,32 @@ def state() -> KvmVcpuState:
         ("lstar", 0xFFFF_FFFF_8100_0000),
         ("msr:1a0", 7),
         ("MSR:0x10", 0x1234),
+        ("apic:0", 0),
+        ("apic:390", 0x77),
     ],
 )
 def test_a_register_is_found_by_its_name_in_either_case(state: KvmVcpuState, name: str, value: int) -> None:
     assert register(state, name) == value
 
 
-@pytest.mark.parametrize("name", ["", "r16", "cr1", "cs.", "msr:", "msr:x", "msr:174", "sysenter_cs", "603000000013df1a"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "r16",
+        "cr1",
+        "cs.",
+        "msr:",
+        "msr:x",
+        "msr:174",
+        "sysenter_cs",
+        "603000000013df1a",
+        "apic:",
+        "apic:4",
+        "apic:400",
+        "apic:-10",
+    ],
+)
 def test_what_is_no_register_or_was_not_saved_is_none(state: KvmVcpuState, name: str) -> None:
     assert register(state, name) is None
 

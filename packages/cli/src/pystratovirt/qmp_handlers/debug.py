@@ -70,7 +70,7 @@ def register(server: QmpServer, runtime: Runtime) -> None:
             return f"{value:X}"
         if arguments.addr.isalnum() and arguments.addr[:1].isdigit():  # the number of one of aarch64's, as in the manual
             raise QmpError(GENERIC_ERROR, REGISTER_REFUSAL)
-        known = ", ".join((*names(state), "msr:NUMBER"))
+        known = ", ".join((*names(state), "apic:OFFSET", "msr:NUMBER"))
         raise QmpError(GENERIC_ERROR, f"{REGISTER_REFUSAL}: addr: no register {show(arguments.addr)}; there are: {known}")
 
     @server.handler(TraceGetState, concurrent=True)

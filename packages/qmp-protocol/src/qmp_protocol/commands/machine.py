@@ -131,8 +131,9 @@ class QueryVcpuReg(
 ):
     """Read a CPU register, as a number in upper-case hexadecimal.
 
-    On x86_64 by name: `rip`, `rsp`, `cr3`, `efer`, `cs`, `fs_base`, or `msr:` and the number of an MSR in hexadecimal; CPUs stand
-    still meanwhile. On aarch64 by its KVM number; a running machine is paused meanwhile, with the events STOP and RESUME.
+    On x86_64 by name: `rip`, `rsp`, `cr3`, `efer`, `cs`, `fs_base`, `msr:` and the number of an MSR in hexadecimal, or `apic:`
+    and the offset of a local APIC register, as in `apic:390`; CPUs stand still meanwhile. On aarch64 by its KVM number; a
+    running machine is paused meanwhile, with the events STOP and RESUME.
 
     Errors: GenericError when there is no such CPU or register.
     """

@@ -1,7 +1,7 @@
 """The registers in a saved vCPU state by name, for people who look into a machine.
 
 Names are the processor manuals'; of segments and descriptor tables also `cs.base`, `cs.limit` and so on. A model-specific
-register is `msr:` and its number in hexadecimal.
+register is `msr:` and its number in hexadecimal, one of the local APIC `apic:` and its offset, as in `apic:390`.
 
 Not here: how states are taken (`vcpu`), and vector registers.
 """
@@ -33,7 +33,9 @@ _MSRS: Final = {
     "sfmask": 0xC000_0084,
     "kernel_gs_base": 0xC000_0102,
     "tsc_aux": 0xC000_0103,
+    "tsc_deadline": 0x6E0,
 }
+_APIC_ALIGNMENT: Final = 16  # registers of the local APIC are that far apart (Intel SDM vol. 3, table 11-1), 32 bits each
 
 
 def register(state: KvmVcpuState, name: str) -> int | None:
@@ -44,6 +46,13 @@ def register(state: KvmVcpuState, name: str) -> int | None:
             return dict(state.msrs).get(int(name[4:], 16))
         except ValueError:
             return None
+    if name.startswith("apic:"):
+        try:
+            at = int(name[5:], 16)
+        except ValueError:
+            return None
+        there = 0 <= at < len(state.lapic) and at % _APIC_ALIGNMENT == 0
+        return int.from_bytes(state.lapic[at : at + 4], "little") if there else None
     if name in _MSRS:
         return dict(state.msrs).get(_MSRS[name])
     return _named(state).get(name)
