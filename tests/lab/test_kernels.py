@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,14 +23,8 @@ PVH_NOTE = struct.pack("<III4s", 4, 8, 18, b"Xen\0")  # XEN_ELFNOTE_PHYS32_ENTRY
 
 @pytest.fixture(scope="module")
 def vmlinux(cloud_kernel: guests.Kernel) -> bytes:
-    """The ELF file inside of the bzImage (Linux boot protocol: payload_offset, payload_length)."""
-    image = cloud_kernel.image.read_bytes()
-    setup = (image[0x1F1] or 4) + 1
-    offset, length = struct.unpack_from("<II", image, 0x248)
-    payload = image[setup * 512 + offset :][: length - 4]
-    unpacked = subprocess.run(["lz4", "-dc"], input=payload, capture_output=True, check=False).stdout
-    assert unpacked.startswith(b"\x7fELF")
-    return unpacked
+    """The ELF file inside of the bzImage."""
+    return guests.unpacked(cloud_kernel).read_bytes()
 
 
 def pvh(vmlinux: bytes) -> bytes:

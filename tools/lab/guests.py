@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from . import cache, debian
 from .debian import Kernel, SetupError, tool
 from .initrd import Archive, module_bytes, module_files, module_name
 
-__all__ = ["MODULES", "Kernel", "busybox", "copy_image", "initrd", "kernel", "programs", "rootfs"]
+__all__ = ["MODULES", "Kernel", "busybox", "copy_image", "initrd", "kernel", "programs", "rootfs", "unpacked"]
 
 # What a guest of either machine may need to reach its root, and the power button. Built-in ones are left out by themselves.
 MODULES = (
@@ -29,6 +30,22 @@ _HERE = Path(__file__).parent / "guest"
 
 kernel = debian.kernel
 busybox = debian.busybox
+
+
+def unpacked(kernel: Kernel) -> Path:
+    """The ELF file inside of a bzImage that is compressed with LZ4 (Linux boot protocol: payload_offset, payload_length)."""
+
+    def build(path: Path) -> None:
+        image = kernel.image.read_bytes()
+        setup = (image[0x1F1] or 4) + 1
+        offset, length = struct.unpack_from("<II", image, 0x248)
+        payload = image[setup * 512 + offset :][: length - 4]  # the size of what is inside is behind the frame
+        data = subprocess.run([tool("lz4"), "-dc"], input=payload, capture_output=True, check=False).stdout
+        if not data.startswith(b"\x7fELF"):
+            raise SetupError(f"{kernel.image}: holds no ELF file compressed with LZ4")
+        path.write_bytes(data)
+
+    return cache.file(f"guests/vmlinux-{cache.digest(str(kernel.image), Path(__file__))}", build)
 
 
 def initrd(
