@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,17 +257,20 @@ def test_where_the_page_cache_says_nothing_a_read_runs_in_the_caller_until_one_w
 ) -> None:
     from block_qcow2.engines import threads
 
-    real, clock, wait = os.preadv, 0, 0
+    real, clock, wait, switches = os.preadv, 0, 0, 0
+    blocks = True
 
     def preadv(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        nonlocal clock
+        nonlocal clock, switches
         if flags:
             raise OSError(errno.EOPNOTSUPP, "as overlayfs answers RWF_NOWAIT")
         clock += wait
+        switches += bool(wait and blocks)
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
     monkeypatch.setattr(threads.time, "perf_counter_ns", lambda: clock)
+    monkeypatch.setattr(threads, "_waits", lambda: switches)
     content = image.read_bytes()
     disk = open_disk(image, aio="off")
     driver = Driver(disk)
@@ -288,12 +292,14 @@ def test_where_the_page_cache_says_nothing_a_read_runs_in_the_caller_until_one_w
 
     assert all(in_the_caller(4096 * n) for n in range(3))
     wait = 10_000_000
-    assert in_the_caller(0), "it is known to have waited only afterwards"
+    assert in_the_caller(0), "it is known to have taken long only afterwards"
+    assert in_the_caller(0), "and whether it waited only of the next"
     assert [until_one_is_tried() for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
     wait = 0
     assert until_one_is_tried() == 64
     assert all(in_the_caller(0) for _ in range(100))
     wait = 10_000_000
+    assert in_the_caller(0)
     assert in_the_caller(0)
     assert until_one_is_tried() == 1, "one slow read among fast ones says little"
     wait = 0
@@ -301,7 +307,17 @@ def test_where_the_page_cache_says_nothing_a_read_runs_in_the_caller_until_one_w
     wait = 1_500_000
     assert in_the_caller(0, 128 * KiB)
     assert in_the_caller(0, 128 * KiB), "a slow machine may take as long to copy"
+    wait, blocks = 10_000_000, False
+    assert all(in_the_caller(0) for _ in range(100)), "a thread that lost its processor did not wait"
     disk.close()
+
+
+def test_a_thread_that_waits_is_known_from_one_that_works() -> None:
+    from block_qcow2.engines import threads
+
+    before = threads._waits()
+    time.sleep(0.01)
+    assert threads._waits() > before
 
 
 def test_direct_io_wants_an_aligned_file(tmp_path: Path) -> None:

@@ -25,9 +25,11 @@ from ..zeroes import all_zero
 _RWF_NOWAIT = os.RWF_NOWAIT
 # A buffered write up to this many bytes is a copy into the page cache; longer ones would hold the caller's loop.
 _INLINE_WRITE = 1 << 18
-# Where the kernel does not tell, a read that takes longer (ns, and more for each byte that a slow machine copies) may have waited
-# for a device: reads after it go to the pool. One, as a thread that lost its processor looks the same; twice as many whenever the
-# next that is tried is slow too.
+# Where the kernel does not tell, a read that takes longer (ns, and more for each byte of it) may have waited for a device.
+# So may one whose thread lost its processor: the reads after it are looked at (this many), and if one takes long again and its
+# thread was seen to wait, those after it go to the pool. One, as the wait may have been for Python's lock; twice as many whenever
+# the next that is tried waits too.
+_WATCH = 16
 _WAITED, _WAITED_BYTE = 500_000, 10
 _MOST_AFTER_A_WAIT = 64
 
@@ -59,6 +61,7 @@ class ThreadChannel:
         self._untold = False  # the file system does not know RWF_NOWAIT
         self._pooled = 0  # reads that go to the pool before one is tried in the caller again
         self._after_a_wait = 1
+        self._watched = 0  # reads that are still to be looked at
         self._detect_zeroes = disk.detect_zeroes != "off"
         self._done: deque[tuple[Any, int]] = deque()
         # Held from appending to signalling: who finds everything finished and closes waits for the signal of the last one.
@@ -85,6 +88,8 @@ class ThreadChannel:
             if self._pooled:
                 self._pooled -= 1
             else:
+                watched = self._watched
+                waits = _waits() if watched else 0
                 began = time.perf_counter_ns()
                 try:
                     whole = os.preadv(self._fd, buffers, offset) == length
@@ -93,10 +98,14 @@ class ThreadChannel:
                         return -(e.errno or errno.EIO)
                     whole = False
                 if time.perf_counter_ns() - began > _WAITED + _WAITED_BYTE * length:
-                    self._pooled = self._after_a_wait
-                    self._after_a_wait = min(2 * self._after_a_wait, _MOST_AFTER_A_WAIT)
+                    self._watched = _WATCH
+                    if watched and _waits() != waits:
+                        self._pooled = self._after_a_wait
+                        self._after_a_wait = min(2 * self._after_a_wait, _MOST_AFTER_A_WAIT)
                 else:
                     self._after_a_wait = 1
+                    if watched:
+                        self._watched = watched - 1
                 if whole:
                     return 0
         return self._start_read(offset, buffers, length, token)
@@ -220,3 +229,10 @@ class ThreadChannel:
             self.in_flight -= 1
             return -errno.EAGAIN
         return None
+
+
+def _waits() -> int:
+    """How often this thread has given its processor away because it had to wait: for a device, or for a lock (getrusage(2))."""
+    from resource import RUSAGE_THREAD, getrusage
+
+    return getrusage(RUSAGE_THREAD).ru_nvcsw
