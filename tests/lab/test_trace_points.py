@@ -34,7 +34,7 @@ def test_every_point_of_kvm_fires(cloud_kernel: guests.Kernel) -> None:
     assert wanted - fired <= {"kvm_get_fpu", "kvm_set_fpu"}  # of a host without XSAVE
 
 
-def test_reads_of_registers_are_traced_while_that_is_asked_for_and_no_exits_otherwise(
+def test_reads_of_registers_are_traced_while_that_is_asked_for(
     start: Callable[..., Vmm],
     qmp: Callable[[], Qmp],
     cloud_kernel: guests.Kernel,

@@ -82,6 +82,34 @@ def test_an_image_that_nobody_wrote_to_is_read_at_once(tmp_path: Path) -> None:
     with_nothing.close()
 
 
+def test_more_than_a_mebibyte_does_not_hold_the_caller_s_loop(tmp_path: Path) -> None:
+    create_image(tmp_path / "empty", 1 << 30)
+    disk = open_disk(tmp_path / "empty", format="qcow2")
+    driver = Driver(disk)
+    data = bytearray(b"x" * ((1 << 20) + 512))
+    assert driver.channel.readv(0, [memoryview(data)], "read") is None
+    assert driver.wait_for(1) == [("read", 0)]
+    assert not any(data)
+    disk.close()
+
+
+def test_a_cluster_that_lies_in_the_metadata_is_not_written_to(tmp_path: Path) -> None:
+    disk = scattered(tmp_path / "image")
+    disk.flush()
+    at = disk.image.header.l1_table_offset
+    disk.close()
+    image = bytearray((tmp_path / "image").read_bytes())
+    l2 = int.from_bytes(image[at : at + 8], "big") & ((1 << 56) - 512)
+    image[l2 + 16 : l2 + 24] = (1 << 63 | l2).to_bytes(8, "big")  # the third cluster's data are said to be in the L2 table
+    (tmp_path / "image").write_bytes(image)
+    disk = open_disk(tmp_path / "image", format="qcow2")
+    driver = Driver(disk)
+    assert driver.read(0, CLUSTER) == pattern(0)  # the table is known now
+    assert driver.write(CLUSTER, bytes(3 * CLUSTER)) == -errno.EIO
+    disk.close()
+    assert (tmp_path / "image").read_bytes()[l2 : l2 + 512] == image[l2 : l2 + 512]
+
+
 def test_what_a_backing_image_may_have_is_asked_of_it(tmp_path: Path) -> None:
     scattered(tmp_path / "base").close()
     options = Options(backing_file=str(tmp_path / "base"), backing_format="qcow2")

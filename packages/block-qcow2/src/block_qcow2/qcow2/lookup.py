@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _NOT_PLAIN = ZERO | COMPRESSED  # bits of an L2 entry
 PARTS_MAX = 32  # host ranges of a request; one with more takes as long on another thread
+_BYTES_MAX = 1 << 20  # of a request in parts: it is the caller's loop that copies, or fills with zeroes
 
 Part = tuple[int | None, int]
 """Host offset, or None for zeroes, and length."""
@@ -72,13 +73,13 @@ class Lookup(Reader):
     def lookup_parts(self, offset: int, length: int, *, write: bool) -> tuple[int, list[Part]] | None:
         """Without blocking: (running operation, parts in order) if all of a guest range is in known host ranges or zero.
 
-        What no image of the chain has is zero. None where that is not so or not known, or where there are more than PARTS_MAX
-        parts. The operation is running then, as with lookup_now().
+        What no image of the chain has is zero. None where that is not so or not known, where there are more than PARTS_MAX
+        parts, or for more than a MiB. The operation is running then, as with lookup_now().
         """
         if self.encrypted or self._extended or (write and (self._broken or self._unready)):
             return None
         with self._lock:
-            if self._exclusive or not length:
+            if self._exclusive or not 0 < length <= _BYTES_MAX:
                 return None
             parts: list[Part] = []
             end, shift = offset + length, self._l2_shift
@@ -102,7 +103,7 @@ class Lookup(Reader):
                         return None
                 offset += span
             if write:
-                if not self.external and not all(self._writable(host, n) for host, n in parts):
+                if not self.external and not all(host is not None and self._holds_data(host, n) for host, n in parts):
                     return None
                 self.mark_dirty(end - length, length)
             self._next_operation = number = self._next_operation + 1
@@ -132,12 +133,6 @@ class Lookup(Reader):
                 return False
             offset += n
         return True
-
-    def _writable(self, host: int | None, length: int) -> bool:
-        """Whether guest data may be written there: the long way reports it where not."""
-        assert host is not None  # only reads have zeroes
-        first, end = host >> self.cluster_bits, -(-(host + length) >> self.cluster_bits)
-        return end <= self.refcounts.end and self.reserved.isdisjoint(range(first, end))
 
 
 def _join(parts: list[Part], host: int | None, length: int) -> None:

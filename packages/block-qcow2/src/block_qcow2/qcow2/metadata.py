@@ -280,11 +280,13 @@ class Metadata:
 
     def _check_in_place(self, host: int, length: int) -> None:
         """Refuse to write guest data over metadata or outside the file. The lock is held."""
-        if self.external:
-            return
-        first, end = host >> self.cluster_bits, -(-(host + length) >> self.cluster_bits)
-        if end > self.refcounts.end or not self.reserved.isdisjoint(range(first, end)):
+        if not self.external and not self._holds_data(host, length):
             raise self._corrupt(f"guest data at {host:#x}, expected inside the file and outside of its metadata")
+
+    def _holds_data(self, host: int, length: int) -> bool:
+        """Whether guest data may be written there: inside the file, and outside of its metadata. The lock is held."""
+        first, end = host >> self.cluster_bits, -(-(host + length) >> self.cluster_bits)
+        return end <= self.refcounts.end and self.reserved.isdisjoint(range(first, end))
 
     def _corrupt(self, what: str) -> ImageCorruptError:
         """The image is found wrong: remember, mark it (version 3), refuse further writes."""
