@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 
 from block_qcow2 import create_image, open_disk, open_image
 from block_qcow2.errors import ImageFormatError, ImageInUseError
+from block_qcow2.qcow2 import metadata
 from block_qcow2.qcow2.create import Options
 
 from .conftest import Driver
@@ -22,6 +24,7 @@ from .qemu import is_clean, qemu_img
 from .test_raw import ENGINES, SIZE, offered, operations
 
 KiB, MiB = 1 << 10, 1 << 20
+LIMIT = 60.0  # seconds, for what takes a thousandth of one
 
 
 @pytest.fixture(params=ENGINES, ids=lambda p: f"{p[0]}-{'direct' if p[1] else 'buffered'}")
@@ -264,6 +267,89 @@ def stress(disk: Any, *, seed: int, threads: int, steps: int) -> None:
         w.join()
     if problems:
         raise problems[0]
+
+
+def test_asking_where_data_are_while_a_snapshot_is_made_lets_no_write_reach_the_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    with open_image(path, read_only=False) as image:
+        image.write(0, b"old" * 1000)
+    disk = open_disk(path, format="qcow2")
+    disk.lock()
+    reading, go_on = threading.Event(), threading.Event()
+    load = metadata.tables.load
+
+    def slow_load(*arguments: Any) -> Any:
+        table = load(*arguments)
+        if threading.current_thread() is asker:
+            reading.set()
+            go_on.wait(LIMIT)
+        return table
+
+    monkeypatch.setattr(metadata.tables, "load", slow_load)
+    asker = threading.Thread(target=lambda: list(disk.block_status()))
+    snapper = threading.Thread(target=lambda: disk.snapshot_create("kept"))
+    asker.start()
+    assert reading.wait(LIMIT)
+    snapper.start()
+    snapper.join(0.2)  # it may or may not wait for the other
+    go_on.set()
+    asker.join()
+    snapper.join()
+    assert Driver(disk).write(0, b"new" * 1000) == 0
+    disk.snapshot_apply("kept")
+    assert Driver(disk).read(0, 3000) == b"old" * 1000
+    disk.close()
+    is_clean(path)
+
+
+def test_asking_where_data_are_does_not_wait_for_a_snapshot_that_waits_for_one_s_own_requests(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    disk = open_disk(path, format="qcow2")
+    disk.lock()
+    assert Driver(disk).write(0, b"a" * 512) == 0
+    request = disk.image.begin()
+    snapper = threading.Thread(target=lambda: disk.snapshot_create("kept"))
+    snapper.start()
+    deadline = time.monotonic() + LIMIT
+    while not disk.image._exclusive:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    asker = threading.Thread(target=lambda: list(disk.block_status()), daemon=True)
+    asker.start()
+    asker.join(LIMIT)
+    assert not asker.is_alive()
+    disk.image.end(request)
+    snapper.join()
+    assert [snapshot.name for snapshot in disk.snapshots()] == ["kept"]
+    disk.close()
+
+
+def test_snapshots_that_several_threads_make_and_delete_are_all_made_and_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    disk = open_disk(path, format="qcow2")
+    disk.lock()
+    gate = threading.Barrier(3)
+
+    def worker(me: int) -> None:
+        gate.wait()
+        for number in range(10):
+            disk.snapshot_create(f"{me}-{number}")
+            if number % 2:
+                disk.snapshot_delete(f"{me}-{number}")
+
+    workers = [threading.Thread(target=worker, args=(me,)) for me in range(3)]
+    for thread in workers:
+        thread.start()
+    for thread in workers:
+        thread.join()
+    assert sorted(s.name for s in disk.snapshots()) == sorted(f"{me}-{number}" for me in range(3) for number in range(0, 10, 2))
+    disk.close()
+    is_clean(path)
 
 
 def test_a_full_host_is_enospc_to_the_request_and_the_image_stays_good(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import shlex
@@ -25,7 +26,10 @@ from vm_process import LIMIT, WINDOWS, Client, Vm
 NET_SLOTS = (4, 5)
 
 
-def descriptors() -> list[Path]:
+def descriptors(*, settle: bool = False) -> list[Path]:
+    """Return what this process has open; `settle`: after what other tests left to the garbage collector has gone."""
+    if settle:
+        gc.collect()
     return list(Path("/proc/self/fd").iterdir())
 
 
@@ -196,7 +200,7 @@ def test_a_default_address_is_one_that_nobody_else_has(make: Make) -> None:
 
 
 def test_a_network_lives_as_long_as_the_machine(make: Make) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     vm = make("-netdev", "user,id=n,path=PASST", "-device", "virtio-net-device,netdev=n,id=net0", "-object", "iothread,id=io")
     pid = vm.networks["n"]._pid  # type: ignore[attr-defined]
     assert Path(f"/proc/{pid}").exists()
@@ -208,7 +212,7 @@ def test_a_network_lives_as_long_as_the_machine(make: Make) -> None:
 def test_a_network_that_cannot_be_opened_ends_the_start_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
     (tmp_path / "broken").write_text("#!/bin/sh\necho no route to anywhere >&2\nexit 7\n")
     (tmp_path / "broken").chmod(0o755)
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(VmError, match="-netdev: n: passt ended with status 7: no route to anywhere"):
         make("-netdev", f"user,id=n,path={tmp_path}/broken", "-device", "virtio-net-device,netdev=n")
     assert len(descriptors()) == len(before)

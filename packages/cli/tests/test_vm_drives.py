@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def machine(folder: Path, drive: str, *words: str) -> VirtualMachine:
     return VirtualMachine(parse([*options, "-device", "virtio-blk-device,drive=d,id=d"]), post)
 
 
-def descriptors() -> int:
+def descriptors(*, settle: bool = False) -> int:
+    """Return what this process has open; `settle`: after what other tests left to the garbage collector has gone."""
+    if settle:
+        gc.collect()
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
@@ -43,7 +47,7 @@ def test_a_qcow2_image_is_the_disk_that_it_describes(tmp_path: Path, caches: str
 def test_a_backing_file_is_opened_only_when_the_drive_allows_it(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(bytes(SIZE))
     create_image(tmp_path / "disk", SIZE, options=Options(backing_file=str(tmp_path / "base"), backing_format="raw"))
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(VmError, match=r"-drive id=d: .*base.* has to be allowed \(external-files=allow\)$"):
         machine(tmp_path, f"file={tmp_path}/disk,format=qcow2")
     assert descriptors() == before
@@ -115,7 +119,7 @@ def test_an_encrypted_image_is_read_with_the_secret_that_the_drive_names(tmp_pat
 def test_a_secret_that_does_not_open_the_image_is_refused_by_name(
     tmp_path: Path, encrypted: Path, secret: str, problem: str
 ) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(VmError, match=f"-drive id=d: .*{problem}"):
         machine(tmp_path, f"file={encrypted},format=qcow2,encrypt.key-secret=s", "-object", f"secret,id=s,{secret}")
     assert descriptors() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -26,13 +27,16 @@ def machine(folder: Path, *devices: str) -> VirtualMachine:
     return VirtualMachine(parse([*options, *(word for device in devices for word in ("-device", device))]), post)
 
 
-def descriptors() -> list[str]:
+def descriptors(*, settle: bool = False) -> list[str]:
+    """Return what this process has open; `settle`: after what other tests left to the garbage collector has gone."""
+    if settle:
+        gc.collect()
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
 
 @pytest.mark.parametrize("thread", ["", ",iothread=io"])
 def test_a_socket_device_listens_while_its_machine_is_there(tmp_path: Path, thread: str) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     path = tmp_path / "v"
     with machine(tmp_path, f"virtio-vsock-device,id=v,guest-cid=5,path={path}{thread}") as vm:
         vm.start()

@@ -461,7 +461,7 @@ def test_a_state_that_cannot_be_is_refused(make: Make, state: object) -> None:
 
 
 def test_a_closed_balloon_tells_nobody(memory: GuestMemory, loop: DirectLoop) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     told: list[bool] = []
     driver = Driver(BalloonDevice("balloon0", loop, memory, on_change=lambda: told.append(True)), memory, loop).start()
     driver.write(0x104, 20)

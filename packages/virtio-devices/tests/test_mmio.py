@@ -746,7 +746,7 @@ def test_a_device_can_be_activated_reset_and_stopped_while_paused(echo: Driver) 
 
 
 def test_closing_twice_is_fine_and_gives_every_descriptor_back(memory: GuestMemory, loop: DirectLoop) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     driver = Driver(Echo(loop), memory, loop).start()
     driver.close()
     driver.close()
@@ -766,7 +766,7 @@ def test_a_closed_transport_keeps_no_guest_memory_mapped(loop: DirectLoop) -> No
 def test_doorbells_that_cannot_be_made_leave_nothing_behind(
     memory: GuestMemory, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     real, calls = os.eventfd, []
 
     def limited(*args: int) -> int:

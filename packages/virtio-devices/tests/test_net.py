@@ -670,7 +670,7 @@ def test_without_a_network_the_link_is_down_and_what_is_sent_is_lost(make: Make)
 def test_a_network_is_put_in_and_taken_out_under_a_driver(make: Make, cables: list[Cable]) -> None:
     driver = make().up(size=64)
     driver.room(*[1600] * 16)
-    before = descriptors()
+    before = descriptors(settle=True)
     for number in range(5):
         cable = Cable()
         driver.device.attach(cable)
@@ -770,7 +770,7 @@ def test_a_tap_that_was_deleted_before_the_driver_came_turns_the_link_down(make:
 
 def test_closing_under_load_leaves_nothing(make: Make) -> None:
     cable = Cable()
-    before = descriptors()
+    before = descriptors(settle=True)
     driver = make(cable).up()
     driver.room(*[1600] * 4)
     for _ in range(4):

@@ -372,7 +372,7 @@ def program(tmp_path: Path) -> Callable[[str], str]:
 
 
 def test_the_process_is_ready_when_it_is_there_and_ends_with_the_back_end(program: Callable[[str], str]) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     backend = PasstBackend("net0", program(_ANSWERS))
     pid = backend._pid
     assert backend.alive()
@@ -415,7 +415,7 @@ def test_a_process_ends_with_the_back_end_when_no_descriptor_is_left_to_watch_it
     def none_left(*_: object) -> int:
         raise OSError(24, "Too many open files")
 
-    before = descriptors()
+    before = descriptors(settle=True)
     backend = PasstBackend("net0", program(_ANSWERS))
     monkeypatch.setattr(os, "pidfd_open", none_left)
     pid = backend._pid
@@ -434,7 +434,7 @@ def test_a_process_ends_with_the_back_end_when_no_descriptor_is_left_to_watch_it
     ],
 )
 def test_a_process_that_fails_is_quoted(program: Callable[[str], str], body: str, complaint: str) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(DeviceError, match=f"net0: passt .*{complaint}"):
         PasstBackend("net0", program(body))
     assert descriptors() == before
@@ -449,7 +449,7 @@ def test_a_process_that_says_nothing_is_given_up(program: Callable[[str], str], 
 
 @pytest.mark.parametrize(("name", "complaint"), [("nonesuch-program", "not found"), ("/etc/passwd", "Permission denied")])
 def test_a_program_that_cannot_be_run_is_named(name: str, complaint: str) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(DeviceError, match=complaint):
         PasstBackend("net0", name)
     assert descriptors() == before

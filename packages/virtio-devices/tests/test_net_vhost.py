@@ -110,7 +110,7 @@ def loop() -> Iterator[DirectLoop]:
 @pytest.fixture
 def make(memory: GuestMemory, loop: DirectLoop) -> Iterator[Make]:
     made: list[tuple[Kernel, VhostBackend]] = []
-    before = descriptors()
+    before = descriptors(settle=True)
 
     def make(pairs: int = 1, features: int = KERNEL) -> Kernel:
         tap, vhosts = FakeTap(pairs), [FakeNet(features) for _ in range(pairs)]

@@ -210,7 +210,7 @@ def test_a_bucket_is_exact_over_any_number_of_small_steps(loop: DirectLoop) -> N
     [("/nonexistent", "is not existed"), ("/etc/passwd", "not a character special"), ("/etc", "not a character special")],
 )
 def test_a_source_must_be_a_character_device(path: str, complaint: str) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(DeviceError, match=complaint):
         open_source(path)
     assert descriptors() == before

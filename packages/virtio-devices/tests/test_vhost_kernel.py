@@ -77,7 +77,7 @@ def test_indices_come_back_from_the_kernel_and_the_used_ring(vhost: VhostKernel,
     ],
 )
 def test_a_descriptor_that_cannot_be_owned_is_closed_and_the_reason_said(number: int, words: str) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     peer = FakeVhost()
     peer.fail["set_owner"] = number
     with pytest.raises(DeviceError, match=f"vsock0: .*{words}"):

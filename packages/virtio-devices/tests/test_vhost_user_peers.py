@@ -188,7 +188,7 @@ def test_a_wrong_answer_at_the_beginning_is_refused_or_harmless(
     assert Session.__init__.__kwdefaults__ is not None
     monkeypatch.setitem(Session.__init__.__kwdefaults__, "reply_limit", 0.05)
     for number in FIRST:
-        before = descriptors()
+        before = descriptors(settle=True)
         server = back_end(**EVERYTHING, listen=False)
         server.answers[number] = lambda _, number=number: WRONG.get(what, hang_up)(number)
         server.start()
@@ -326,7 +326,7 @@ def test_back_ends_that_die_and_come_back_leave_no_descriptor(back_end: Make, gu
     server = back_end(**options)
     driver = guest(retry=0.01).start()
     driver.ask(b"x", 1)
-    before = descriptors()
+    before = descriptors(settle=True)
     for turn in range(20):
         if turn % 2:
             assert server._connection is not None

@@ -58,7 +58,7 @@ def path(tmp_path: Path) -> str:
 
 @pytest.fixture
 def make(memory: GuestMemory, loop: DirectLoop, path: str) -> Iterator[Make]:
-    before = descriptors()
+    before = descriptors(settle=True)
     made: list[Driver] = []
 
     def make(*, start: bool = True, without: int = F_EVENT_IDX, **options: Any) -> Guest:
@@ -865,7 +865,7 @@ def test_the_socket_is_private_replaced_when_stale_and_removed_at_the_end(make: 
     driver: Driver = make(start=False)  # type: ignore[assignment]
     assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
     loop = new_loop()
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(DeviceError, match=r"vsock1: .* is in use: somebody listens on it"):
         UserVsockDevice("vsock1", loop, CID, path)
     (tmp_path / "file").touch()
@@ -913,7 +913,7 @@ _STEP = st.one_of(
 def test_whatever_both_sides_do_the_device_works_after_a_reset_and_leaves_nothing(steps: list[Any]) -> None:
     import tempfile
 
-    before = descriptors()
+    before = descriptors(settle=True)
     memory, loop = GuestMemory([(0, 1 << 20)]), new_loop()
     with tempfile.TemporaryDirectory() as folder:
         service = Service(f"{folder}/v")

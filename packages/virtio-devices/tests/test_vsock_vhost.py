@@ -31,7 +31,7 @@ def loop() -> Iterator[DirectLoop]:
 
 @pytest.fixture
 def make(memory: GuestMemory, loop: DirectLoop) -> Iterator[Make]:
-    before = descriptors()
+    before = descriptors(settle=True)
     made: list[Driver] = []
 
     def make() -> tuple[Driver, FakeVhost]:
@@ -196,7 +196,7 @@ def test_an_event_buffer_without_room_breaks_the_device(make: Make, room: int | 
 
 
 def test_a_context_id_that_is_taken_or_is_no_guest_s_is_refused_at_the_start(memory: GuestMemory, loop: DirectLoop) -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     peer = FakeVhost()
     peer.fail["cid"] = errno.EADDRINUSE
     with pytest.raises(DeviceError, match=r"vsock0: VHOST_VSOCK_SET_GUEST_CID: .*in use"):

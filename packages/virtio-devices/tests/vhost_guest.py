@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import select
 import threading
@@ -91,8 +90,7 @@ def loop() -> Iterator[DirectLoop]:
 
 @pytest.fixture
 def nothing_is_left() -> Iterator[None]:
-    gc.collect()  # what other tests left for it would go in the middle of this one
-    before, threads = descriptors(), threading.active_count()
+    before, threads = descriptors(settle=True), threading.active_count()
     yield
     assert descriptors() == before
     assert threading.active_count() == threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,8 +31,10 @@ def watched(loop: DirectLoop) -> list[int]:
     return list(loop._handlers)
 
 
-def descriptors() -> list[str]:
-    """Return the numbers of this process's open descriptors."""
+def descriptors(*, settle: bool = False) -> list[str]:
+    """Return what this process has open; `settle`: after what other tests left to the garbage collector has gone."""
+    if settle:
+        gc.collect()
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
 

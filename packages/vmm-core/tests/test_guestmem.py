@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 from pathlib import Path
@@ -31,7 +32,10 @@ def mappings_of(name: str) -> list[str]:
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if name in line]
 
 
-def descriptors() -> list[str]:
+def descriptors(*, settle: bool = False) -> list[str]:
+    """Return what this process has open; `settle`: after what other tests left to the garbage collector has gone."""
+    if settle:
+        gc.collect()
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
 
@@ -231,7 +235,7 @@ def test_a_path_that_cannot_hold_ram_is_a_clear_error(path: str, message: str) -
 
 def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"short")
-    before = descriptors()
+    before = descriptors(settle=True)
     GuestMemory([(0, LOW)], share=True).close()
     GuestMemory([(0, LOW)], path=str(tmp_path)).close()
     with pytest.raises(GuestMemoryError):
@@ -270,7 +274,7 @@ def test_preallocation_that_cannot_succeed_is_a_clear_error(monkeypatch: pytest.
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(GuestMemoryError, match="cannot allocate 0x10000 bytes of guest RAM in advance: No space left"):
         GuestMemory([(0, LOW)], share=True, prealloc=1)
     assert descriptors() == before
@@ -307,7 +311,7 @@ def test_a_system_without_room_for_shared_ram_is_a_clear_error(monkeypatch: pyte
         raise OSError(24, os.strerror(24))
 
     monkeypatch.setattr(os, "ftruncate" if share else "memfd_create", refuse)
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(GuestMemoryError, match=r"guest RAM: Too many open files$"):
         GuestMemory([(0, LOW)], share=True)
     assert descriptors() == before

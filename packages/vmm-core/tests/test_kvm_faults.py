@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 import re
@@ -67,7 +68,10 @@ def kvm(monkeypatch: pytest.MonkeyPatch) -> FakeKvm:
     return fake
 
 
-def descriptors() -> list[str]:
+def descriptors(*, settle: bool = False) -> list[str]:
+    """Return what this process has open; `settle`: after what other tests left to the garbage collector has gone."""
+    if settle:
+        gc.collect()
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
 
@@ -89,7 +93,7 @@ def test_a_user_without_permission_is_told_which_group_has_it(monkeypatch: pytes
 
 
 def test_a_file_that_is_not_kvm_is_named() -> None:
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(HypervisorError, match="/dev/null is not KVM: KVM_GET_API_VERSION: Inappropriate ioctl for device"):
         Kvm({}, "/dev/null")
     assert descriptors() == before
@@ -104,7 +108,7 @@ def test_an_interface_of_another_age_is_refused(kvm: FakeKvm) -> None:
 def test_missing_capabilities_are_named(kvm: FakeKvm) -> None:
     lacking = {ioctl.CAP_IRQFD, structs.CAP_PIT2}
     kvm.handlers["KVM_CHECK_EXTENSION"] = lambda number: 0 if number in lacking else 1
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(HypervisorError, match=r"^/dev/null lacks KVM_CAP_IRQFD, KVM_CAP_PIT2$"):
         KvmHypervisor(CpuTopology.flat(1), "/dev/null")
     assert descriptors() == before
@@ -132,7 +136,7 @@ def test_an_error_names_the_call_and_the_reason(kvm: FakeKvm) -> None:
 )
 def test_a_set_up_that_fails_half_way_leaves_nothing_behind(kvm: FakeKvm, name: str) -> None:
     kvm.fail(name, errno.ENOMEM)
-    before = descriptors()
+    before = descriptors(settle=True)
     hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
     with pytest.raises(HypervisorError, match=f"^{name}: Cannot allocate memory$"):
         hypervisor.interrupt_line(4)
@@ -166,7 +170,7 @@ def test_set_up_is_in_the_order_that_kvm_wants_with_memory_first_because_it_wait
 def test_a_vcpu_that_cannot_be_made_is_a_clear_error_and_leaves_nothing_behind(kvm: FakeKvm, name: str) -> None:
     kvm.handlers["KVM_GET_MSR_INDEX_LIST"] = lambda data: data.__setitem__(slice(0, 4), b"\1\0\0\0") or 0
     hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
-    before = descriptors()
+    before = descriptors(settle=True)
     kvm.fail(name, errno.EINVAL)
     with pytest.raises(HypervisorError, match=f"{name}: Invalid argument"):
         hypervisor.create_vcpu(0, Bus("p", 1), Bus("m", 1), Listener(), None)
@@ -177,7 +181,7 @@ def test_a_vcpu_that_cannot_be_made_is_a_clear_error_and_leaves_nothing_behind(k
 def test_an_interrupt_line_that_cannot_be_made_leaves_nothing_behind(kvm: FakeKvm) -> None:
     hypervisor = KvmHypervisor(CpuTopology.flat(1), "/dev/null")
     kvm.fail("KVM_IRQFD", errno.EBUSY)
-    before = descriptors()
+    before = descriptors(settle=True)
     with pytest.raises(HypervisorError, match="KVM_IRQFD: Device or resource busy"):
         hypervisor.interrupt_line(4)
     assert descriptors() == before

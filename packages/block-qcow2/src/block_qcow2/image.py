@@ -7,6 +7,7 @@ BlockError for everything that this package says. Not here: opening and creating
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -103,33 +104,37 @@ class Image(Protocol):
 
 
 class Qcow2Snapshots:
-    """`ImageSnapshots` of a qcow2 image. The table is read for each call, so that nothing here gets old."""
+    """`ImageSnapshots` of a qcow2 image. The table is read for each call, so that nothing here gets old; one call at a time."""
 
     def __init__(self, image: Qcow2Image) -> None:
         self._image = image
 
-    def _table(self) -> Snapshots:
+    @contextmanager
+    def _table(self) -> Iterator[Snapshots]:
         from .qcow2.snapshots import Snapshots
 
-        return Snapshots(self._image)
+        with self._image.snapshots_lock:
+            yield Snapshots(self._image)
 
     def list(self) -> Sequence[Snapshot]:
-        return tuple(self._table().list)
+        with self._table() as table:
+            return tuple(table.list)
 
-    def create(self, name: str) -> Snapshot:
-        return self._table().create(name)
+    def create(self, name: str, *, vm_clock_nsec: int = 0) -> Snapshot:
+        with self._table() as table:
+            return table.create(name, vm_clock_nsec=vm_clock_nsec)
 
     def apply(self, name: str) -> Snapshot:
-        table = self._table()
-        snapshot = table.find(name)
-        table.apply(snapshot)
-        return snapshot
+        with self._table() as table:
+            snapshot = table.find(name)
+            table.apply(snapshot)
+            return snapshot
 
     def delete(self, name: str) -> Snapshot:
-        table = self._table()
-        snapshot = table.find(name)
-        table.delete(snapshot)
-        return snapshot
+        with self._table() as table:
+            snapshot = table.find(name)
+            table.delete(snapshot)
+            return snapshot
 
 
 class PlainImage:

@@ -26,7 +26,7 @@ from .reader import fill_zero
 if TYPE_CHECKING:
     from .check import CheckResult
     from .lookup import Part
-    from .snapshots import Snapshot, Snapshots
+    from .snapshots import Snapshot
 
 _UNLIMITED = 1 << 62
 
@@ -133,28 +133,22 @@ class Qcow2Disk:
     # --- while the guest runs ---
 
     def snapshots(self) -> list[Snapshot]:
-        return list(self._snapshots().list)
+        return list(self.image.snapshots.list())
 
     def snapshot_create(self, name: str, *, vm_clock_nsec: int = 0) -> Snapshot:
         """Keep the present content. Raises SnapshotError, ImageReadOnlyError, OSError."""
-        return self._snapshots().create(name, vm_clock_nsec=vm_clock_nsec)
+        return self.image.snapshots.create(name, vm_clock_nsec=vm_clock_nsec)
 
     def snapshot_delete(self, name: str) -> Snapshot:
         """Forget the first snapshot of that name and return what it was. Raises as snapshot_create."""
-        table = self._snapshots()
-        snapshot = table.find(name)
-        table.delete(snapshot)
-        return snapshot
+        return self.image.snapshots.delete(name)
 
     def snapshot_apply(self, name: str) -> Snapshot:
         """Make the content that of the first snapshot of that name. Whoever has cached the old one must not write it back.
 
         The size is that of the snapshot then. Raises as snapshot_create.
         """
-        table = self._snapshots()
-        snapshot = table.find(name)
-        table.apply(snapshot)
-        return snapshot
+        return self.image.snapshots.apply(name)
 
     def resize(self, size: int) -> None:
         """Make the disk larger; the device tells the guest."""
@@ -167,11 +161,6 @@ class Qcow2Disk:
     def block_status(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """What backs each part of a range, in order; this image's own part of it."""
         return self.image.block_status(offset, length)
-
-    def _snapshots(self) -> Snapshots:
-        from .snapshots import Snapshots
-
-        return Snapshots(self.image)
 
 
 # What the file's channel gets as a token: the operation that ends with a request which went straight to the file (0: it ran on

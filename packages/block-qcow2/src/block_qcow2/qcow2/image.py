@@ -6,6 +6,7 @@ Not here: reading (`reader`), writing (`writer`), resizing (`resize`), the order
 from __future__ import annotations
 
 import os
+import threading
 from array import array
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
@@ -75,6 +76,7 @@ class Qcow2Image(Resizer):
         self.backing = backing
         self._closed = False
         self.unlocked = False
+        self.snapshots_lock = threading.Lock()  # of their table, between reading it and writing it anew
         if self.encrypted:
             self.data_file = _Locked(file.path)  # type: ignore[assignment]
         self._mind_marks()

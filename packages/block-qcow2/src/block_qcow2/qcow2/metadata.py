@@ -92,17 +92,21 @@ class Metadata:
     # --- requests ---
 
     @contextmanager
-    def operation(self) -> Iterator[None]:
-        """A request is running: what it may be using is not given to anybody else before it ends."""
-        number = self.begin()
+    def operation(self, *, within: bool = False) -> Iterator[None]:
+        """A request is running: what it may be using is not given to anybody else before it ends. `within`: as begin()."""
+        number = self.begin(within=within)
         try:
             yield
         finally:
             self.end(number)
 
-    def begin(self) -> int:
+    def begin(self, *, within: bool = False) -> int:
+        """Begin a request, and return the number to end() it with. Waits for what needs the image alone, and has priority.
+
+        `within`: by a thread that may have requests to end. It waits only for somebody who waits for none of them any more.
+        """
         with self._lock:
-            while self._exclusive:
+            while self._exclusive and not (within and self._operations):
                 self._changed.wait()
             self._next_operation += 1
             self._operations[self._next_operation] = None

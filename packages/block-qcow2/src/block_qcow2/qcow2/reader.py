@@ -58,8 +58,9 @@ class Reader(Metadata):
         return bytes(data)
 
     def map_range(self, offset: int, length: int) -> list[Run]:
-        """What backs a guest range, in order; adjacent runs of one kind are joined."""
-        with self._lock:
+        """What backs a guest range, in order; adjacent runs of one kind are joined. Not while the image is yours alone."""
+        # A request too: a table that is read here must not come into the cache behind a snapshot that changed it on the disk.
+        with self.operation(within=True), self._lock:
             return self._map(offset, length)
 
     def _read(self, offset: int, target: Cursor, length: int) -> None:
