@@ -410,13 +410,19 @@ class BackEnd:
         for user, size, mapping in self._memory:
             if user <= address < user + size:
                 return mapping, address - user
-        if 5 in self.answers:
-            raise ConnectionError("it was told of no memory, as its answer was another's")
+        self._untold(5, 9)
         raise AssertionError(f"{address:#x} is not memory")
+
+    def _untold(self, *numbers: int) -> None:
+        """End the conversation if it lacks what one of these messages says, as its answer to that was another's."""
+        if not self.answers.keys().isdisjoint(numbers):
+            raise ConnectionError("it was not told all, as its answer was another's")
 
     def _process(self, ring: Ring) -> None:
         if self.negotiated & PROTOCOL and not ring.enabled:
             return
+        if not ring.size:
+            self._untold(8)
         view, at = self._at(ring.avail)
         while True:
             (idx,) = struct.unpack_from("<H", view, at + 2)
