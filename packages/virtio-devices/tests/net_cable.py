@@ -10,7 +10,7 @@ from virtio_devices.device import F_EVENT_IDX
 from virtio_devices.net.backend import Backend, Lane
 from virtio_devices.net.device import NetDevice
 from virtio_devices.net.features import F_MRG_RXBUF, HEADER, OFFLOADS
-from virtio_devices.net.tap import TapLane
+from virtio_devices.net.taplane import TapLane
 from virtio_driver import Driver
 from vmm_core.loop import Loop
 

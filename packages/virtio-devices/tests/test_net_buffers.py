@@ -123,16 +123,49 @@ def test_a_frame_lies_in_the_next_buffers_in_order_all_but_the_last_of_them_full
     assert [head for head, _, _ in queue.chains()] == heads[used:], "nothing is lost or taken twice"
 
 
-def test_buffers_one_behind_the_other_are_one_view() -> None:
+def test_for_large_frames_buffers_one_behind_the_other_are_one_view() -> None:
     ring, queue = new_queue()
     offer(ring, [[1536]] * 20)
     offer(ring, [[1536]] * 20, base=0x4_0000)
     buffers = Buffers()
     buffers.begin(mergeable=True)
-    assert buffers.fill(queue, 1)
+    assert buffers.fill(queue, 1537)
     assert (buffers.count, buffers.room) == (40, 40 * 1536)
+    assert not buffers.each_holds(1)
     assert [len(view) for view in buffers.offer(1)[0]] == [20 * 1536]
     assert [len(view) for view in buffers.offer(60_000)[0]] == [20 * 1536] * 2
+
+
+@pytest.mark.parametrize("mergeable", [True, False])
+def test_for_small_frames_each_buffer_is_a_view_and_given_back_for_one_frame(mergeable: bool) -> None:
+    ring, queue = new_queue()
+    laid = offer(ring, [[1536]] * 20)
+    buffers = Buffers()
+    buffers.begin(mergeable=mergeable)
+    assert buffers.fill(queue, 1536)
+    assert (buffers.each_holds(1536), buffers.each_holds(1537)) == (True, False)
+    views = buffers.views(3)
+    assert [len(view) for view in views] == [1536] * 3
+    for view in views:
+        view[:HEADER] = b"\xff" * HEADER
+    buffers.give_each(queue, [60, 1536, 100])
+    queue.publish()
+    assert [length for _, length in ring.collect()] == [60, 1536, 100]
+    assert [MEMORY.read(pieces[0][0], HEADER) for pieces in laid[:3]] == [b"\xff" * 10 + b"\1\0"] * 3
+    assert (buffers.count, buffers.room) == (17, 17 * 1536 if mergeable else 1536)
+    assert buffers.offer(1)[0][0] == buffers.views(1)[0]
+    buffers.give(queue, 26)
+    buffers.give_each(queue, [60] * 16)
+    assert (buffers.count, buffers.room) == (0, 0)
+
+
+def test_buffers_of_several_pieces_hold_no_frame_each() -> None:
+    ring, queue = new_queue()
+    offer(ring, [[1536], [700, 836], [1536]])
+    buffers = Buffers()
+    buffers.begin(mergeable=True)
+    assert buffers.fill(queue, 3000)
+    assert not buffers.each_holds(1)
 
 
 def test_without_mergeable_buffers_each_is_offered_alone() -> None:
@@ -345,11 +378,11 @@ ACTIONS = st.lists(
 
 @contextmanager
 def one_by_one(wanted: bool) -> Iterator[None]:
-    """Have the queue refuse to take many at once, if that is wanted."""
+    """Have the queue refuse to take many at once, and buffers to be read into in a row, if that is wanted."""
     if not wanted:
         yield
         return
-    with patch.object(SplitQueue, "take_singles", lambda *_: None):
+    with patch.object(SplitQueue, "take_singles", lambda *_: None), patch.object(Buffers, "each_holds", lambda *_: False):
         yield
 
 

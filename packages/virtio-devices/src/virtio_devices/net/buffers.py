@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 IOV_MAX = 1024  # buffers of one system call (limits.h)
 _AHEAD = 128  # buffers that are taken at once when that is cheap
 _WRITABLE = 2  # VIRTQ_DESC_F_WRITE
+_ONE = (1).to_bytes(2, "little")  # num_buffers of a frame that lies in one
 
 
 class Buffers:
@@ -47,6 +48,7 @@ class Buffers:
         self._ends = [0]  # number n begins at [n] of some stretch, and ends at [n + 1]
         self._at = 0  # the first one that is not given back
         self._views: list[memoryview] = []  # from its beginning on
+        self._apart = True  # each view is one buffer
         self.room = 0  # for the next frame with its header
 
     @property
@@ -70,6 +72,8 @@ class Buffers:
             del heads[:at], lengths[:at], ends[:at]
             self._at = 0
         before = len(heads)
+        if not before:
+            self._apart = True
         if self._detour <= 0:
             run = queue.take_singles(_AHEAD, _WRITABLE, self._least)
             if run is None:
@@ -81,7 +85,8 @@ class Buffers:
                 ends[-1:] = accumulate(sizes, initial=ends[-1])
                 self.room = ends[-1] - ends[0] if self.mergeable else lengths[0]
                 window = queue.window
-                if self.mergeable:
+                if self.mergeable and wanted > sizes[0]:
+                    self._apart = False
                     count = len(more)
                     gaps = compress(range(1, count), map(ne, stops, islice(starts, 1, None)))
                     views += [window[starts[one] : stops[after - 1]] for one, after in pairwise((0, *gaps, count))]
@@ -103,6 +108,7 @@ class Buffers:
             self._ends.append(self._ends[-1] + length)
             self.room += length
             self._views += writable
+            self._apart = self._apart and len(writable) == 1
             self._detour -= 1
             if self.room >= wanted:
                 return
@@ -130,6 +136,17 @@ class Buffers:
             if room >= wanted:
                 break
         return views[:count], room
+
+    def each_holds(self, length: int) -> bool:
+        """Tell whether frames of `length` with their header can be read one into each buffer, as each of views() is one.
+
+        There are buffers.
+        """
+        return self._apart and length <= len(self._views[0])
+
+    def views(self, most: int) -> list[memoryview]:
+        """Return the next views, up to `most` of them."""
+        return self._views[:most]
 
     def store(self, offset: int, data: bytes | memoryview) -> None:
         """Copy `data` to `offset` of the next frame. There is room for it."""
@@ -168,6 +185,20 @@ class Buffers:
                 return
             first = views[0]
         views[0] = first[taken:]
+
+    def give_each(self, queue: SplitQueue, lengths: Sequence[int]) -> None:
+        """Give back one buffer for each frame, of these lengths with its header; each_holds() them."""
+        at, views = self._at, self._views
+        count = len(lengths)
+        self._at = after = at + count
+        queue.add_all_used(self._heads[at:after], lengths)
+        for view in islice(views, count):
+            view[NUM_BUFFERS : NUM_BUFFERS + 2] = _ONE
+        del views[:count]
+        if self.mergeable:
+            self.room -= self._ends[after] - self._ends[at]
+        else:
+            self.room = self._lengths[after] if after < len(self._lengths) else 0
 
 
 def poke(views: Sequence[memoryview], offset: int, data: bytes | memoryview) -> None:

@@ -1,7 +1,7 @@
 """Taps of the host's kernel (Linux, Documentation/networking/tuntap.rst): frames with a virtio_net_hdr in front.
 
 The header lets checksums and segmentation pass through unfinished, so a guest's 64 KiB go to the host's stack in one piece, with
-one system call, straight from and to guest memory.
+one system call, straight from and to guest memory (`taplane`).
 
 Not here: making or naming interfaces, addresses, bridges, which are the administrator's.
 """
@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from errno import EAGAIN, EBADFD, EINVAL
+from errno import EINVAL
 from fcntl import F_GETFL, F_SETFL, fcntl, ioctl
 from struct import Struct
 
 from virtio_devices.device import DeviceError
-from virtio_devices.net.backend import BYTES, FRAMES, Backend, Lane
-from virtio_devices.net.buffers import peek
+from virtio_devices.net.backend import Backend, Lane
 from virtio_devices.net.features import (
-    ETHERNET,
     F_GUEST_CSUM,
     F_GUEST_ECN,
     F_GUEST_TSO4,
@@ -29,8 +27,8 @@ from virtio_devices.net.features import (
     OFFLOADS,
     PAIRS_MAX,
 )
-from virtio_devices.queue import QueueError, Singles, SplitQueue
-from vmm_core.loop import WRITE, Loop
+from virtio_devices.net.taplane import TapLane
+from vmm_core.loop import Loop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,200 +55,6 @@ _TUN_F = (  # what a reader takes unfinished
 _IFREQ = Struct("<16sH22x")  # ifreq: ifr_name, ifr_flags
 _INT = Struct("<i")
 _NAME_MAX = 15
-
-# What a tap answers that takes no more frames now, or none any more. Anything else (an interface that is down, nonsense in the
-# header) is about one frame, which is lost.
-_STOP = (EAGAIN, EBADFD)
-_MANY = 8  # frames to be sent that are taken at once sooner than one by one
-_SPILL = 0x1_2000  # bytes: more than a frame of 64 KiB with every header
-
-
-class TapLane(Lane):
-    """One queue of a tap. A frame is one readv() or writev(), and its header is the virtio one."""
-
-    def __init__(self, owner: Owner, pair: int, loop: Loop, fd: int) -> None:
-        """Make a lane at rest."""
-        super().__init__(owner, pair, loop, fd)
-        # Frames come in all sizes, and the next one's is not known: as much room is offered as the last ones needed, and what is
-        # too much for that lands here and is copied.
-        self._spill = memoryview(bytearray(_SPILL))
-        self._expected = 1
-        # A frame that was read and waits for more buffers: its length, and how much of it is in the buffers that there were.
-        self._held: tuple[int, int] | None = None
-
-    def begin(self, mergeable: bool) -> None:
-        """Get ready for a new driver."""
-        super().begin(mergeable)
-        self._expected, self._held = 1, None
-
-    def rest(self, rx: SplitQueue | None) -> None:
-        """Stop watching, and put receive buffers back. A frame that had not enough of them is lost."""
-        if self._held:
-            self._held = None
-            self.rx_dropped += 1
-        super().rest(rx)
-
-    def receive(self, queue: SplitQueue) -> None:
-        """Read frames into the driver's buffers."""
-        if self.enabled and not self.dead:
-            try:
-                self._receive(queue)
-            finally:
-                self._owner.publish(self._rx, queue)
-
-    def _receive(self, queue: SplitQueue) -> None:
-        """Flat, and nothing in it that a frame does not need: this is the hot path."""
-        buffers, spill, fd, readv = self._buffers, self._spill, self._fd, os.readv
-        filtering = self._owner.rx_filter is not None
-        budget = BYTES
-        for _ in range(FRAMES):
-            if self._held:
-                if not self._finish(queue):
-                    return
-                continue
-            expected = self._expected
-            if buffers.room < expected and not buffers.fill(queue, expected) and not buffers.count:
-                if self._starve(queue):
-                    return
-                continue
-            vector, room = buffers.offer(expected)
-            vector.append(spill)
-            try:
-                length = readv(fd, vector)
-            except BlockingIOError:
-                self._hungry(queue)
-                return
-            except OSError as error:
-                self._die(error.strerror or str(error))
-                return
-            if length < HEADER + ETHERNET:
-                if not length:
-                    self._die("end of file")
-                    return
-                self.rx_dropped += 1
-            elif filtering and self._unwanted(peek(vector, HEADER, 18)):
-                pass
-            elif length <= room:
-                buffers.give(queue, length)
-                if length != expected:
-                    self._expected = max(length, expected - (expected >> 4))
-                self.rx_frames += 1
-                self.rx_bytes += length - HEADER
-                budget -= length
-                if budget < 0:
-                    break
-            elif buffers.mergeable and length < room + _SPILL:
-                self._held = length, room
-            else:
-                self.rx_dropped += 1
-        self._hungry(queue)
-
-    def _finish(self, queue: SplitQueue) -> bool:
-        """Complete the frame that is held with buffers behind those that it lies in. False while they are missing."""
-        assert self._held
-        length, room = self._held
-        buffers = self._buffers
-        while buffers.room < length:
-            if buffers.fill(queue, length):
-                continue
-            if 2 * buffers.count >= queue.size:
-                # Drivers make new buffers available when they have taken back some: waiting for more would be for ever.
-                self._held = None
-                self.rx_dropped += 1
-                return True
-            if self._starve(queue):
-                return False
-        buffers.store(room, self._spill[: length - room])
-        buffers.give(queue, length)
-        self._expected = max(self._expected, length)
-        self._held = None
-        self.rx_frames += 1
-        self.rx_bytes += length - HEADER
-        return True
-
-    def transmit(self, queue: SplitQueue) -> None:
-        """Write the driver's frames."""
-        if self.dead or not self.enabled:
-            self.drop_all(queue)
-        elif not self._blocked:
-            try:
-                self._transmit(queue)
-            finally:
-                self._owner.publish(self._tx, queue)
-
-    def _transmit(self, queue: SplitQueue) -> None:
-        """Flat, and nothing in it that a frame does not need: this is the hot path."""
-        fd, writev, add_used = self._fd, os.writev, queue.add_used
-        budget, frames = BYTES, FRAMES
-        queue.disable_kicks()
-        while budget >= 0 and frames:
-            if queue.available >= _MANY and (run := queue.take_singles(frames, 0)) and run[0]:
-                budget = self._write_singles(queue, run, budget)
-                if self._blocked or self.dead:
-                    return
-                frames -= len(run[0])
-                continue
-            for head, readable, writable in queue.chains():
-                if writable or not readable:
-                    raise QueueError("a frame to send has to be readable, and nothing else")
-                try:
-                    length = writev(fd, readable)
-                except OSError as error:
-                    if error.errno in _STOP:
-                        queue.put_back()
-                        self._stop_sending(queue, error)
-                        return
-                    self.tx_dropped += 1
-                    length = 0
-                else:
-                    self.tx_frames += 1
-                    self.tx_bytes += length - HEADER
-                add_used(head, 0)
-                budget -= length
-                frames -= 1
-                if budget < 0 or not frames:
-                    break
-            else:
-                if not queue.enable_kicks():
-                    return
-                queue.disable_kicks()
-        self._owner.serve_later(self._tx)
-
-    def _write_singles(self, queue: SplitQueue, run: Singles, budget: int) -> int:
-        """Write frames of one piece each, as far as the budget and the network allow. Return what is left of the budget."""
-        heads, starts, _, ends = run
-        window, fd, write = queue.window, self._fd, os.write
-        done = 0
-        stop: OSError | None = None
-        for start, end in zip(starts, ends, strict=True):
-            try:
-                length = write(fd, window[start:end])
-            except OSError as error:
-                if error.errno in _STOP:
-                    stop = error
-                    break
-                self.tx_dropped += 1
-            else:
-                self.tx_frames += 1
-                self.tx_bytes += length - HEADER
-                budget -= length
-            done += 1
-            if budget < 0:
-                break
-        queue.put_back(len(heads) - done)
-        queue.add_all_used(heads[:done], [0] * done)
-        if stop:
-            self._stop_sending(queue, stop)
-        return budget
-
-    def _stop_sending(self, queue: SplitQueue, error: OSError) -> None:
-        """Wait until the network takes frames again, or for nothing when it has gone. What was not sent is in the ring."""
-        if error.errno == EAGAIN:
-            self._blocked = True
-            self._watch(self._mask | WRITE)
-        else:
-            self._die("the other side has gone")
-            self.drop_all(queue)
 
 
 class TapBackend(Backend):

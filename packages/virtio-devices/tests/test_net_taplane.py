@@ -1,0 +1,118 @@
+"""Frames that are read in a row, a buffer of the driver's for each: what is no such frame is found, nothing is lost or cut."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from errno import EIO
+
+import pytest
+
+from net_cable import MAC, OTHER, Cable, Net, frame
+from virtio_devices.net.device import NetDevice
+from virtio_devices.net.features import F_MRG_RXBUF
+from virtio_driver import new_loop
+from vmm_core.guestmem import GuestMemory
+
+RX, PROMISCUOUS = 0, 0  # of the control queue
+ROW = 8  # frames, which a datagram socket of the tests holds
+
+
+@pytest.fixture(params=[True, False], ids=["mergeable", "whole"])
+def driver(memory: GuestMemory, request: pytest.FixtureRequest) -> Iterator[Net]:
+    """A driver whose last frames were small and many."""
+    loop, cable = new_loop(), Cable()
+    driver = Net(NetDevice("net0", [loop], memory, mac=MAC, backend=cable), memory, loop)
+    driver.up(mergeable=request.param, size=64)
+    driver.room(*[1536] * 40)
+    driver.cable = cable  # type: ignore[attr-defined]
+    assert bring(driver, *map(frame, range(60, 60 + ROW))) == [frame(60 + n) for n in range(ROW)]
+    yield driver
+    driver.close()
+    cable.close()
+    loop.close()
+
+
+def bring(driver: Net, *frames: bytes) -> list[bytes]:
+    """Have all of these on the network before the device looks, and return what the driver has then."""
+    for data in frames:
+        driver.cable.send(data)  # type: ignore[attr-defined]
+    driver.loop.poll()
+    return driver.heard()
+
+
+class Reads:
+    """Counts calls of os.readv(), and lets one fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: int = -1) -> None:
+        self.pieces: list[int] = []
+        self.readv = os.readv
+        self.failing = failing
+        monkeypatch.setattr("os.readv", self)
+
+    def __call__(self, fd: int, views: list[memoryview]) -> int:
+        self.pieces.append(len(views))
+        if len(self.pieces) == self.failing:
+            raise OSError(EIO, os.strerror(EIO))
+        return self.readv(fd, views)
+
+
+def test_small_frames_are_a_system_call_each_and_one_that_finds_nothing(driver: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = Reads(monkeypatch)
+    assert len(bring(driver, *[frame(100)] * ROW)) == ROW
+    assert reads.pieces == [2] * (ROW + 1), "a buffer, and room for what is too much for it"
+
+
+def test_a_frame_that_is_larger_than_its_buffer_is_whole_and_in_its_place_if_buffers_merge(driver: Net) -> None:
+    frames = [frame(60), frame(61), frame(9000, fill=1), frame(62), frame(4000, fill=2), frame(63)]
+    small = [data for data in frames if len(data) < 1536]
+    merges = bool(driver.device.negotiated & F_MRG_RXBUF)
+    assert bring(driver, *frames) == (frames if merges else small)
+    assert driver.device.statistics()[:3] == (
+        ROW + len(frames if merges else small),
+        sum(range(60, 60 + ROW)) + sum(map(len, frames if merges else small)),
+        0 if merges else 2,
+    )
+    assert bring(driver, *[frame(64)] * 3) == [frame(64)] * 3
+
+
+def test_what_is_no_frame_is_not_brought_and_the_others_are(driver: Net) -> None:
+    assert bring(driver, frame(60), b"short", frame(61), frame(62)) == [frame(60), frame(61), frame(62)]
+    assert driver.device.statistics().rx_dropped == 1
+
+
+def test_frames_for_others_are_not_brought_and_the_driver_s_own_are(driver: Net) -> None:
+    assert driver.command(RX, PROMISCUOUS, b"\0") == 0
+    frames = [frame(60), frame(61, to=OTHER), frame(62), frame(63, to=OTHER), frame(64, to=b"\xff" * 6)]
+    assert bring(driver, *frames) == [frames[0], frames[2], frames[4]]
+    assert driver.device.statistics().rx_filtered == 2
+    assert bring(driver, *[frame(60)] * 4) == [frame(60)] * 4
+
+
+def test_frames_that_were_read_before_the_network_failed_arrive(driver: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    Reads(monkeypatch, failing=4)
+    assert bring(driver, *[frame(60 + n) for n in range(6)]) == [frame(60), frame(61), frame(62)]
+    assert not driver.link & 1
+
+
+@pytest.mark.parametrize("driver", [True], ids=["mergeable"], indirect=True)
+def test_frames_that_wait_for_buffers_wait_over_a_pause(driver: Net) -> None:
+    frames = [frame(60), frame(60_000), frame(61)]  # there are 32 buffers, and 40 are needed
+    assert bring(driver, *frames) == frames[:1]
+    driver.transport.pause()
+    driver.transport.resume()
+    driver.loop.poll()
+    driver.room(*[1536] * 10)
+    assert driver.heard() == frames[1:]
+
+
+@pytest.mark.parametrize("driver", [True], ids=["mergeable"], indirect=True)
+def test_frames_that_wait_are_no_later_driver_s(driver: Net) -> None:
+    assert bring(driver, frame(60), frame(60_000), frame(61)) == [frame(60)]
+    driver.status = 0
+    driver.up(size=64)
+    driver.room(*[1536] * 60)
+    driver.loop.poll()
+    assert driver.heard() == []
+    assert driver.device.statistics().rx_dropped == 2
+    assert bring(driver, frame(62)) == [frame(62)]
