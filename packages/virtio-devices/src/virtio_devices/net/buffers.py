@@ -10,8 +10,9 @@ Not here: what frames are, and where they come from.
 from __future__ import annotations
 
 from bisect import bisect_left
-from itertools import accumulate, compress, islice, pairwise
+from itertools import accumulate, compress, islice, pairwise, repeat
 from operator import ne
+from struct import Struct
 
 from virtio_devices.net.features import ETHERNET, HEADER, NUM_BUFFERS
 from virtio_devices.queue import QueueError, SplitQueue
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 IOV_MAX = 1024  # buffers of one system call (limits.h)
 _AHEAD = 128  # buffers that are taken at once when that is cheap
 _WRITABLE = 2  # VIRTQ_DESC_F_WRITE
-_ONE = (1).to_bytes(2, "little")  # num_buffers of a frame that lies in one
+_STORE = Struct("<H").pack_into
 
 
 class Buffers:
@@ -91,7 +92,7 @@ class Buffers:
                     gaps = compress(range(1, count), map(ne, stops, islice(starts, 1, None)))
                     views += [window[starts[one] : stops[after - 1]] for one, after in pairwise((0, *gaps, count))]
                 else:
-                    views += [window[start:stop] for start, stop in zip(starts, stops, strict=True)]
+                    views += map(window.__getitem__, map(slice, starts, stops))
         if self.room < wanted:
             self._fill_singly(queue, wanted)
         return len(heads) > before
@@ -192,8 +193,7 @@ class Buffers:
         count = len(lengths)
         self._at = after = at + count
         queue.add_all_used(self._heads[at:after], lengths)
-        for view in islice(views, count):
-            view[NUM_BUFFERS : NUM_BUFFERS + 2] = _ONE
+        any(map(_STORE, islice(views, count), repeat(NUM_BUFFERS), repeat(1)))  # no loop of Python's
         del views[:count]
         if self.mergeable:
             self.room -= self._ends[after] - self._ends[at]

@@ -16,6 +16,7 @@ from errno import EAGAIN, EBADFD
 from itertools import accumulate, islice, repeat
 from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from operator import le
+from struct import Struct
 
 from virtio_devices.net.backend import BYTES, FRAMES, Lane
 from virtio_devices.net.buffers import peek
@@ -35,6 +36,8 @@ _STOP = (EAGAIN, EBADFD)
 _MANY = 8  # frames to be sent that are taken at once sooner than one by one
 _SPILL = 0x1_2000  # bytes: more than a frame of 64 KiB with every header
 _FIRST = 18  # bytes of a frame that a filter looks at: addresses, type and a VLAN's tag
+_BEGINNING = Struct(f"{HEADER}x{_FIRST}s").unpack_from
+_FADE = 5  # how slowly it is forgotten that frames were large: by a 32nd with each smaller one
 
 
 class TapLane(Lane):
@@ -103,7 +106,7 @@ class TapLane(Lane):
             self._row = min(2 * count, FRAMES)
             if self._all_wanted(views, lengths):
                 buffers.give_each(queue, lengths)
-                self._expected = max(*lengths, self._expected - (self._expected >> 4))
+                self._expected = max(*lengths, self._expected - (self._expected >> _FADE))
                 self.rx_frames += count
                 self.rx_bytes += sum(lengths) - count * HEADER
             elif not self._keep(views, lengths):
@@ -123,15 +126,14 @@ class TapLane(Lane):
         return None
 
     def _all_wanted(self, views: Sequence[memoryview], lengths: Sequence[int]) -> bool:
-        """Tell whether each is a frame that lies in its buffer and that the driver wants."""
-        if min(lengths) < HEADER + ETHERNET or not all(map(le, lengths, map(len, views))):
+        """Tell whether each is a frame, not a tiny one, that lies in its buffer and that the driver wants."""
+        if min(lengths) < HEADER + _FIRST or not all(map(le, lengths, map(len, views))):
             return False
         rx_filter = self._owner.rx_filter
         if rx_filter is None:
             return True
         # Most of a row are of one conversation.
-        beginnings = {bytes(view[HEADER : HEADER + _FIRST]) for view in islice(views, len(lengths))}
-        return all(map(rx_filter.accepts, beginnings))
+        return all(rx_filter.accepts(beginning) for (beginning,) in set(map(_BEGINNING, islice(views, len(lengths)))))
 
     def _keep(self, views: Sequence[memoryview], lengths: Sequence[int]) -> bool:
         """Put what was read in a row, frames that are wanted, where it waits for its buffers. False at an end of file."""
@@ -171,7 +173,7 @@ class TapLane(Lane):
             self._keep_one(vector, length)
         elif self._owner.rx_filter is None or not self._unwanted(peek(vector, HEADER, _FIRST)):
             buffers.give(queue, length)
-            self._expected = max(length, expected - (expected >> 4))
+            self._expected = max(length, expected - (expected >> _FADE))
             self.rx_frames += 1
             self.rx_bytes += length - HEADER
         return (length,)
