@@ -60,6 +60,33 @@ class Frontend:
         self.peers.append(connected)
 
 
+class Pausing(Frontend):
+    """One whose machine is paused the moment it hears that a peer has gone."""
+
+    def __init__(self, loop: IoThread) -> None:
+        super().__init__()
+        self.pauses = False
+        self.paused, self.heard = threading.Event(), threading.Semaphore(0)
+        self._loop = loop
+
+    def receive(self, data: bytes) -> None:
+        super().receive(data)
+        self.heard.release()
+
+    def peer_changed(self, connected: bool) -> None:
+        super().peer_changed(connected)
+        if self.pauses and not connected:
+            self.pauses = False
+
+            def pause() -> None:
+                self._loop.quiesce()
+                self.paused.set()
+
+            threading.Thread(target=pause).start()
+            while not self._loop._interrupted:
+                os.sched_yield()
+
+
 class Desk:
     """A loop, a front end, and the reports; closes what the tests give it."""
 
@@ -534,6 +561,53 @@ def test_a_stalled_peer_holds_output_until_it_reads(desk: Desk, server: SocketLi
         left -= len(peer.recv(1 << 20))
     desk.loop.poll()
     assert desk.front.ready == 1
+
+
+def test_output_that_waited_for_a_peer_goes_on_to_the_next_one_that_takes_its_place(
+    desk: Desk, server: SocketListener
+) -> None:
+    desk.front.room = 2
+    stalled = connect(desk, server)
+    stalled.send(b"abcd")  # half of which the guest does not read
+    data = b"x" * 10_000_000
+    assert server.write(data) < len(data)
+    stalled.shutdown(socket.SHUT_WR)
+    desk.loop.poll()
+    assert desk.front.ready == 0
+    second = connect(desk, server)
+    assert desk.front.ready == 1
+    assert server.write(b"hello") == 5
+    assert second.recv(100) == b"hello"
+
+
+def test_word_of_a_peer_that_is_gone_opens_no_door_behind_the_next_one(tmp_path: Path) -> None:
+    failed: list[Exception] = []
+    thread = IoThread("console", MonotonicClock(), lambda where, error: failed.append(error))
+    front = Pausing(thread)
+    server = listen_unix(str(tmp_path / "console"), lambda line: None)
+    thread.start()
+    server.start(thread, front)
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second, socket.socket(socket.AF_UNIX) as third:
+        first.connect(str(tmp_path / "console"))
+        first.sendall(b"first")
+        assert front.heard.acquire(timeout=GENEROUS)
+        thread.quiesce()
+        first.close()
+        second.connect(str(tmp_path / "console"))
+        server.write(b"to nobody")  # fails, which the loop hears of soon
+        front.pauses = True
+        thread.resume()
+        assert front.paused.wait(GENEROUS)  # the loop has seen the first peer go, and nothing else
+        thread.resume()
+        second.sendall(b"here")
+        assert front.heard.acquire(timeout=GENEROUS)
+        third.connect(str(tmp_path / "console"))
+        for _ in range(3):  # turns of the loop, of which each sees who knocks
+            thread.run(lambda: None)
+        assert front.peers == [True, False, True]
+    server.close()
+    thread.stop()
+    assert failed == []
 
 
 def test_a_unix_socket_is_the_users_alone_and_removed_at_the_end(desk: Desk, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ class Stream:
         self._held = False  # input waits for room
         self._blocked = False  # output waits for the host
         self._reading_soon = False  # the input is one that epoll cannot watch
+        self._closed = False
         self._update()
 
     def write(self, data: bytes | memoryview) -> int:
@@ -128,7 +129,8 @@ class Stream:
             self._loop.call_soon(self._go_on)
 
     def close(self) -> None:
-        """Watch nothing any more, and let go of the descriptors."""
+        """Watch nothing any more, and let go of the descriptors. `ended` hears nothing after that."""
+        self._closed = True
         with self._writing:
             self._read_fd = self._write_fd = None
         self._update()
@@ -215,6 +217,8 @@ class Stream:
             self._update()
 
     def _end(self, reading: bool, error: OSError | None) -> None:
+        if self._closed:
+            return  # a failed write is told of soon, and by then its owner may have another stream
         if reading:
             self._read_fd = None
         else:

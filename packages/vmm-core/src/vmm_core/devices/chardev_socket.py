@@ -80,6 +80,7 @@ class SocketBackend:
         """Serve `peer`, connected and non-blocking, instead of the last one."""
         assert self._loop is not None
         assert self._frontend is not None
+        replaces = self._stream is not None
         self._hang_up()
         if peer.family != socket.AF_UNIX:
             with suppress(OSError):  # for key strokes; a peer that is gone already is found out by reading
@@ -87,6 +88,8 @@ class SocketBackend:
         self._peer = peer
         self._stream = Stream(self._loop, self._frontend, peer.fileno(), peer.fileno(), self._ended, self._seek)
         self._frontend.peer_changed(True)
+        if replaces:
+            self._frontend.output_ready()  # what waited for the last one, which will not say any more that it takes bytes
 
     def _ended(self, reading: bool, error: OSError | None) -> None:
         if reading:
