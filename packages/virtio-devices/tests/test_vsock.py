@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -770,6 +771,20 @@ def test_a_host_without_descriptors_is_told_of_and_accepts_later(
         loop.poll()
         assert guest.ops() == [REQUEST]
     driver.close()
+
+
+def test_a_host_without_descriptors_refuses_a_connection_and_hears_the_guest_s_next_one(
+    make: Make, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = make(without=0)
+
+    def full(*_: object, **__: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host.socket, "socket", full)
+        assert guest.connect(PORT, SERVICE).op == RST
+    connected(guest, service)
 
 
 def test_a_paused_device_moves_nothing_and_goes_on_where_it_was(

@@ -153,9 +153,11 @@ class Listener:
 
 
 def connect(path: str, port: int) -> socket.socket | None:
-    """Connect to who serves host port `port`; None when nobody does, or cannot take one more right now."""
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    client.setblocking(False)
+    """Connect to who serves host port `port`; None when nobody does, or either side cannot take one more right now."""
+    try:
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError:  # no descriptor left
+        return None
     try:
         client.connect(f"{path}_{port}")
     except OSError:
