@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -233,6 +234,38 @@ def test_a_ring_that_the_back_end_reports_as_broken_breaks_the_device_until_rese
     server.do(lambda: os.eventfd_write(server.rings[0].err, 1))
     while not driver.broken:
         driver.line.wait()
+    assert driver.restart().ask(b"better", 6) == b"BETTER"
+
+
+def test_an_error_of_a_queue_that_was_taken_back_is_not_the_next_driver_s(back_end: Make, guest: MakeGuest) -> None:
+    server = back_end(**BLK)
+    driver = guest().start()
+    driver.ask(b"x", 1)
+    err = os.dup(server.rings[0].err)
+    driver.status = 0
+    os.eventfd_write(err, 1)  # the back end is late to say so
+    os.close(err)
+    server.change_config((2048).to_bytes(CONFIG_SIZE, "little"))
+    while driver.config(0, 8) != 2048:  # until the session has looked at everything that the back end says
+        os.sched_yield()
+    assert driver.status == 0
+    assert driver.restart().ask(b"better", 6) == b"BETTER"
+
+
+def test_an_error_of_a_queue_that_comes_while_a_pause_takes_it_back_breaks_the_device(back_end: Make, guest: MakeGuest) -> None:
+    server = back_end(**BLK)
+    driver = guest().start()
+    driver.ask(b"x", 1)
+
+    def say_so_at_last(payload: bytes) -> bytes:
+        os.eventfd_write(server.rings[0].err, 1)
+        answer: bytes = server._handle(GET_VRING_BASE, payload, [])
+        return struct.pack("=III", GET_VRING_BASE, 5, len(answer)) + answer
+
+    server.answers[GET_VRING_BASE] = say_so_at_last
+    driver.transport.pause()
+    assert driver.broken
+    driver.transport.resume()
     assert driver.restart().ask(b"better", 6) == b"BETTER"
 
 

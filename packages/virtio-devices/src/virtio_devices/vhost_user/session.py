@@ -351,6 +351,7 @@ class Session:
             return
         front.connection.limit(self._reply_limit)
         if not self._running:
+            _drain(self._err)  # what was said of a driver before, and came late
             front.set_up(job.features, self._memory)
             if self._inflight is None:
                 self._inflight = front.new_inflight(job.queues, job.queue_size)
@@ -382,6 +383,7 @@ class Session:
             self._lost(error, job)
         self._running = False
         self._ledgers.clear()
+        self._hear_errors()
 
     def _stop_ring(self, index: int) -> None:
         job, front = self._job, self._front
@@ -470,7 +472,8 @@ class Session:
             if now < self._listen_from:
                 timeout = self._listen_from - now
             else:
-                poll.register(self._err, select.POLLIN)
+                if self._running:
+                    poll.register(self._err, select.POLLIN)
                 if front.channel_fd >= 0:
                     poll.register(front.channel_fd, select.POLLIN)
             for ring in self._watched_rings():
@@ -486,9 +489,8 @@ class Session:
                 self._ledgers[ring.index].look()
                 self._owner.used(ring.index)
         if self._err in events:
-            _drain(self._err)
             self._listen_from = time.monotonic() + _QUIET
-            self._owner.unusable("the back end reports an error of a queue")
+            self._hear_errors()
         if front.channel_fd in events:
             self._listen_from = time.monotonic() + _QUIET
             front.connection.limit(self._reply_limit)
@@ -498,10 +500,17 @@ class Session:
             front.connection.receive()  # raises when the connection has ended
             raise BackEndError("answers what nobody asked")
 
+    def _hear_errors(self) -> None:
+        """Take what the back end says of the rings that it has, or has just given back; later it is another driver's."""
+        if _drain(self._err):
+            self._owner.unusable("the back end reports an error of a queue")
+
     def _watched_rings(self) -> list[Ring]:
         return [ring for ring in self._job.rings if ring.index in self._ledgers] if self._job and self._running else []
 
 
-def _drain(fd: int) -> None:
+def _drain(fd: int) -> bool:
+    """Return whether there was an event."""
     with suppress(BlockingIOError):
-        os.eventfd_read(fd)
+        return os.eventfd_read(fd) > 0
+    return False
