@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from collections.abc import Callable, Iterator
 
@@ -449,6 +450,31 @@ def test_a_disk_that_cannot_come_to_rest_works_on(make: Make, loop: DirectLoop, 
     driver.transport.pause()
     driver.close()
     other.close()
+
+
+def test_a_disk_that_cannot_go_on_stays_at_rest_until_it_can(make: Make, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = MemoryDisk()
+    driver = make(disk, num_queues=2).start()
+    driver.transport.pause()
+    for queue in (0, 1):
+        driver.offer(header(IN), 512, 1, queue=queue)
+    watch, left = loop.add_fd, [1]
+
+    def add_fd(fd: int, events: int, callback: Callable[[int], None]) -> None:
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # epoll_ctl(2): max_user_watches
+        left.pop()
+        watch(fd, events, callback)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "add_fd", add_fd)
+        with pytest.raises(OSError, match="No space left"):
+            driver.transport.resume()
+    loop.poll()
+    assert disk.log == []
+    driver.transport.resume()
+    loop.poll()
+    assert [len(ring.collect()) for ring in driver.rings] == [1, 1]
 
 
 def test_a_stopped_queue_is_given_back_its_requests_first(make: Make) -> None:

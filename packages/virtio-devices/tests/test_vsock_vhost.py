@@ -178,6 +178,9 @@ def test_a_kernel_that_refuses_breaks_the_device_and_not_the_machine(make: Make,
     peer.fail["set_running"] = errno.EFAULT
     driver.transport.resume()
     assert driver.broken
+    peer.fail.clear()
+    driver.restart()
+    assert peer.running
 
 
 @pytest.mark.parametrize("room", [3, b"read only"])

@@ -206,11 +206,11 @@ class VirtioDevice:
                     raise
 
     def resume(self) -> None:
-        """Go on after pause(), with what the driver made available meanwhile."""
+        """Go on after pause(), with what the driver made available meanwhile. When it raises, the device is still at rest."""
         with self._lock:
-            self._paused = False
             if self.active and not self._running:
                 self._go()
+            self._paused = False
 
     def close(self) -> None:
         """Reset, and give back what the device holds of the host. Twice is fine."""
@@ -298,12 +298,17 @@ class VirtioDevice:
         return owned
 
     def _go(self) -> None:
+        """Have every loop work on its queues, or none."""
         self._running = True
-        for loop, indices in self._owned().items():
-            for index in indices:
-                loop.add_fd(self._kicks[index], READ, self._kicked(index))
-                # What was offered before nobody watched, or before the state was saved, has no kick of its own.
-                self._kick_later(index)
+        try:
+            for loop, indices in self._owned().items():
+                for index in indices:
+                    loop.add_fd(self._kicks[index], READ, self._kicked(index))
+                    # What was offered before nobody watched, or before the state was saved, has no kick of its own.
+                    self._kick_later(index)
+        except BaseException:
+            self._halt()
+            raise
 
     def _halt(self) -> None:
         """Have every loop come to rest; what one of them raises, the others do not suffer from."""

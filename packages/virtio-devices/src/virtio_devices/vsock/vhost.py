@@ -46,6 +46,7 @@ class VhostVsockDevice(VsockDevice):
         try:
             super().resume()
         except DeviceError as error:
+            self._paused = False
             self._break(str(error))
 
     def stop_queue(self, index: int) -> None:
