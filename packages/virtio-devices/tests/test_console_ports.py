@@ -23,9 +23,11 @@ from virtio_devices.console.control import (
 from virtio_devices.console.device import CONTROL_RECEIVE, CONTROL_TRANSMIT, MAX_PORTS, ConsoleDevice, ConsoleState
 from virtio_devices.device import F_VERSION_1, DeviceError
 from virtio_driver import DATA, Driver, new_loop, watched
+from vmm_core.clock import MonotonicClock
 from vmm_core.directloop import DirectLoop
 from vmm_core.guestmem import GuestMemory
 from vmm_core.state import decode, encode
+from vmm_core.threads import IoThread
 
 Message = tuple[int, int, int, bytes]  # id, event, value, what follows
 
@@ -563,3 +565,38 @@ def act(guest: Guest, name: str, value: object) -> None:
 @settings(max_examples=300)
 def test_nothing_that_a_driver_says_escapes_grows_or_outlives_a_reset(actions: list[tuple[str, object]]) -> None:
     check_actions(actions)
+
+
+class Turning(IoThread):
+    """A thread's loop that can be waited for as one without a thread is run."""
+
+    def poll(self) -> int:
+        for _ in range(3):  # the turn that is under way, and one that looks at everything
+            self.run(lambda: None)
+        return 0
+
+
+def test_a_peer_that_comes_while_a_driver_is_forgotten_is_not_news_for_the_next(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[Exception] = []
+    loop = Turning("io", MonotonicClock(), lambda _, error: failed.append(error))
+    loop.start()
+    guest = Guest(memory, loop, 2)  # type: ignore[arg-type]
+    guest.start(size=32)
+    guest.come_up()
+    forget = guest.console.control.reset
+
+    def forget_and_see_one_come() -> None:
+        forget()
+        loop.call_soon(guest.terminals[1].arrive)
+        loop.poll()
+
+    monkeypatch.setattr(guest.console.control, "reset", forget_and_see_one_come)
+    guest.status = 0
+    loop.poll()
+    assert guest.console.control.save() == ()
+    assert guest.console.ports[1].host_open
+    guest.close()
+    loop.close()
+    assert failed == []

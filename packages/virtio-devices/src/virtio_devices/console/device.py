@@ -160,7 +160,10 @@ class ConsoleDevice(VirtioDevice):
         """Nothing is ever under way between two turns of the loop."""
 
     def _stop(self) -> None:
-        self.driver_ready = False
-        self.control.reset()
-        for port in self.ports.values():
-            port.forget_driver()
+        def forget() -> None:
+            self.driver_ready = False
+            self.control.reset()
+            for port in self.ports.values():
+                port.forget_driver()
+
+        self._loop.run(forget)  # peers come and go there, whether or not queues are at rest
