@@ -150,6 +150,32 @@ def test_the_driver_s_choice_of_a_write_cache_reaches_the_back_end(back_end: Mak
     assert driver.config(32, 1) == 1
 
 
+def test_the_driver_s_choice_of_a_write_cache_holds_for_the_next_back_end_too(back_end: Make, guest: MakeGuest) -> None:
+    config = bytearray(CONFIG_SIZE)
+    config[32] = 1  # writes are cached until a flush, unless the driver wants it otherwise
+    server = back_end(**BLK, features=VERSION_1 | PROTOCOL | F_CONFIG_WCE, config=bytes(config))
+    driver = guest(retry=0.01).start()
+    driver.write(0x100 + 32, 0, 1)
+    server.until(lambda: SET_CONFIG in server.names())
+    assert driver.ask(b"before", 6) == b"BEFORE"
+    server.kill()
+    successor = back_end(**BLK, features=VERSION_1 | PROTOCOL | F_CONFIG_WCE, config=bytes(config))
+    assert driver.ask(b"after", 5) == b"AFTER"
+    assert successor.config[32] == 0
+    assert driver.config(32, 1) == 0
+    assert successor.names().index(SET_CONFIG) < successor.names().index(SET_VRING_BASE)
+
+
+def test_a_choice_that_a_back_end_refuses_is_not_made_again(back_end: Make, guest: MakeGuest) -> None:
+    server = back_end(**BLK, features=VERSION_1 | PROTOCOL | F_CONFIG_WCE)
+    driver = guest(retry=0.01).start()
+    server.answers[SET_CONFIG] = lambda _: struct.pack("=IIIQ", SET_CONFIG, 5, 8, 1)
+    driver.write(0x100 + 32, 1, 1)
+    server.until(lambda: SET_CONFIG in server.names())
+    assert driver.ask(b"after", 5) == b"AFTER"
+    assert server.names().count(SET_CONFIG) == 1
+
+
 def test_other_fields_are_read_only(back_end: Make, guest: MakeGuest) -> None:
     server = back_end(**BLK, features=VERSION_1 | PROTOCOL | F_CONFIG_WCE)
     driver = guest().start()

@@ -22,6 +22,7 @@ from virtio_devices.vhost_user.protocol import (
     Decoder,
     Message,
     ProtocolError,
+    Refused,
     Request,
     encode,
     read_u64,
@@ -100,7 +101,7 @@ class Connection:
             raise ProtocolError(f"message {message.request} where the acknowledgement of {request} was due")
         self._close_fds()
         if failure := read_u64(message.payload):
-            raise BackEndError(f"refuses {request} ({failure:#x})")
+            raise Refused(f"refuses {request} ({failure:#x})")
 
     # Whole messages
 

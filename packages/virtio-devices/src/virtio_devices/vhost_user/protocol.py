@@ -57,6 +57,10 @@ class BackEndError(DeviceError):
     """The back end cannot be used: it is gone, too slow, refuses, or breaks the protocol. The message says what it did."""
 
 
+class Refused(BackEndError):
+    """The back end has acknowledged a message with a failure."""
+
+
 class ProtocolError(BackEndError):
     """The peer sent what the specification does not allow."""
 

@@ -23,7 +23,7 @@ from virtio_devices.device import DeviceError
 from virtio_devices.vhost_user.connection import Connection
 from virtio_devices.vhost_user.frontend import FrontEnd, Inflight, MemoryNotShared, Ring, memory_regions
 from virtio_devices.vhost_user.ledger import Ledger, answered_in_order
-from virtio_devices.vhost_user.protocol import P_INFLIGHT_SHMFD, BackEndError
+from virtio_devices.vhost_user.protocol import P_INFLIGHT_SHMFD, BackEndError, Refused
 from vmm_core.errors import VmmError
 from vmm_core.guestmem import GuestMemory
 from vmm_core.threads import name_thread
@@ -117,8 +117,10 @@ class Session:
         self._ledgers: dict[int, Ledger] = {}  # by ring index
         self._inflight: Inflight | None = None
         self._enabled: dict[int, bool] = {}  # what is to change; by ring index
-        self._writes: dict[int, bytes] = {}  # to the configuration space; by offset
-        self._lock = threading.Lock()  # guards the two above
+        # What the driver wrote to the configuration space, by offset: it holds for each back end that comes.
+        self._writes: dict[int, bytes] = {}
+        self._unsaid: set[int] = set()  # offsets of what the back end has not heard of yet
+        self._lock = threading.Lock()  # guards the three above
         self._calls: deque[_Call] = deque()
         self._ending = False
         self._delay = 0.0
@@ -208,6 +210,7 @@ class Session:
         """Hand on what the driver wrote. Of writes that come faster than they are taken, the last one at an offset counts."""
         with self._lock:
             self._writes[offset] = data
+            self._unsaid.add(offset)
         self._wake()
 
     # What must have happened when they return
@@ -305,7 +308,7 @@ class Session:
             if time.monotonic() < self._next_try:
                 return
             self._connect()
-            self._owner.config_read(self._config_now)
+            self._owner.config_read(self._as_written(self._config_now))
             self._say("")
         front, job = self._front, self._job
         assert front is not None
@@ -314,15 +317,35 @@ class Session:
         self._start_job(front, job)
         with self._lock:
             enabled, self._enabled = self._enabled, {}
-            writes, self._writes = self._writes, {}
         for ring in job.rings:
             if ring.index in enabled:
                 ring.enabled = enabled[ring.index]
                 front.connection.limit(self._reply_limit)
                 front.enable(ring.index, ring.enabled)
+        self._hand_on_writes(front)
+
+    def _hand_on_writes(self, front: FrontEnd) -> None:
+        """Tell the back end what the driver wrote. Of what it refuses its successors do not hear."""
+        with self._lock:
+            writes = {offset: self._writes[offset] for offset in self._unsaid}
+            self._unsaid.clear()
         for offset, data in writes.items():
             front.connection.limit(self._reply_limit)
-            front.write_config(offset, data)
+            try:
+                front.write_config(offset, data)
+            except Refused:
+                with self._lock:
+                    if offset not in self._unsaid:  # or the driver has written something else meanwhile
+                        del self._writes[offset]
+                raise
+
+    def _as_written(self, config: bytes) -> bytes:
+        """Return a back end's configuration space with what the driver wrote and it has not heard of yet."""
+        with self._lock:
+            for offset in self._unsaid:
+                data = self._writes[offset]
+                config = config[:offset] + data + config[offset + len(data) :]
+        return config
 
     def _connect(self) -> None:
         connection = Connection.open(self.path)
@@ -353,6 +376,7 @@ class Session:
         if not self._running:
             _drain(self._err)  # what was said of a driver before, and came late
             front.set_up(job.features, self._memory)
+            self._hand_on_writes(front)  # before the first request
             if self._inflight is None:
                 self._inflight = front.new_inflight(job.queues, job.queue_size)
             front.give_inflight(self._inflight)
@@ -406,6 +430,7 @@ class Session:
         self._drop_inflight()
         with self._lock:
             self._writes.clear()
+            self._unsaid.clear()
         front = self._front
         if front is not None:
             try:
@@ -423,6 +448,8 @@ class Session:
         """Hang up, keep what the next back end needs, and plan to look for it."""
         now = time.monotonic()
         front, self._front = self._front, None
+        with self._lock:
+            self._unsaid |= self._writes.keys()
         if front is not None and now - self._since >= _STEADY:
             self._delay = 0.0
         self._next_try = now + self._delay
@@ -494,7 +521,7 @@ class Session:
         if front.channel_fd in events:
             self._listen_from = time.monotonic() + _QUIET
             front.connection.limit(self._reply_limit)
-            front.changes(lambda: self._owner.config_read(front.read_config()))
+            front.changes(lambda: self._owner.config_read(self._as_written(front.read_config())))
         if front.connection.fileno() in events:
             front.connection.limit(0)
             front.connection.receive()  # raises when the connection has ended
