@@ -29,7 +29,7 @@ from virtio_devices.blk.device import (
     BlkDevice,
 )
 from virtio_devices.device import F_INDIRECT_DESC, F_VERSION_1, DeviceError
-from virtio_devices.mmio import CONFIG_CHANGE, USED_BUFFER
+from virtio_devices.mmio import CONFIG_CHANGE, DRIVER_OK, USED_BUFFER
 from virtio_disk import MemoryDisk
 from virtio_driver import Driver, new_loop, watched
 from vmm_core.directloop import DirectLoop
@@ -452,7 +452,9 @@ def test_a_disk_that_cannot_come_to_rest_works_on(make: Make, loop: DirectLoop, 
     other.close()
 
 
-def test_a_disk_that_cannot_go_on_stays_at_rest_until_it_can(make: Make, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_go_on_stays_at_rest_until_it_can(
+    make: Make, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = MemoryDisk()
     driver = make(disk, num_queues=2).start()
     driver.transport.pause()
@@ -475,6 +477,20 @@ def test_a_disk_that_cannot_go_on_stays_at_rest_until_it_can(make: Make, loop: D
     driver.transport.resume()
     loop.poll()
     assert [len(ring.collect()) for ring in driver.rings] == [1, 1]
+
+
+def test_a_disk_that_comes_while_a_driver_sets_up_is_told_of_when_it_is_ready(make: Make) -> None:
+    driver = make()
+    assert driver.negotiate()
+    assert driver.capacity == 0  # as Linux does: read before it is ready, and not again
+    driver.rings = [driver.enable(0)]
+    assert isinstance(driver.device, BlkDevice)
+    driver.device.attach(MemoryDisk(1 << 20))
+    assert (driver.transport.interrupt_status, driver.line.edges) == (0, 0)
+    driver.status |= DRIVER_OK
+    assert driver.transport.interrupt_status == CONFIG_CHANGE
+    assert driver.line.edges == 1
+    assert driver.capacity == 2048
 
 
 def test_a_stopped_queue_is_given_back_its_requests_first(make: Make) -> None:

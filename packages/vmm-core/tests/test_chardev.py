@@ -563,9 +563,7 @@ def test_a_stalled_peer_holds_output_until_it_reads(desk: Desk, server: SocketLi
     assert desk.front.ready == 1
 
 
-def test_output_that_waited_for_a_peer_goes_on_to_the_next_one_that_takes_its_place(
-    desk: Desk, server: SocketListener
-) -> None:
+def test_output_that_waited_for_a_peer_goes_on_to_the_next_one_that_takes_its_place(desk: Desk, server: SocketListener) -> None:
     desk.front.room = 2
     stalled = connect(desk, server)
     stalled.send(b"abcd")  # half of which the guest does not read

@@ -91,6 +91,8 @@ class MmioTransport:
         # Whether USED_BUFFER was set after the driver last read InterruptStatus. An event on ack_fd is of an acknowledgement that
         # nobody has seen when it came: it is of what was read, and a driver that finds the bit set once more looks for nothing.
         self._used_unread = False
+        # The configuration has changed since the driver began, which it may have read before; it is told when it is ready.
+        self._config_news = False
         # What the guest reads without our knowing; None: every read is an exit. An acknowledgement that comes as an event cannot
         # be told from one of an earlier look then, so USED_BUFFER stays set from the first used buffer to the reset.
         self._shown: ShownRegisters | None = None
@@ -313,11 +315,13 @@ class MmioTransport:
         with self._state:
             self._status |= accepted
             self._show_status()
+            news = self._config_news
         if accepted & DRIVER_OK:
-            if self._status & NEEDS_RESET:
-                self.config_changed()  # broken while it was set up; only now may the driver be told (2.1.2)
-            else:
+            broken = self._status & NEEDS_RESET
+            if not broken:
                 self._activate(device)
+            if news or broken:
+                self.config_changed()  # while it was set up; only now may the driver be told (2.1.2, 2.3)
 
     def _features_fit(self, device: VirtioDevice) -> bool:
         chosen = self._driver_features
@@ -363,6 +367,7 @@ class MmioTransport:
     def config_changed(self) -> None:
         """Interrupt the driver for a configuration change, once it is ready (2.3: not before DRIVER_OK)."""
         with self._state:
+            self._config_news = self._status & (DRIVER | DRIVER_OK) == DRIVER
             if not self._status & DRIVER_OK:
                 return
             self._interrupt_status |= CONFIG_CHANGE
@@ -404,7 +409,7 @@ class MmioTransport:
             self.needs_reset_reason = ""
             with self._state:
                 self._status = self._interrupt_status = 0
-                self._used_unread = False
+                self._used_unread = self._config_news = False
                 self._show_status()
             self._show_selected()
 
@@ -494,6 +499,8 @@ class MmioTransport:
             self._status = saved.status
             self._interrupt_status = saved.interrupt_status & (USED_BUFFER | CONFIG_CHANGE)
             self._used_unread = True  # an event of before must not take away what is pending now
+            # Nobody knows whether there were any; a driver that looks for nothing finds what it knows.
+            self._config_news = saved.status & (DRIVER | DRIVER_OK) == DRIVER
             self._show_status()
         self._show_selected()
         if saved.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK:
