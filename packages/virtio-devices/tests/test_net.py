@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from collections.abc import Callable, Iterator
 
@@ -708,6 +710,31 @@ def test_a_network_that_cannot_do_what_was_negotiated_is_refused(make: Make, cab
     cables[-1].send(frame())
     driver.loop.poll()
     assert driver.heard() == [frame()]
+
+
+def test_a_network_that_cannot_be_begun_is_let_go_of_and_the_device_goes_on(
+    make: Make, cables: list[Cable], loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make().up()
+    driver.room(1600)
+    cables.append(Cable())
+    watch, calls = loop.add_fd, []
+
+    def add_fd(fd: int, events: int, callback: Callable[[int], None]) -> None:
+        calls.append(fd)
+        if len(calls) == 2:  # the first queue is at work by now
+            loop.poll()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # epoll_ctl(2): max_user_watches
+        watch(fd, events, callback)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "add_fd", add_fd)
+        with pytest.raises(DeviceError, match="No space left"):
+            driver.device.attach(cables[-1])
+    assert cables[-1].near[0].fileno() in calls
+    assert cables[-1].near[0].fileno() not in watched(loop)
+    assert len(driver.say(frame())) == 1
+    assert driver.link == 0
 
 
 def test_what_another_network_offers_is_seen_in_registers_in_memory(make: Make, cables: list[Cable]) -> None:
