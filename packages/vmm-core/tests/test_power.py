@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm_core.clock import VirtualClock
-from vmm_core.devices.acpi_pm import AcpiPm, AcpiPmState
+from vmm_core.clock import DueTimer, VirtualClock
+from vmm_core.devices.acpi_pm import REMIND, REMIND_LAST, AcpiPm, AcpiPmState
 from vmm_core.devices.debugport import boot_time_hook
 from vmm_core.devices.i8042 import I8042
 from vmm_core.devices.serial import SCR, Serial
@@ -18,6 +20,7 @@ from vmm_core.state import decode, encode
 
 CONTROL, STATUS, RESET = 0, 1, 2
 S5 = 0x20 | 5 << 2
+LOOP = DirectLoop("idle", VirtualClock())
 
 
 class Owner:
@@ -33,6 +36,18 @@ class Owner:
         self.asked.append(("off", report))
 
 
+class Waits(DirectLoop):
+    """Notes how long timers are."""
+
+    def __init__(self, name: str, clock: VirtualClock) -> None:
+        super().__init__(name, clock)
+        self.delays: list[int] = []
+
+    def call_later(self, delay_ns: int, callback: Callable[[], None], *, host: bool = False) -> DueTimer:
+        self.delays.append(delay_ns)
+        return super().call_later(delay_ns, callback, host=host)
+
+
 @pytest.fixture
 def owner() -> Owner:
     return Owner()
@@ -44,8 +59,15 @@ def line() -> RecordedLine:
 
 
 @pytest.fixture
-def pm(owner: Owner, line: RecordedLine) -> AcpiPm:
-    return AcpiPm(owner, line, reset_value=0x42)
+def loop() -> Iterator[DirectLoop]:
+    loop = DirectLoop("test", VirtualClock())
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def pm(owner: Owner, line: RecordedLine, loop: DirectLoop) -> AcpiPm:
+    return AcpiPm(owner, line, loop, reset_value=0x42)
 
 
 # Keyboard controller
@@ -85,14 +107,14 @@ def test_soft_off_is_a_request_to_power_off(pm: AcpiPm, owner: Owner) -> None:
 @given(st.integers(0, 255).filter(lambda value: value & 0x3C != S5))
 def test_any_other_sleep_type_and_a_type_without_enable_do_nothing(value: int) -> None:
     owner = Owner()
-    AcpiPm(owner, RecordedLine(16), reset_value=0x42).registers.write(CONTROL, 1, value)
+    AcpiPm(owner, RecordedLine(16), LOOP, reset_value=0x42).registers.write(CONTROL, 1, value)
     assert owner.asked == []
 
 
 @given(st.integers(0, 255))
 def test_only_the_value_of_the_tables_resets(value: int) -> None:
     owner = Owner()
-    AcpiPm(owner, RecordedLine(16), reset_value=0x42).registers.write(RESET, 1, value)
+    AcpiPm(owner, RecordedLine(16), LOOP, reset_value=0x42).registers.write(RESET, 1, value)
     assert owner.asked == ([("reset", "guest reset through ACPI")] if value == 0x42 else [])
 
 
@@ -132,12 +154,45 @@ def test_a_reset_forgets_the_button(pm: AcpiPm) -> None:
     assert pm.events.read(0, 4) == 0
 
 
-def test_events_are_state(pm: AcpiPm, owner: Owner, line: RecordedLine) -> None:
+def test_an_event_that_comes_before_the_guest_listens_is_told_of_until_it_is_read(
+    pm: AcpiPm, line: RecordedLine, loop: DirectLoop
+) -> None:
+    pm.press_power_button()
+    assert line.take() == 1  # lost: the guest has the interrupt masked
+    for _ in range(2):
+        loop.poll()
+        assert line.take() == 1
+    assert pm.events.read(0, 4) == 1
+    loop.poll()
+    assert line.take() == 0
+
+
+def test_reminders_come_ever_less_often_and_end_with_the_machine(owner: Owner, line: RecordedLine) -> None:
+    loop = Waits("test", VirtualClock())
+    pm = AcpiPm(owner, line, loop, reset_value=0x42)
+    pm.press_power_button()
+    for _ in range(9):
+        loop.poll()
+    assert loop.delays == [*(REMIND << number for number in range(7)), *[REMIND_LAST] * 3]
+    pm.press_power_button()
+    assert loop.delays[-1] == REMIND
+    pm.close()
+    pm.close()
+    loop.poll()
+    assert line.take() == 11
+    loop.close()
+
+
+def test_events_are_state(pm: AcpiPm, owner: Owner, line: RecordedLine, loop: DirectLoop) -> None:
     pm.press_power_button()
     state = pm.save()
-    fresh = AcpiPm(owner, line, reset_value=0x42)
+    pm.close()
+    fresh = AcpiPm(owner, line, loop, reset_value=0x42)
     fresh.restore(decode(encode(state), AcpiPmState, "acpi"))
     assert fresh.save() == state
+    assert line.take() == 1
+    loop.poll()
+    assert line.take() == 1
     assert fresh.events.read(0, 4) == 1
     for wrong in (AcpiPmState(-1), AcpiPmState(1 << 32), None):
         with pytest.raises(StateError, match=r"^acpi"):

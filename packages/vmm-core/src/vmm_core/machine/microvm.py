@@ -114,10 +114,11 @@ class Microvm(Machine):
         self.power: AcpiPm | None = None
         self._appearing: AcpiSlots | None = None
         if acpi:
-            self.power = AcpiPm(self, hypervisor.interrupt_line(Layout.GED_GSI), reset_value=Layout.RESET_VALUE)
+            self.power = AcpiPm(self, hypervisor.interrupt_line(Layout.GED_GSI), loop, reset_value=Layout.RESET_VALUE)
             self.mmio.add(*Layout.GED_EVENT, self.power.events, "ACPI events")
             self.mmio.add(Layout.SLEEP_CONTROL.base, 3, self.power.registers, "ACPI sleep and reset")
             self.add_component("acpi", self.power)
+            self.add_closable(self.power)
             self._appearing = AcpiSlots(self.power.raise_event)
             self.mmio.add(*Layout.SLOTS_PRESENT, self._appearing, "ACPI slots")
             self.add_component("acpi-slots", self._appearing)
