@@ -166,6 +166,31 @@ def test_the_driver_s_choice_of_a_write_cache_holds_for_the_next_back_end_too(ba
     assert successor.names().index(SET_CONFIG) < successor.names().index(SET_VRING_BASE)
 
 
+def test_the_driver_s_choice_holds_while_the_back_end_changes_something_else(
+    back_end: Make, guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = back_end(**BLK, features=VERSION_1 | PROTOCOL | F_CONFIG_WCE)
+    driver = guest().start()
+    assert isinstance(driver.device, VhostUserBlk)
+    shown = driver.device._shown
+    vcpus: list[threading.Thread] = []
+
+    def shown_and_then_the_driver_writes(config: bytes) -> bytes:
+        result = shown(config)
+        if not vcpus:
+            vcpus.append(threading.Thread(target=driver.write, args=(0x100 + 32, 1, 1)))
+            vcpus[0].start()
+            vcpus[0].join(0.1)  # it may have to wait for us
+        return result
+
+    monkeypatch.setattr(driver.device, "_shown", shown_and_then_the_driver_writes)
+    server.change_config((2048).to_bytes(CONFIG_SIZE, "little"))
+    while driver.config(0, 8) != 2048:
+        driver.line.wait()
+    vcpus[0].join()
+    assert driver.config(32, 1) == 1
+
+
 def test_a_choice_that_a_back_end_refuses_is_not_made_again(back_end: Make, guest: MakeGuest) -> None:
     server = back_end(**BLK, features=VERSION_1 | PROTOCOL | F_CONFIG_WCE)
     driver = guest(retry=0.01).start()

@@ -77,5 +77,6 @@ class VhostUserBlk(VhostUserDevice):
         """Take the driver's choice of a write cache (5.2.5); everything else there is read-only."""
         if offset == _WRITEBACK and size == 1 and self.negotiated & F_CONFIG_WCE and value in (0, 1):
             data = bytes([value])
-            self._patch_config(_WRITEBACK, data)
-            self._session.write_config(_WRITEBACK, data)
+            with self._writing:
+                self._patch_config(_WRITEBACK, data)
+                self._session.write_config(_WRITEBACK, data)

@@ -10,6 +10,7 @@ to a disk, a file system or a network card (their modules).
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ class VhostUserDevice(VirtioDevice):
         self._calls: list[int] = []  # event descriptors of our own, for ledgers
         self._rings: list[Ring] = []
         self._other_config = False  # than the driver of a restored state has read
+        self._writing = threading.Lock()  # orders the driver's writes to the configuration space and what the back end says of it
         session.start(self)
 
     @property
@@ -152,9 +154,10 @@ class VhostUserDevice(VirtioDevice):
 
     def config_read(self, config: bytes) -> None:
         """Take the back end's configuration space (`session.Owner`)."""
-        shown = self._shown(config)
-        if shown != self._config[1]:
-            self._set_config(0, shown)
+        with self._writing:
+            shown = self._shown(self._session.as_written(config))
+            if shown != self._config[1]:
+                self._set_config(0, shown)
 
     def _shown(self, config: bytes) -> bytes:
         """Return what the driver sees of the back end's configuration space. For subclasses."""

@@ -213,6 +213,14 @@ class Session:
             self._unsaid.add(offset)
         self._wake()
 
+    def as_written(self, config: bytes) -> bytes:
+        """Return a back end's configuration space with what the driver wrote and it has not heard of yet."""
+        with self._lock:
+            for offset in self._unsaid:
+                data = self._writes[offset]
+                config = config[:offset] + data + config[offset + len(data) :]
+        return config
+
     # What must have happened when they return
 
     def stop(self) -> None:
@@ -308,7 +316,7 @@ class Session:
             if time.monotonic() < self._next_try:
                 return
             self._connect()
-            self._owner.config_read(self._as_written(self._config_now))
+            self._owner.config_read(self._config_now)
             self._say("")
         front, job = self._front, self._job
         assert front is not None
@@ -338,14 +346,6 @@ class Session:
                     if offset not in self._unsaid:  # or the driver has written something else meanwhile
                         del self._writes[offset]
                 raise
-
-    def _as_written(self, config: bytes) -> bytes:
-        """Return a back end's configuration space with what the driver wrote and it has not heard of yet."""
-        with self._lock:
-            for offset in self._unsaid:
-                data = self._writes[offset]
-                config = config[:offset] + data + config[offset + len(data) :]
-        return config
 
     def _connect(self) -> None:
         connection = Connection.open(self.path)
@@ -521,7 +521,7 @@ class Session:
         if front.channel_fd in events:
             self._listen_from = time.monotonic() + _QUIET
             front.connection.limit(self._reply_limit)
-            front.changes(lambda: self._owner.config_read(self._as_written(front.read_config())))
+            front.changes(lambda: self._owner.config_read(front.read_config()))
         if front.connection.fileno() in events:
             front.connection.limit(0)
             front.connection.receive()  # raises when the connection has ended
