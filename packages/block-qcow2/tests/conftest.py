@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from block_qcow2.img import main
 
 # Where it is set, output that is lost at the end of a program would go unnoticed.
 os.environ.pop("PYTHONUNBUFFERED", None)
+
+# How long an example takes tells of the machine and what else runs on it: a test's own time limit is what ends one that hangs.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
