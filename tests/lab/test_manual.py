@@ -6,7 +6,6 @@ The same replay in test mode, with a driver of the balloon and the manual's cont
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "packages" / "cli" / "tests"))
 
+from free_port import reserved_port
 from lab import guests
 from lab.vmm import Vmm
 from qmp_manual import EXACT, REFUSED, Refusal, Replay
@@ -32,10 +32,9 @@ def tap0() -> Iterator[None]:
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])

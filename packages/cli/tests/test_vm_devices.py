@@ -20,6 +20,7 @@ import pytest
 import block_qcow2
 from block_qcow2 import create_image
 from deaf_peers import DeafBackEnd
+from free_port import reserved_port
 from guest_driver import DISCARD, FLUSH, GET_ID, IN, NUM_MAX, OUT, SEL, WRITE_ZEROES, Driver, streams, until
 from pystratovirt.cmdline.backends import Drive
 from running_vm import CONFIG, LIMIT, RunningVm
@@ -271,10 +272,9 @@ class TestConsoles:
         assert [port for port, event, _ in said if event == CONSOLE_PORT] == [0]
 
     @pytest.fixture
-    def port(self) -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
+    def port(self) -> Iterator[int]:
+        with reserved_port() as port:
+            yield port
 
     @pytest.mark.parametrize("kind", ["file", "pty", "unix server", "tcp server", "unix client", "tcp client"])
     def test_what_is_said_on_either_side_is_heard_on_the_other(self, make: Make, tmp_path: Path, port: int, kind: str) -> None:
@@ -291,6 +291,7 @@ class TestConsoles:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX if "unix" in kind else socket.AF_INET))
             address: Any = f"{tmp_path}/peer" if "unix" in kind else ("127.0.0.1", port)
             if "client" in kind:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(address)
                 listener.listen()
                 listener.settimeout(LIMIT)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from free_port import reserved_port
+
 LIMIT = 60.0  # seconds, for what takes a tenth of one
 
 
@@ -89,10 +91,9 @@ def status(sock: socket.socket) -> Any:
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp", "mon"])

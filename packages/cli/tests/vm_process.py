@@ -10,9 +10,11 @@ import sys
 import time
 from array import array
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from free_port import reserved_port
 from qmp_protocol.framing import Framer
 
 LIMIT = 60.0  # seconds, for what takes a tenth of one
@@ -92,9 +94,8 @@ class Vm:
         listener.bind(str(folder / "test"))
         listener.listen()
         listener.settimeout(LIMIT)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.tcp = probe.getsockname()
+        self._held = ExitStack()  # for as long as the process may want it
+        self.tcp = ("127.0.0.1", self._held.enter_context(reserved_port()))
         self.unix = str(folder / "qmp")
         host, port = self.tcp
         command = [sys.executable, *program, "-machine", machine, "-m", memory, "-mod-test", str(folder / "test")]
@@ -111,6 +112,7 @@ class Vm:
         except TimeoutError:
             self.process.kill()
             self.process.wait()
+            self._held.close()
             raise AssertionError(self.log.read_text()) from None
         finally:
             listener.close()
@@ -142,6 +144,7 @@ class Vm:
         self.process.kill()
         self.process.wait()
         self.test.close()
+        self._held.close()
 
     def __enter__(self) -> Self:
         return self
