@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import random
+import socket
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from .qemu import is_clean, qemu_img, qemu_io
 
 MiB = 1 << 20
 SIZE = 64 * MiB
+LIMIT = 60.0  # seconds, for what takes a thousandth of one
 
 
 def described(path: Path) -> list[dict[str, Any]]:
@@ -32,17 +35,23 @@ def described(path: Path) -> list[dict[str, Any]]:
     return data.get("bitmaps", [])  # type: ignore[no-any-return]
 
 
+def listens(where: Path) -> bool:
+    """Whether somebody can be reached at a socket: its file is there a little earlier."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(where)) == 0
+
+
 def dirty_by_qemu(path: Path, name: str, tmp_path: Path) -> list[tuple[int, int]]:
     """(start, end) of the dirty parts, as qemu-nbd exports them."""
-    socket = tmp_path / "nbd"
-    server = subprocess.Popen(["qemu-nbd", "-r", "-t", "-f", "qcow2", "-B", name, "-k", str(socket), str(path)])
+    where = tmp_path / "nbd"
+    server = subprocess.Popen(["qemu-nbd", "-r", "-t", "-f", "qcow2", "-B", name, "-k", str(where), str(path)])
     try:
-        options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
-        for _ in range(200):
-            if socket.exists():
-                break
-            server.poll()
-            subprocess.run(["sleep", "0.05"], check=True)
+        options = f"driver=nbd,server.type=unix,server.path={where},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
+        deadline = time.monotonic() + LIMIT
+        while not listens(where):
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         found: list[tuple[int, int]] = []
         # x-dirty-bitmap shows dirty parts as holes.
         for e in json.loads(qemu_img("map", "--output", "json", "--image-opts", options)):
