@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,10 @@ async def until(condition: Callable[[], bool]) -> None:
             await anyio.sleep(0.005)
 
 
-def open_files() -> int:
-    """How many descriptors this process has."""
+def open_files(*, settle: bool = False) -> int:
+    """How many descriptors this process has; `settle`: after what other tests left to the garbage collector has gone."""
+    if settle:
+        gc.collect()
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 

@@ -143,7 +143,7 @@ class TestClients:
 
     async def test_come_and_go_and_leave_nothing_behind(self, serve: Any, server: QmpServer) -> None:
         async with serve(server) as running:
-            before, tasks = open_files(), _tasks()
+            before, tasks = open_files(settle=True), _tasks()
             for number in range(300):
                 with await running.connect() as peer:
                     if number % 3 == 1:
@@ -222,14 +222,14 @@ class TestTheEnd:
             raise OSError(errno.EMFILE, "Too many open files")
 
         monkeypatch.setattr("qmp_server.server.os.eventfd", exhausted)
-        before = open_files()
+        before = open_files(settle=True)
         with pytest.raises(OSError, match="Too many open files"):
             await server.serve([listen_unix(tmp_path / "s")])
         assert open_files() == before
         assert not (tmp_path / "s").exists()
 
     async def test_by_cancellation_leaves_nothing_and_still_tells_clients(self, tmp_path: Path, server: QmpServer) -> None:
-        before = open_files()
+        before = open_files(settle=True)
         listener = listen_unix(tmp_path / "s")
         client = socket.socket(socket.AF_UNIX)
         async with anyio.create_task_group() as tasks:

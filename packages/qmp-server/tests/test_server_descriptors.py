@@ -46,7 +46,7 @@ class TestDescriptors:
         line = b'{"execute":"getfd","arguments":{"fdname":"a"}}\n'
         async with serve(server) as running:
             with await running.connect() as peer:
-                before = open_files()
+                before = open_files(settle=True)
                 ends = [os.pipe() for _ in range(6)]
                 _pass(peer.socket, line, [ends[0][1]])
                 _pass(peer.socket, line, [ends[1][1]])  # replaces
@@ -116,7 +116,7 @@ class TestDescriptors:
     async def test_beyond_a_few_are_closed_and_the_last_one_counts(self, serve: Any, server: QmpServer) -> None:
         async with serve(server) as running:
             with await running.connect() as peer:
-                before = open_files()
+                before = open_files(settle=True)
                 ends = [os.pipe() for _ in range(30)]
                 _pass(peer.socket, b'{"execute":"getfd","arguments":', [end for _, end in ends])
                 for _, end in ends:
@@ -150,7 +150,7 @@ class TestDescriptors:
         async with serve(server) as running:
             with await running.connect() as peer:
                 old, new, late = os.pipe(), os.pipe(), os.pipe()
-                before = open_files()
+                before = open_files(settle=True)
                 for number in range(most):
                     assert await put(peer, number, old[1]) == {"return": {}}
                 assert await put(peer, most, late[1]) == refused
