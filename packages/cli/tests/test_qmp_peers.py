@@ -129,7 +129,7 @@ class TestQemusClient:
 SCRIPTS = {
     # As in the manual and as people write them: ncat, socat.
     "ncat": ["ncat", "-U"],
-    "socat": ["socat", "-t5", "-"],
+    "socat": ["socat", "-t30", "-"],
 }
 
 

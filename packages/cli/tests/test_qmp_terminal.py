@@ -41,6 +41,7 @@ class Terminal:
         os.close(theirs)
         self.shown = b""
         self._seen = 0
+        self._answered = 0  # questions where the cursor is
 
     def expect(self, text: str) -> None:
         """Wait until `text` is shown, after what was expected before."""
@@ -58,8 +59,9 @@ class Terminal:
         except OSError:  # Linux: the other end of the terminal is closed
             data = b""
         self.shown += data
-        # Some programs ask the terminal where the cursor is before they go on.
-        if b"\x1b[6n" in data:
+        # Some programs ask the terminal where the cursor is before they go on. A question may come in two pieces.
+        while self.shown.count(b"\x1b[6n") > self._answered:
+            self._answered += 1
             self.keys("\x1b[1;1R")
         return data
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,12 @@ def test_output_that_is_lost_is_one_warning(tmp_path: Path, serial: str) -> None
 
 
 def test_nothing_of_kvm_is_opened_in_test_mode(harness: Harness) -> None:
-    fds = Path(f"/proc/{harness.process.pid}/fd")
-    assert "/dev/kvm" not in [str(fd.readlink()) for fd in fds.iterdir()]
+    links = []
+    for fd in Path(f"/proc/{harness.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # what it opens for a moment, such as a module
+            links.append(str(fd.readlink()))
+    assert any(link.startswith("socket:") for link in links)
+    assert "/dev/kvm" not in links
 
 
 def test_starts_in_a_row_leave_nothing(tmp_path: Path) -> None:
