@@ -138,7 +138,7 @@ def test_a_running_guest_uses_what_is_plugged_in_and_misses_what_is_pulled_out(
     vmm.expect("initrd: up")
     vmm.expect(PROMPT)
     assert vmm.run("ls /sys/class/net").split() == ["eth0", "lo"]
-    vmm.run("ip addr add 10.80.0.2/24 dev eth0; ip link set eth0 up; ping -c 1 -W 5 10.80.0.1")
+    vmm.run("ip addr add 10.80.0.2/24 dev eth0; ip link set eth0 up; until ping -c 1 -W 5 10.80.0.1; do sleep 1; done")
     vmm.send("poweroff")
     assert vmm.wait() == 0
 
@@ -169,7 +169,7 @@ def test_five_hundred_disks_and_cards_in_turn_under_load_leave_nothing_and_lose_
     client = qmp()
     at_rest = held(vmm.pid)[1]
     # The load: a writer that checks every block of the root disk that it wrote, and a ping that counts what comes back.
-    vmm.run("ip addr add 10.80.0.2/24 dev eth0; ip link set eth0 up; ping -c 1 -W 5 10.80.0.1")
+    vmm.run("ip addr add 10.80.0.2/24 dev eth0; ip link set eth0 up; until ping -c 1 -W 5 10.80.0.1; do sleep 1; done")
     vmm.run(
         "(while [ ! -e /tmp/stop ]; do dd if=/dev/urandom of=/root/f bs=64k count=4 2>/dev/null; s=$(sha256sum < /root/f); sync;"
         ' echo 1 > /proc/sys/vm/drop_caches; [ "$s" = "$(sha256sum < /root/f)" ] || echo LOST > /tmp/bad; done; echo > /tmp/w) &'
