@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -291,18 +292,27 @@ def follow(command: Sequence[str], step: Step, env: dict[str, str] | None = None
     When we are to end meanwhile it is told to give up, as `process.give_up` has it, and waited for.
     """
     lines = []
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=env,
-        process_group=0 if group else None,
-    ) as process:
+    # What is to end us waits until there is somebody who can be told: by then the command may have begun long ago.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=env,
+            process_group=0 if group else None,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before),  # noqa: PLW1509 - this process has one thread
+        )
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
+    with process:
         assert process.stdout is not None
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for line in process.stdout:
                 lines.append(line)
                 step.note(line.strip())

@@ -24,12 +24,23 @@ with process.orderly_end(), progress.Step("Working") as step:
 """
 
 
-def follow(script: str, folder: Path, how: str) -> subprocess.Popen[str]:
+# The same for one that is kept from the processor when the script has begun.
+FOLLOW_LATE = f"""
+import subprocess, time
+begin = subprocess.Popen.__init__
+def begin_late(self, *words, **more):
+    begin(self, *words, **more)
+    time.sleep(0.5)
+subprocess.Popen.__init__ = begin_late
+{FOLLOW}"""
+
+
+def follow(script: str, folder: Path, how: str, program: str = FOLLOW) -> subprocess.Popen[str]:
     """Have a program follow a shell script, which makes the file `up` when it is under way."""
     os.mkfifo(folder / "up")
     tools = str(Path(__file__).parents[1])
     process = subprocess.Popen(
-        [sys.executable, "-c", FOLLOW, tools, f"cd {folder}; {script}", how],
+        [sys.executable, "-c", program, tools, f"cd {folder}; {script}", how],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -49,9 +60,10 @@ def test_what_has_begun_finishes_and_is_waited_for(tmp_path: Path) -> None:
     assert (tmp_path / "end").read_text() == "done\n"
 
 
+@pytest.mark.parametrize("program", [FOLLOW, FOLLOW_LATE], ids=["at once", "late"])
 @pytest.mark.parametrize("trap", ["", "trap '' INT;"], ids=["that gives up", "that does not"])
-def test_a_group_ends_with_all_that_it_has_started(tmp_path: Path, trap: str) -> None:
-    process = follow(f"{trap} sleep 1000 & sleep 1000 & echo > up; wait; sleep 1000", tmp_path, "group")
+def test_a_group_ends_with_all_that_it_has_started(tmp_path: Path, trap: str, program: str) -> None:
+    process = follow(f"{trap} sleep 1000 & sleep 1000 & echo > up; wait; sleep 1000", tmp_path, "group", program)
     process.terminate()
     process.communicate(timeout=LIMIT)
     assert process.returncode == 128 + signal.SIGTERM
