@@ -181,7 +181,8 @@ class Qcow2Image(Resizer):
         if self.read_only:
             return
         with self._lock:
-            dirty = bool(self.l2.dirty or self._l1_dirty or self.refcounts.dirty or self._pending)
+            # What another thread's commit is writing is waited for, and written again if that fails.
+            dirty = self._committing or bool(self.l2.dirty or self._l1_dirty or self.refcounts.dirty or self._pending)
         if dirty:
             self.commit()
         else:

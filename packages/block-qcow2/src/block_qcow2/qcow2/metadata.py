@@ -63,6 +63,7 @@ class Metadata:
         self._operations: dict[int, None] = {}  # running requests, oldest first
         self._next_operation = 0
         self._exclusive = False
+        self._committing = False  # what a commit took is clean in memory, and not on the disk yet
         self._loading: dict[int, threading.Event] = {}
         self._broken: str | None = None
         self._unready = False  # something has to be looked at before the first change
@@ -331,12 +332,14 @@ class Metadata:
                 l1 = [(i, self.l1[i].to_bytes(8, "big")) for i in sorted(self._l1_dirty)]
                 self._l1_dirty.clear()
                 pending, self._pending = self._pending, []
+                self._committing = True
             written = False
             try:
                 self._write_in_order(blocks, table_entries, [(t.offset + s * 8, data) for t, s, _, data in l2_dirty], l1)
                 written = True
             finally:
                 with self._lock:
+                    self._committing = False
                     self.refcounts.finish(written)
                     for table, start, end, _ in l2_dirty:
                         table.pinned -= 1
