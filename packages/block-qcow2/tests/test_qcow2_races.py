@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 from block_qcow2 import create_image, open_image
+from block_qcow2.errors import ImageCorruptError
+from block_qcow2.qcow2.bitmaps import Bitmaps, marked
+
+from .qemu import is_clean
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 LIMIT = 60.0  # seconds, for what takes a thousandth of one
@@ -100,3 +104,99 @@ def test_a_flush_waits_for_what_another_thread_is_writing_back(
         assert isinstance(first.ended(), OSError if fails else type(None))
         assert second.ended() is None
     assert found == [b"new" * 1000]
+
+
+def requests(offset: int, length: int) -> dict[str, Callable[[Any], None]]:
+    """What changes a range of an image, each in its way."""
+    data = b"\x5a" * length
+    return {
+        "write": lambda image: image.write(offset, data),
+        "zero": lambda image: image.write_zeroes(offset, length),
+        "unmap": lambda image: image.write_zeroes(offset, length, unmap=True),
+        "discard": lambda image: image.discard(offset, length),
+        "compressed": lambda image: image.write_compressed(offset, data),
+    }
+
+
+@pytest.mark.parametrize("how", requests(0, 0))
+def test_a_request_behind_the_end_of_a_disk_that_a_snapshot_made_smaller_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    with open_image(path, read_only=False) as image:
+        image.snapshots.create("small")
+        image.resize(2 * GiB)
+        begin: Any = image.begin
+        stop = Stop(begin)
+        monkeypatch.setattr(image, "begin", stop)
+        # It waits for the snapshot, or is about to, when the disk still has that range.
+        request = stop.hold(lambda: requests(GiB, 64 * KiB)[how](image))
+        image.snapshots.apply("small")
+        stop.go_on()
+        assert isinstance(request.ended(), ValueError)
+        image.resize(2 * GiB)
+        assert not any(image.read(GiB, 64 * KiB))
+    is_clean(path)
+
+
+@pytest.mark.parametrize("how", ["zero", "unmap", "discard"])
+def test_what_is_written_behind_the_old_end_of_a_disk_stays_when_a_request_up_to_it_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB + 512)
+    with open_image(path, read_only=False) as image:
+        image.write(MiB, b"a" * 512)
+        stop = Stop(image.begin)
+        monkeypatch.setattr(image, "begin", stop)
+        request = stop.hold(lambda: requests(MiB, 512)[how](image))
+        image.resize(2 * MiB)
+        image.write(MiB + 512, b"b" * 512)
+        stop.go_on()
+        assert request.ended() is None
+        assert image.read(MiB + 512, 512) == b"b" * 512
+        assert image.read(MiB, 512) == (b"a" if how == "discard" else b"\0") * 512
+    is_clean(path)
+
+
+def test_a_bitmap_that_is_followed_knows_of_a_request_while_the_disk_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    with open_image(path, read_only=False) as image:
+        bitmaps = Bitmaps(image)
+        bitmaps.add("b")
+        bitmaps.store()
+    with open_image(path, read_only=False) as image:
+        assert image.bitmaps is not None
+        stop = Stop(image.bitmaps.resized)
+        monkeypatch.setattr(image.bitmaps, "resized", stop)
+        resizer = stop.hold(lambda: image.resize(64 * MiB))  # the header says so already
+        request = Other(lambda: image.discard(32 * MiB, 64 * KiB))
+        request.join(A_WHILE)
+        stop.go_on()
+        assert resizer.ended() is None
+        assert request.ended() is None
+        bits = image.bitmaps.find("b").bits
+        assert bits is not None
+        assert marked(bits) == [(32 * MiB >> 16, (32 * MiB >> 16) + 1)]
+    is_clean(path)
+
+
+def test_a_write_that_waited_for_a_snapshot_which_broke_the_image_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    image = open_image(path, read_only=False)
+    image.write(0, b"a" * 512)
+    stop = Stop(image.begin)
+    monkeypatch.setattr(image, "begin", stop)
+    request = stop.hold(lambda: image.write(0, b"b" * 512))
+    image._broken = "a snapshot operation failed half-way"
+    stop.go_on()
+    assert isinstance(request.ended(), ImageCorruptError)
+    assert image.read(0, 512) == b"a" * 512
+    image.close()

@@ -45,9 +45,8 @@ class Reader(Metadata):
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers` with guest data from `offset`. ValueError outside the image; OSError, ImageFormatError."""
         length = sum(map(len, buffers))
-        if offset < 0 or offset + length > self.size:
-            raise ValueError(f"bytes {offset} to {offset + length} of an image of {self.size}")
         with self.operation():
+            self._must_be_inside(offset, length)
             self._read(offset, Cursor(buffers), length)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -56,6 +55,11 @@ class Reader(Metadata):
         with memoryview(data) as view:
             self.read_into(offset, [view])
         return bytes(data)
+
+    def _must_be_inside(self, offset: int, length: int) -> None:
+        """ValueError if the disk does not have that range. While a request is running its size stays what it is."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(f"bytes {offset} to {offset + length} of an image of {self.size}")
 
     def map_range(self, offset: int, length: int) -> list[Run]:
         """What backs a guest range, in order; adjacent runs of one kind are joined. Not while the image is yours alone."""

@@ -56,11 +56,10 @@ class Writer(Lookup):
     def write_from(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write `buffers` at `offset`. ValueError outside the image; ImageReadOnlyError, OSError, ImageFormatError."""
         length = sum(map(len, buffers))
-        if offset < 0 or offset + length > self.size:
-            raise ValueError(f"bytes {offset} to {offset + length} of an image of {self.size}")
-        self.must_be_writable()
         number = self.begin()
         try:
+            self._must_be_inside(offset, length)
+            self.must_be_writable()
             runs = self._in_place(offset, length)
             source = Cursor(buffers)
             if runs is not None:
@@ -320,6 +319,8 @@ class Writer(Lookup):
             self.write(offset, data)
             return
         with self.operation(), self.gate.write(offset, offset + self.cluster_size, exclusive=True):
+            self._must_be_inside(offset, length)
+            self.must_be_writable()
             with self._lock:
                 self.mark_dirty(offset, length)
                 at = self._allocate_bytes(len(packed))
@@ -390,28 +391,33 @@ class Writer(Lookup):
         unmap: bool,
         part: Callable[[int, int], None] | None,
     ) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise ValueError(f"bytes {offset} to {offset + length} of an image of {self.size}")
-        self.must_be_writable()
+        with self.operation():
+            self._must_be_inside(offset, length)
+            self.must_be_writable()
+            with self._lock:
+                self.mark_dirty(offset, length)
         mask = self.cluster_size - 1
         end = offset + length
-        with self._lock:
-            self.mark_dirty(offset, length)
-        first = (offset + mask) & ~mask
-        last = end & ~mask if end != self.size else (end + mask) & ~mask  # nothing is behind the end of the disk
-        if part is not None and first >= last:
-            part(offset, length)
-            return
+        at = min((offset + mask) & ~mask, end)
         if part is not None:
-            part(offset, first - offset)
-            part(last, end - last)
-        while first < last:
-            # One table at a time: a discard of a whole disk must not hold the whole disk.
-            stop = min((first >> self._l2_shift) + 1 << self._l2_shift, last)
-            with self.operation(), self.gate.write(first, stop, exclusive=True):
-                whole(first, stop - first, unmap)
+            part(offset, at - offset)
+        while at < end:
+            # One table at a time: a discard of a whole disk must not hold the whole disk. Its size may be another one each time.
+            with self.operation():
+                self._must_be_inside(at, end - at)
+                self.must_be_writable()
+                last = end & ~mask if end != self.size else (end + mask) & ~mask  # nothing is behind the end of the disk
+                stop = min((at >> self._l2_shift) + 1 << self._l2_shift, last)
+                if at >= stop:
+                    break
+                with self._lock:
+                    self.mark_dirty(at, stop - at)
+                with self.gate.write(at, stop, exclusive=True):
+                    whole(at, stop - at, unmap)
             self.commit_if_crowded()
-            first = stop
+            at = stop
+        if part is not None:
+            part(at, end - at)
 
     def _zero_part(self, offset: int, length: int) -> None:
         if length <= 0:
