@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 from collections.abc import Callable
@@ -10,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from block_qcow2 import create_image, open_image
+from block_qcow2 import create_image, open_disk, open_image
 from block_qcow2.errors import ImageCorruptError
 from block_qcow2.qcow2.bitmaps import Bitmaps, marked
+from block_qcow2.qcow2.create import Options
+from block_qcow2.qcow2.format import OFFSET_MASK
 
+from .conftest import Driver
 from .qemu import is_clean
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
@@ -200,3 +204,29 @@ def test_a_write_that_waited_for_a_snapshot_which_broke_the_image_is_refused(
     assert isinstance(request.ended(), ImageCorruptError)
     assert image.read(0, 512) == b"a" * 512
     image.close()
+
+
+def test_repairing_an_image_in_use_that_was_found_wrong_does_not_mix_what_is_not_on_the_disk_with_what_is(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, 64 * MiB, options=Options(cluster_size=4096))
+    with open_image(path, read_only=False) as image:
+        for at in (0, 4096, 32 * MiB):
+            image.write(at, b"a" * 4096)
+        image.discard(4096, 4096)  # one free cluster before the second L2 table
+        image.flush()
+        image.refcounts.add((image.l1[32 * MiB >> image._l2_shift] & OFFSET_MASK) >> image.cluster_bits, 1, -1)
+    disk: Any = open_disk(path, format="qcow2")
+    disk.lock()
+    driver = Driver(disk)
+    assert driver.write(8192, b"b" * 4096) == 0  # takes the free one
+    assert driver.write(12288, b"c" * 4096) == -errno.EIO  # finds that the next one is a table whose count is 0
+    found = disk.check(repair="all")
+    assert found.clean
+    assert driver.write(16384, b"d" * 4096) == 0
+    assert driver.read(8192, 4096) == b"b" * 4096
+    assert driver.read(0, 4096) == driver.read(32 * MiB, 4096) == b"a" * 4096
+    driver.channel.close()
+    disk.close()
+    is_clean(path)

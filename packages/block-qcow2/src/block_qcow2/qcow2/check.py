@@ -105,6 +105,8 @@ def _check(
         if not image.read_only and not image._broken:
             image.commit()
             image.commit()
+        elif not image.read_only and repair != "none":
+            image.settle()
         leaks_fixed = corruptions_fixed = 0
         for _ in range(_PASSES):
             checker = _Checker(image, repair, report, wholly, progress)

@@ -193,18 +193,33 @@ class Qcow2Image(Resizer):
     def reload(self) -> None:
         """Read everything again: somebody else had the image meanwhile. Raises ImageFormatError, OSError."""
         with self.exclusive():
-            self.file.refresh_size()
-            header = read_header(self.file)
-            same = (header.cluster_bits, header.incompatible & _LAYOUT, header.backing_file, header.extension(EXT_DATA_FILE))
-            old = self.header
-            if same != (old.cluster_bits, old.incompatible & _LAYOUT, old.backing_file, old.extension(EXT_DATA_FILE)):
-                raise ImageFormatError(f"{self.path}: the image was replaced by another one")
-            self.header = header
-            self._compressed_at = 0
+            self._read_anew()
             self._broken = None
             self.bitmaps = None
-            self._load_tables(self._l2_cache_bytes)
             self._mind_marks()
+
+    def settle(self) -> None:
+        """Have memory and disk agree in an image that was found wrong while it was written. Nothing else is running.
+
+        Counting what is on the disk would otherwise miss what is in memory only, and the next change would bring it back.
+        """
+        self.commit(wrong=True)
+        self._read_anew()
+        if self.bitmaps is not None:
+            self.bitmaps.resized()
+            with self._lock:  # a change of size, or to a snapshot, may have been left half-way
+                self.mark_dirty(0, self.size)
+
+    def _read_anew(self) -> None:
+        self.file.refresh_size()
+        header = read_header(self.file)
+        same = (header.cluster_bits, header.incompatible & _LAYOUT, header.backing_file, header.extension(EXT_DATA_FILE))
+        old = self.header
+        if same != (old.cluster_bits, old.incompatible & _LAYOUT, old.backing_file, old.extension(EXT_DATA_FILE)):
+            raise ImageFormatError(f"{self.path}: the image was replaced by another one")
+        self.header = header
+        self._compressed_at = 0
+        self._load_tables(self._l2_cache_bytes)
 
     def _mind_marks(self) -> None:
         if not self.read_only:

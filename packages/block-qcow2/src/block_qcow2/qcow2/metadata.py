@@ -318,11 +318,14 @@ class Metadata:
         if self.l2.crowded or self.refcounts.crowded or len(self._pending) > _PENDING_LIMIT:
             self.commit()
 
-    def commit(self) -> None:
-        """Make everything that finished before survive power loss. Raises OSError: then it is still to be done."""
+    def commit(self, *, wrong: bool = False) -> None:
+        """Make everything that finished before survive power loss. Raises OSError: then it is still to be done.
+
+        `wrong`: also in an image that was found wrong. Then no count falls: a check finds those that are too high.
+        """
         with self._commit_lock:
             with self._lock:
-                if self._broken:
+                if self._broken and not wrong:
                     raise ImageCorruptError(f"{self.file.path}: {self._broken}")
                 blocks, table_entries = self.refcounts.take_dirty()
                 l2_dirty = [(t, *t.take_dirty()) for t in self.l2.dirty.values() if t.dirty]
@@ -348,7 +351,7 @@ class Metadata:
                     if not written:
                         self._l1_dirty.update(i for i, _ in l1)
                         self._pending = pending + self._pending
-            if pending:
+            if pending and not wrong:
                 self._release_freed(pending)
                 self._write_fallen_counts()
 
