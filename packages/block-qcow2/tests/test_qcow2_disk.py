@@ -101,17 +101,12 @@ def test_a_read_that_no_thread_can_do_again_is_finished_with_an_error(image: Pat
     driver.wait(driver.channel.flush("flush"))
     image_file = disk.image.file
     os.truncate(image, image_file.refresh_size() - 32768)
-    submit = disk._data._pool.submit
-    results = iter([submit])
-
-    def scarce(work: Any) -> None:
-        next(results, _no_thread)(work)
-
-    monkeypatch.setattr(disk._data._pool, "submit", scarce)
+    submit = disk.pool.submit
+    monkeypatch.setattr(disk.pool, "submit", _no_thread)  # of the image; the file has one
     data = bytearray(65536)
     inline = driver.channel.readv(0, [memoryview(data)], "read")
     assert driver.wait(inline) == -errno.EAGAIN
-    monkeypatch.setattr(disk._data._pool, "submit", submit)
+    monkeypatch.setattr(disk.pool, "submit", submit)
     disk.close()
 
 

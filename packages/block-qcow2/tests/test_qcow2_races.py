@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from block_qcow2.qcow2.format import OFFSET_MASK
 
 from .conftest import Driver
 from .qemu import is_clean
+from .test_raw import offered
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
-LIMIT = 60.0  # seconds, for what takes a thousandth of one
+LIMIT = 20.0  # seconds, for what takes a thousandth of one
 A_WHILE = 0.2  # for what has to wait, or does not
 
 
@@ -227,6 +229,72 @@ def test_repairing_an_image_in_use_that_was_found_wrong_does_not_mix_what_is_not
     assert driver.write(16384, b"d" * 4096) == 0
     assert driver.read(8192, 4096) == b"b" * 4096
     assert driver.read(0, 4096) == driver.read(32 * MiB, 4096) == b"a" * 4096
+    driver.channel.close()
+    disk.close()
+    is_clean(path)
+
+
+def waiting_for_requests(disk: Any) -> Other:
+    """Somebody who makes a snapshot of a disk as soon as its requests have finished."""
+    snapper = Other(lambda: disk.snapshot_create("kept"))
+    deadline = time.monotonic() + LIMIT
+    while not disk.image._exclusive:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return snapper
+
+
+def test_requests_that_wait_for_a_snapshot_leave_threads_to_those_that_the_snapshot_waits_for(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, 8 * MiB)
+    disk: Any = open_disk(path, format="qcow2", aio="threads")
+    disk.lock()
+    driver = Driver(disk)
+    assert driver.write(0, b"a" * 512) == 0
+    stop = Stop(driver.channel._inner.writev)
+    driver.channel._inner.writev = stop
+    written: list[int] = []
+    writer = stop.hold(lambda: written.append(driver.write(0, b"b" * 512)))  # its place is known, and the file does not have it
+    snapper = waiting_for_requests(disk)
+    many = Driver(disk)
+    data = [memoryview(bytearray(b"c" * 512))]
+    for at in range(100):
+        assert many.channel.writev(MiB + 512 * at, data, at) is None
+    stop.go_on()
+    assert writer.ended() is None
+    assert snapper.ended() is None
+    assert written == [0]
+    assert [result for _, result in many.wait_for(100)] == [0] * 100
+    disk.snapshot_apply("kept")
+    assert many.read(0, 512) == b"b" * 512
+    assert not any(many.read(MiB, 51200))
+    for each in (driver, many):
+        each.channel.close()
+    disk.close()
+    is_clean(path)
+
+
+def test_a_read_that_the_kernel_ends_early_finishes_though_many_requests_wait_for_the_snapshot_that_waits_for_it(
+    tmp_path: Path,
+) -> None:
+    if not offered("io_uring", False, tmp_path):
+        pytest.skip("this host offers no aio=io_uring")
+    path = tmp_path / "disk.qcow2"
+    create_image(path, 8 * MiB)
+    disk: Any = open_disk(path, format="qcow2", aio="io_uring")
+    disk.lock()
+    driver = Driver(disk)
+    assert driver.write(0, b"a" * 512) == 0  # and the file ends there
+    found = bytearray(4096)
+    assert driver.channel.readv(0, [memoryview(found)], "early") is None
+    driver.channel.submit()
+    snapper = waiting_for_requests(disk)
+    data = [memoryview(bytearray(b"c" * 512))]
+    for at in range(100):
+        assert driver.channel.writev(MiB + 512 * at, data, at) is None
+    assert {result for _, result in driver.wait_for(101)} == {0}
+    assert found == b"a" * 512 + bytes(3584)
+    assert snapper.ended() is None
     driver.channel.close()
     disk.close()
     is_clean(path)

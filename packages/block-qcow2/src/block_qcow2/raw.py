@@ -12,7 +12,7 @@ from .hostfile import HostFile
 from .pool import WorkerPool
 
 # As many blocking calls as one disk may have at the host: more never made a disk faster, and each holds a stack.
-_THREADS = 16
+THREADS = 16
 _DETECT_ZEROES = ("off", "on", "unmap")
 ENGINES = ("off", "native", "io_uring", "threads")
 
@@ -47,7 +47,7 @@ class RawDisk:
         self.discard = discard
         self.detect_zeroes = detect_zeroes
         self._aio = aio
-        self._pool = WorkerPool(_THREADS, "block-io")
+        self._pool = WorkerPool(THREADS, "block-io")
         self._channels: set[Any] = set()
         self._lock = threading.Lock()
 

@@ -206,8 +206,8 @@ class ThreadChannel:
     def _zero(self, offset: int, length: int, token: Any, unmap: bool) -> int | None:
         return self._run(token, lambda: self._file.write_zeroes(offset, length, unmap=unmap))
 
-    def _run(self, token: Any, work: Callable[[], None]) -> int | None:
-        """Do `work` on the pool and complete `token` with its result."""
+    def _run(self, token: Any, work: Callable[[], None], pool: WorkerPool | None = None) -> int | None:
+        """Do `work` on the pool, or on another one, and complete `token` with its result."""
         done, fd, signal = self._done, self.completion_fd, self._signal
 
         def job() -> None:
@@ -224,7 +224,7 @@ class ThreadChannel:
 
         self.in_flight += 1
         try:
-            self._pool.submit(job)
+            (pool or self._pool).submit(job)
         except RuntimeError:
             self.in_flight -= 1
             return -errno.EAGAIN

@@ -1,7 +1,7 @@
 """A qcow2 image as a disk with channels (`block_qcow2.disk`): the image engine between a guest and a host file.
 
 A request whose clusters are known and ours alone goes straight to the file's channel, in parts where they are not adjacent;
-everything else, allocation, missing tables, compressed clusters, runs on the thread pool through the image's blocking interface.
+everything else, allocation, missing tables, compressed clusters, runs on its own threads through the image's blocking interface.
 
 Not here: the engine (`image`), how a file does asynchronous I/O (`engines`).
 """
@@ -18,7 +18,8 @@ from .. import locks
 from ..disk import Channel
 from ..errors import BlockError, ImageReadOnlyError, OpenError, PassphraseNeededError
 from ..hostfile import Cursor
-from ..raw import RawDisk
+from ..pool import WorkerPool
+from ..raw import THREADS, RawDisk
 from ..zeroes import all_zero
 from .image import Extent, Qcow2Image
 from .reader import fill_zero
@@ -61,6 +62,8 @@ class Qcow2Disk:
                 f"{image.path}: the size of the qcow2 image, {image.size}, is not aligned to {self.request_alignment}"
             )
         self._data = _DataDisk(image, aio)
+        # Not the file's: what waits here for a snapshot must not take the threads that finish what the snapshot waits for.
+        self.pool = WorkerPool(THREADS, "block-qcow2")
         self._locked: list[Any] = []
         self._channels: list[Qcow2Channel] = []
         self._opening = threading.Lock()  # channels are opened by the threads that use them
@@ -127,6 +130,7 @@ class Qcow2Disk:
             for channel in self._channels:
                 channel.close()
             self._data.close_channels()
+            self.pool.close()
         finally:
             self.image.close()
 
@@ -351,5 +355,5 @@ class Qcow2Channel:
             except ValueError as e:
                 raise OSError(errno.EINVAL, str(e)) from e
 
-        result: int | None = self._inner._run((0, token, 0, None), mapped)
+        result: int | None = self._inner._run((0, token, 0, None), mapped, self._disk.pool)
         return result
