@@ -273,6 +273,32 @@ def test_a_compressed_write_that_fails_leaks_nothing() -> None:
         assert result.clean, (call, vars(result))
 
 
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_flush_that_fails_anywhere_leaves_the_next_one_to_free_what_was_given_back(discard: bool) -> None:
+    size = 256 << 10
+    for fail_at in range(1, 1000):
+        file: Any = Faulty()
+        write_empty(file, size, Options(cluster_size=512, refcount_bits=64))
+        image = open_qcow2(file, read_only=False)
+        image.write(0, b"x" * size)
+        image.flush()
+        file.refresh_size()
+        image = open_qcow2(file, read_only=False, discard=discard)
+        image.refcounts.cached_blocks = 4  # of nine: they have to be read for their counts to fall
+        image.discard(0, size)
+        file.calls, file.fail_at = 0, fail_at
+        try:
+            image.flush()
+        except OSError:
+            image.flush()
+        file.fail_at = -1
+        result = check(image)
+        assert result.clean, (fail_at, result.leaks, result.corruptions)
+        if file.calls < fail_at:
+            break
+    assert fail_at > 10
+
+
 @pytest.mark.parametrize("cluster", [512, 4096, 65536])
 def test_a_full_file_system_keeps_what_was_acknowledged(tmp_path: Path, cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file system has room for 1 MiB; writes that need more fail as they do there."""

@@ -407,32 +407,50 @@ class Metadata:
             barrier()
 
     def _release_freed(self, pending: list[tuple[int, int, int]]) -> None:
-        """Count down what the disk no longer references, as far as no running request may be using it."""
+        """Count down what the disk no longer references, as far as no running request may be using it.
+
+        Counts that cannot be read, which is an OSError, fall with the next commit.
+        """
         with self._lock:
             oldest = next(iter(self._operations), self._next_operation + 1)
-            ready = [(first, count) for number, first, count in pending if number < oldest]
+            ready = [p for p in pending if p[0] < oldest]
             # A request that dereferences something is running while it does so: the rest waits for the next commit.
             self._pending = [p for p in pending if p[0] >= oldest] + self._pending
-        if self.discard_freed:
-            for first, count in ready:
-                with self._lock:
-                    gone = [c for c in range(first, first + count) if self.refcounts.get(c) == 1]
-                for start, n in runs(gone):
-                    try:
-                        self.file.discard(start << self.cluster_bits, n << self.cluster_bits)
-                    except OSError:
-                        break  # space that cannot be given back is no reason to fail
-        with self._lock:
-            for first, count in ready:
+        fallen = 0
+        try:
+            if self.discard_freed:
+                self._discard(ready)
+            with self._lock:
+                for _, first, count in ready:
+                    self._count_down(first, count)
+                    fallen += 1
+        except OSError:
+            with self._lock:
+                self._pending = ready[fallen:] + self._pending
+            raise
+
+    def _discard(self, ready: list[tuple[int, int, int]]) -> None:
+        """Give the host what will be free."""
+        for _, first, count in ready:
+            with self._lock:
+                gone = [c for c in range(first, first + count) if self.refcounts.get(c) == 1]
+            for start, n in runs(gone):
                 try:
-                    freed = self.refcounts.add(first, count, -1)
-                except ImageFormatError as e:
-                    raise self._corrupt(str(e)) from None
-                if freed:
-                    self.unpacked.clear()  # their entries may come to mean something else
-                for cluster in freed:
-                    self.reserved.discard(cluster)
-                    self.l2.drop(cluster << self.cluster_bits)
+                    self.file.discard(start << self.cluster_bits, n << self.cluster_bits)
+                except OSError:
+                    break  # space that cannot be given back is no reason to fail
+
+    def _count_down(self, first: int, count: int) -> None:
+        """The lock is held."""
+        try:
+            freed = self.refcounts.add(first, count, -1)
+        except ImageFormatError as e:
+            raise self._corrupt(str(e)) from None
+        if freed:
+            self.unpacked.clear()  # their entries may come to mean something else
+        for cluster in freed:
+            self.reserved.discard(cluster)
+            self.l2.drop(cluster << self.cluster_bits)
 
 
 def l2_clusters(l1: array[int], cluster_bits: int) -> set[int]:

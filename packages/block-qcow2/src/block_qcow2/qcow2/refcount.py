@@ -99,23 +99,30 @@ class Refcounts:
         return block[cluster & ((1 << self.block_bits) - 1)] if block is not None else 0
 
     def add(self, cluster: int, count: int, delta: int) -> list[int]:
-        """Add `delta` to `count` clusters; return those that fell to 0. Nothing changes if one would leave its range."""
+        """Add `delta` to `count` clusters; return those that fell to 0.
+
+        Nothing changes if one would leave its range, or cannot be read.
+        """
         bits = self.block_bits
         mask = (1 << bits) - 1
         freed = []
-        for c in range(cluster, cluster + count):
-            block = self._block(c >> bits)
-            value = (block[c & mask] if block is not None else 0) + delta
-            if block is None or not 0 <= value <= self.maximum:
-                for undo in range(cluster, c):
-                    block = self._block(undo >> bits)
-                    assert block is not None
-                    block[undo & mask] -= delta
-                raise self._out_of_range(c, value)
-            block[c & mask] = value
-            self._dirty.add(c >> bits)
-            if not value:
-                freed.append(c)
+        c = cluster
+        try:
+            for c in range(cluster, cluster + count):
+                block = self._block(c >> bits)
+                value = (block[c & mask] if block is not None else 0) + delta
+                if block is None or not 0 <= value <= self.maximum:
+                    raise self._out_of_range(c, value)
+                block[c & mask] = value
+                self._dirty.add(c >> bits)
+                if not value:
+                    freed.append(c)
+        except (OSError, ImageCorruptError):
+            for undo in range(cluster, c):
+                block = self._block(undo >> bits)  # dirty, so in memory
+                assert block is not None
+                block[undo & mask] -= delta
+            raise
         if freed and freed[0] < self.hint:
             self.hint = freed[0]
         return freed
