@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from block_qcow2 import create_image, open_image
 from block_qcow2.errors import BlockError
+from block_qcow2.qcow2 import refcount, tables
 from block_qcow2.qcow2.check import check
 from block_qcow2.qcow2.create import Options, write_empty
 from block_qcow2.qcow2.image import open_qcow2
@@ -355,3 +357,36 @@ def test_a_full_file_system_keeps_what_was_acknowledged(tmp_path: Path, cluster:
     image.close()
     qemu_img("check", "-q", path)
     is_clean(path)
+
+
+def test_a_flush_that_finds_no_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 64 << 10
+    for fail_at in range(1, 100):
+        file: Any = Faulty()
+        write_empty(file, size, Options(cluster_size=512))
+        image = open_qcow2(file, read_only=False)
+        image.write(0, b"x" * size)
+        left = iter(range(1, fail_at))
+
+        def scarce(*arguments: Any, real: Any, left: Any = left) -> bytes:
+            if next(left, None) is None:
+                raise MemoryError
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tables, "to_bytes", partial(scarce, real=tables.to_bytes))
+            patch.setattr(refcount, "pack", partial(scarce, real=refcount.pack))
+            try:
+                image.flush()
+            except MemoryError:
+                failed = True
+            else:
+                failed = False
+        image.flush()
+        file.refresh_size()
+        after = open_qcow2(file)
+        assert after.read(0, size) == b"x" * size, fail_at
+        assert check(after).clean
+        if not failed:
+            break
+    assert fail_at > 3

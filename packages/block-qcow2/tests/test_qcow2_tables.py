@@ -30,7 +30,7 @@ def test_the_table_that_was_asked_for_last_is_remembered_as_long_as_it_is_the_on
             cache.touch(table, 0, 1)
         elif step == "written":
             for table in cache.dirty.values():
-                table.take_dirty()
+                table.clean()
             cache.dirty.clear()
         elif step == "drop":
             cache.drop(offset)

@@ -327,12 +327,14 @@ class Metadata:
             with self._lock:
                 if self._broken and not wrong:
                     raise ImageCorruptError(f"{self.file.path}: {self._broken}")
-                blocks, table_entries = self.refcounts.take_dirty()
-                l2_dirty = [(t, *t.take_dirty()) for t in self.l2.dirty.values() if t.dirty]
-                self.l2.dirty.clear()
-                for table, *_ in l2_dirty:
-                    table.pinned += 1
+                # What takes memory comes first: if there is none, everything is as dirty as it was.
+                l2_dirty = [(t, *t.dirty_part()) for t in self.l2.dirty.values() if t.dirty]
                 l1 = [(i, self.l1[i].to_bytes(8, "big")) for i in sorted(self._l1_dirty)]
+                blocks, table_entries = self.refcounts.take_dirty()
+                for table, *_ in l2_dirty:
+                    table.clean()
+                    table.pinned += 1
+                self.l2.dirty.clear()
                 self._l1_dirty.clear()
                 pending, self._pending = self._pending, []
                 self._committing = True

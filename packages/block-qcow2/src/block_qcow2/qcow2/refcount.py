@@ -364,9 +364,10 @@ class Refcounts:
 
     def take_blocks(self) -> list[tuple[int, bytes]]:
         """As take_dirty(), but only blocks that the table on the disk names already."""
-        self._writing = self._dirty - self._dirty_table
-        self._dirty = self._dirty & self._dirty_table
-        return [(self.block_offset(i), pack(self._blocks[i], self.order)) for i in sorted(self._writing)]
+        there = self._dirty - self._dirty_table
+        blocks = [(self.block_offset(i), pack(self._blocks[i], self.order)) for i in sorted(there)]
+        self._writing, self._dirty = there, self._dirty & self._dirty_table
+        return blocks
 
     def finish(self, written: bool) -> None:
         """What take_dirty() gave is on disk; or it is not, and dirty again."""

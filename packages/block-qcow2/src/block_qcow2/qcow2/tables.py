@@ -63,12 +63,15 @@ class L2Table:
         if end > self.dirty_end:
             self.dirty_end = end
 
-    def take_dirty(self) -> tuple[int, int, bytes]:
-        """(start word, end word, bytes) of what changed, on whole sectors; the table is clean afterwards."""
+    def dirty_part(self) -> tuple[int, int, bytes]:
+        """(start word, end word, bytes) of what changed, on whole sectors."""
         start = self.dirty_start & ~63
         end = min(-(-self.dirty_end // 64) * 64, len(self.entries))
-        self.dirty_start, self.dirty_end = len(self.entries), 0
         return start, end, to_bytes(self.entries, start, end)
+
+    def clean(self) -> None:
+        """What changed is somebody else's to write."""
+        self.dirty_start, self.dirty_end = len(self.entries), 0
 
 
 class L2Cache:
