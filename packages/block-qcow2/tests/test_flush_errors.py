@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from block_qcow2 import create_image, open_disk, open_image
+from block_qcow2.qcow2.bitmaps import Bitmaps
 
 from .conftest import Driver
 
@@ -66,3 +67,25 @@ def test_a_failed_flush_of_an_image_fails_its_closing_too(tmp_path: Path, lossy:
         image.flush()
     with pytest.raises(OSError, match="flushed before"):
         image.close()
+
+
+def test_bitmaps_that_cannot_be_stored_do_not_keep_an_image_from_writing_back_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "image"
+    create_image(path, 1 << 20)
+    with open_image(path, read_only=False) as image:
+        bitmaps = Bitmaps(image)
+        bitmaps.add("b")
+        bitmaps.store()
+    image = open_image(path, read_only=False)
+    image.write(0, b"x" * 512)
+    monkeypatch.setattr(Bitmaps, "_lay_out", _fail)
+    with pytest.raises(OSError, match="not well"):
+        image.close()
+    with open_image(path) as image:
+        assert image.read(0, 512) == b"x" * 512
+
+
+def _fail(*_: object) -> None:
+    raise OSError(errno.EIO, "the disk is not well")

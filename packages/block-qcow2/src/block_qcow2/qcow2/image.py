@@ -387,8 +387,10 @@ class Qcow2Image(Resizer):
         self._closed = True
         try:
             if not self.read_only and not self._broken:
-                self.release_bitmaps()
-                self.flush()
+                try:
+                    self.release_bitmaps()
+                finally:
+                    self.flush()
         finally:
             self.file.close()
             if self.external:
