@@ -14,6 +14,8 @@ import pytest
 
 from block_qcow2 import create_image, open_disk, open_image
 from block_qcow2.errors import ImageCorruptError
+from block_qcow2.hostfile import HostFile
+from block_qcow2.luks import CryptFile
 from block_qcow2.qcow2.bitmaps import Bitmaps, marked
 from block_qcow2.qcow2.create import Options
 from block_qcow2.qcow2.format import OFFSET_MASK
@@ -298,3 +300,31 @@ def test_a_read_that_the_kernel_ends_early_finishes_though_many_requests_wait_fo
     driver.channel.close()
     disk.close()
     is_clean(path)
+
+
+class NoCipher:
+    """Stands for LUKS's: what is encrypted is as it was."""
+
+    def encrypt(self, sector: int, data: memoryview) -> None:
+        pass
+
+    decrypt = encrypt
+
+
+def test_part_of_an_encrypted_sector_is_not_written_over_a_whole_one_with_what_was_there_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "encrypted"
+    path.write_bytes(b"a" * 1024)
+    file = HostFile(path)
+    crypt = CryptFile(file, NoCipher())  # type: ignore[arg-type]
+    stop = Stop(crypt._sectors, behind=True)
+    monkeypatch.setattr(crypt, "_sectors", stop)
+    part = stop.hold(lambda: crypt.writev(0, [memoryview(b"b" * 100)]))
+    whole = Other(lambda: crypt.writev(0, [memoryview(b"c" * 1024)]))
+    whole.join(A_WHILE)
+    stop.go_on()
+    assert part.ended() is None
+    assert whole.ended() is None
+    assert path.read_bytes()[100:] == b"c" * 924
+    file.close()

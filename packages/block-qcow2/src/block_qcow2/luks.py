@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from struct import Struct
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from .errors import BlockError, ImageFormatError, UnsupportedFeatureError
 from .hostfile import Cursor, HostFile
+from .ranges import RangeGate
 
 SECTOR = 512
 _MAGIC = b"LUKS\xba\xbe"
@@ -316,7 +316,7 @@ class CryptFile:
     def __init__(self, file: HostFile, cipher: Cipher) -> None:
         self._file = file
         self._cipher = cipher
-        self._edge = threading.Lock()  # sectors that are changed in part: read, changed and written as one
+        self._edges = RangeGate()  # sectors that are changed in part: read, changed and written as one
         self.path = file.path
         self.fd = file.fd
         self.direct = file.direct
@@ -344,9 +344,10 @@ class CryptFile:
         if start == offset and end == offset + length:
             data = bytearray(b"".join(map(bytes, buffers)))
             self._cipher.encrypt(start // SECTOR, memoryview(data))
-            self._file.pwrite(start, data)
+            with self._edges.write(start, end):
+                self._file.pwrite(start, data)
             return
-        with self._edge:
+        with self._edges.write(start, end, exclusive=True):
             data = self._sectors(start, end)
             at = offset - start
             for buffer in buffers:
