@@ -466,3 +466,26 @@ def test_misaligned_writes_at_the_end_do_not_cut_off_what_others_write_behind_it
     assert not problems
     data = path.read_bytes()
     assert data == (b"o" * 100 + bytes(8092) + b"a" * 8192) * rounds
+
+
+@pytest.mark.parametrize("aio", ["native", "io_uring"])
+def test_a_request_that_neither_the_kernel_nor_a_thread_takes_is_finished_with_an_error(
+    image: Path, tmp_path: Path, aio: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not offered(aio, False, tmp_path):
+        pytest.skip(f"this host offers no aio={aio}")
+    disk = open_disk(image, aio=aio)
+    driver = Driver(disk)
+
+    def scarce(*_: object) -> int:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def none(work: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.channel, "_push", scarce)
+        patch.setattr(disk._pool, "submit", none)  # type: ignore[attr-defined]
+        assert driver.write(0, b"x" * 4096) == -errno.EAGAIN
+    assert driver.write(0, b"x" * 4096) == 0
+    disk.close()

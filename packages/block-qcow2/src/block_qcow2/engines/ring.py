@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -141,6 +142,7 @@ class RingChannel(ThreadChannel):
         if result is not None:
             self.in_flight += 1
             self._done.append((request.token, result))
+            os.eventfd_write(self.completion_fd, 1)  # nothing else may be on its way that would say so
 
     def _release(self, slot: int, request: Request) -> None:
         if request.ticket is not None:
