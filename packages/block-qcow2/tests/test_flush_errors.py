@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from block_qcow2 import create_image, open_disk, open_image
+from block_qcow2.hostfile import HostFile
 from block_qcow2.qcow2.bitmaps import Bitmaps
 
 from .conftest import Driver
@@ -89,3 +91,67 @@ def test_bitmaps_that_cannot_be_stored_do_not_keep_an_image_from_writing_back_it
 
 def _fail(*_: object) -> None:
     raise OSError(errno.EIO, "the disk is not well")
+
+
+def test_a_flush_that_runs_beside_one_that_fails_does_not_claim_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells the first of them only, whatever the other one has waited for."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4096))
+    file = HostFile(path)
+    fails, go_on = threading.Event(), threading.Event()
+    ends: list[str] = []
+
+    def fdatasync(fd: int) -> None:
+        if not fails.is_set():
+            fails.set()
+            assert go_on.wait(20)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def flush() -> None:
+        try:
+            file.flush()
+        except OSError as e:
+            ends.append(e.strerror or "")
+        else:
+            ends.append("done")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    first, second = threading.Thread(target=flush), threading.Thread(target=flush)
+    first.start()
+    assert fails.wait(20)
+    second.start()
+    second.join(0.2)  # it may or may not wait for the other
+    go_on.set()
+    first.join()
+    second.join()
+    assert sorted(ends) == ["Input/output error", "Input/output error, when the file was flushed before"]
+    file.close()
+
+
+def test_flushes_at_once_share_one_that_began_after_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4096))
+    file = HostFile(path)
+    began, go_on = threading.Event(), threading.Event()
+    calls: list[int] = []
+
+    def fdatasync(fd: int) -> None:
+        calls.append(fd)
+        began.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    threads = [threading.Thread(target=file.flush) for _ in range(8)]
+    threads[0].start()
+    assert began.wait(20)
+    for thread in threads[1:]:
+        thread.start()
+    threads[-1].join(0.2)
+    assert all(thread.is_alive() for thread in threads)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 2
+    file.flush()
+    assert len(calls) == 3
+    file.close()

@@ -63,6 +63,9 @@ class HostFile:
         self.gate = RangeGate()
         self.volatile = False  # flushes do nothing: for files that are thrown away if their making does not finish
         self._flush_error: OSError | None = None
+        self._flushing = threading.Condition()
+        self._flush_runs = False
+        self._flushes_begun = self._flushes_done = 0  # the number of the last one
         self._zero_range = True
         self._punch_hole = True
         self._close_lock = threading.Lock()
@@ -163,17 +166,33 @@ class HostFile:
         One that fails makes every later one fail. The kernel reports a write that failed once, and drops the pages or marks
         them clean: the next fdatasync would succeed without what was lost. Only who opens the file anew, and so reads what is
         really there, gets flushes that mean something again.
+
+        For the same reason one runs at a time: of two, only one would be told. Whoever comes meanwhile is served by the next.
         """
         if self.volatile:
             return
-        if self._flush_error is not None:
-            error = self._flush_error
-            raise OSError(error.errno, f"{error.strerror}, when the file was flushed before", self.path)
+        with self._flushing:
+            wanted = self._flushes_begun + 1
+            while self._flush_runs and self._flushes_done < wanted:
+                self._flushing.wait()
+            if self._flush_error is not None:
+                error = self._flush_error
+                raise OSError(error.errno, f"{error.strerror}, when the file was flushed before", self.path)
+            if self._flushes_done >= wanted:
+                return
+            self._flushes_begun += 1
+            self._flush_runs = True
+        done = self._flushes_done
         try:
             os.fdatasync(self.fd)
+            done = self._flushes_begun
         except OSError as e:
             self._flush_error = e
             raise self._named(e) from None
+        finally:
+            with self._flushing:
+                self._flush_runs, self._flushes_done = False, done
+                self._flushing.notify_all()
 
     # --- discarding and zeroing ---
 
