@@ -302,6 +302,24 @@ def test_a_read_that_the_kernel_ends_early_finishes_though_many_requests_wait_fo
     is_clean(path)
 
 
+def test_listing_snapshots_does_not_wait_for_a_snapshot_that_waits_for_one_s_own_requests(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    disk: Any = open_disk(path, format="qcow2")
+    disk.lock()
+    disk.snapshot_create("first")
+    request = disk.image.begin()
+    snapper = waiting_for_requests(disk)
+    found: list[str] = []
+    lister = Other(lambda: found.extend(snapshot.name for snapshot in disk.snapshots()))
+    assert lister.ended() is None
+    assert found == ["first"]
+    disk.image.end(request)
+    assert snapper.ended() is None
+    assert [snapshot.name for snapshot in disk.snapshots()] == ["first", "kept"]
+    disk.close()
+
+
 class NoCipher:
     """Stands for LUKS's: what is encrypted is as it was."""
 

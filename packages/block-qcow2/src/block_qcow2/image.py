@@ -104,7 +104,7 @@ class Image(Protocol):
 
 
 class Qcow2Snapshots:
-    """`ImageSnapshots` of a qcow2 image. The table is read for each call, so that nothing here gets old; one call at a time."""
+    """`ImageSnapshots` of a qcow2 image. The table is read for each call, so that nothing here gets old; one change at a time."""
 
     def __init__(self, image: Qcow2Image) -> None:
         self._image = image
@@ -117,8 +117,11 @@ class Qcow2Snapshots:
             yield Snapshots(self._image)
 
     def list(self) -> Sequence[Snapshot]:
-        with self._table() as table:
-            return tuple(table.list)
+        from .qcow2.snapshots import load
+
+        # As a request does: waits for the table to be whole, and not for somebody who waits for requests of this very thread.
+        with self._image.operation(within=True):
+            return tuple(load(self._image.file, self._image.header)[0])
 
     def create(self, name: str, *, vm_clock_nsec: int = 0) -> Snapshot:
         with self._table() as table:
