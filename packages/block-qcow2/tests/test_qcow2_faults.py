@@ -14,6 +14,7 @@ import pytest
 from block_qcow2 import create_image, open_image
 from block_qcow2.errors import BlockError
 from block_qcow2.qcow2 import refcount, tables
+from block_qcow2.qcow2.bitmaps import Bitmaps, marked
 from block_qcow2.qcow2.check import check
 from block_qcow2.qcow2.create import Options, write_empty
 from block_qcow2.qcow2.image import open_qcow2
@@ -390,3 +391,40 @@ def test_a_flush_that_finds_no_memory_loses_nothing(monkeypatch: pytest.MonkeyPa
         if not failed:
             break
     assert fail_at > 3
+
+
+def test_a_bitmap_whose_storing_fails_anywhere_is_not_trusted_if_writes_go_on() -> None:
+    for fail_at in range(1, 100):
+        file: Any = Faulty()
+        write_empty(file, 1 << 20, Options(cluster_size=4096))
+        image = open_qcow2(file, read_only=False)
+        bitmaps = Bitmaps(image)
+        bitmaps.add("b", 4096)
+        bitmaps.store()
+        image.flush()
+        file.refresh_size()
+        image = open_qcow2(file, read_only=False)
+        image.follow_bitmaps()
+        image.write(0, b"a" * 4096)
+        image.flush()
+        file.calls, file.fail_at = 0, fail_at
+        try:
+            image.release_bitmaps()
+        except OSError:
+            failed = True
+        else:
+            failed = False
+        file.fail_at = -1
+        try:
+            image.write(65536, b"b" * 4096)
+            image.flush()
+        except BlockError:  # it is not followed any more
+            pass
+        else:
+            file.refresh_size()
+            after = Bitmaps(open_qcow2(file))  # as after a crash
+            known = [b for b in after.list if b.consistent]
+            assert all(marked(after.bits(b)) == [(0, 1), (16, 17)] for b in known), fail_at
+        if not failed:
+            break
+    assert fail_at > 10

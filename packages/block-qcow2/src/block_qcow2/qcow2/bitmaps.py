@@ -282,7 +282,8 @@ class Bitmaps:
         except BaseException:
             self._following = True
             for bitmap in followed:
-                bitmap.flags |= IN_USE  # as they are on the disk
+                bitmap.flags |= IN_USE
+            self._write_flags_again()
             raise
 
     def _write_flags(self) -> None:
@@ -294,6 +295,13 @@ class Bitmaps:
             name = len(bitmap.name.encode("utf-8", "surrogateescape"))
             at += -(-(_ENTRY.size + len(bitmap.extra) + name) // 8) * 8
         self.image.file.flush()
+
+    def _write_flags_again(self) -> None:
+        """The header may name the new directory already, which says that nobody writes any more."""
+        try:
+            self._write_flags()
+        except OSError:
+            self.image._broken = "dirty bitmaps could neither be stored nor be followed on"
 
     # --- to the disk ---
 
