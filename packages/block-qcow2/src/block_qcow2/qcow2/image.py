@@ -181,14 +181,22 @@ class Qcow2Image(Resizer):
         if self.read_only:
             return
         with self._lock:
-            # What another thread's commit is writing is waited for, and written again if that fails.
-            dirty = self._committing or bool(self.l2.dirty or self._l1_dirty or self.refcounts.dirty or self._pending)
-        if dirty:
-            self.commit()
-        else:
-            if self.external:
-                self.data_file.flush()
-            self.file.flush()
+            busy = self._committing or self._dirty
+        if busy:
+            with self._commit_lock:  # what another thread was writing is on the disk now, or dirty again
+                with self._lock:
+                    dirty = self._dirty
+                if dirty:
+                    self.commit()
+                    return
+        if self.external:
+            self.data_file.flush()
+        self.file.flush()
+
+    @property
+    def _dirty(self) -> bool:
+        """Whether there is something to commit. The lock is held."""
+        return bool(self.l2.dirty or self._l1_dirty or self.refcounts.dirty or self._pending)
 
     def reload(self) -> None:
         """Read everything again: somebody else had the image meanwhile. Raises ImageFormatError, OSError."""
