@@ -386,3 +386,23 @@ def test_a_flush_that_fails_says_so_and_is_done_by_the_next_one(tmp_path: Path) 
         assert image.read(0, 4096) == b"a" * 4096
     is_clean(copy)
     disk.close()
+
+
+def test_a_mistake_in_a_request_is_an_error_to_the_guest_and_told_and_the_next_ones_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    disk = open_disk(path, format="qcow2")
+    disk.lock()
+    told: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(disk.image, "write_from", lambda *_: {}["nobody thought of this"])
+        for _ in range(40):  # more than there are threads
+            assert Driver(disk).write(0, b"a" * 512) == -errno.EIO
+    assert {arguments.exc_type for arguments in told} == {KeyError}
+    assert len(told) == 40
+    assert Driver(disk).write(0, b"b" * 512) == 0
+    assert Driver(disk).read(0, 512) == b"b" * 512
+    disk.close()

@@ -24,7 +24,7 @@ class WorkerPool:
         self._unfinished = 0
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Have `work` run soon. It must not raise."""
+        """Have `work` run soon. What it raises, which is a mistake, is told to threading.excepthook; the others go on."""
         with self._lock:
             self._unfinished += 1
             if len(self._threads) < min(self._unfinished, self._limit):
@@ -62,6 +62,10 @@ class WorkerPool:
                 return
             try:
                 work()
+            except Exception as mistake:
+                threading.excepthook(
+                    threading.ExceptHookArgs((type(mistake), mistake, mistake.__traceback__, threading.current_thread()))
+                )
             finally:
                 del work  # a request holds views of guest memory
                 with self._lock:

@@ -211,6 +211,7 @@ class ThreadChannel:
         done, fd, signal = self._done, self.completion_fd, self._signal
 
         def job() -> None:
+            result = -errno.EIO  # of a mistake of ours: whoever waits is answered, and the pool tells of it
             try:
                 work()
                 result = 0
@@ -218,9 +219,10 @@ class ThreadChannel:
                 result = -(e.errno or errno.EIO)
             except MemoryError:
                 result = -errno.ENOMEM
-            with signal:
-                done.append((token, result))
-                os.eventfd_write(fd, 1)
+            finally:
+                with signal:
+                    done.append((token, result))
+                    os.eventfd_write(fd, 1)
 
         self.in_flight += 1
         try:
