@@ -46,6 +46,13 @@ _WRITE_ON = array("I", range(0x1_0000 + _F_NEXT + _F_WRITE, MAX_INDIRECT << 16, 
 _WEAKLY_ORDERED = os.uname().machine not in ("x86_64", "i686", "i386")
 
 
+def used_elements(heads: Sequence[int], written: Sequence[int]) -> array[int]:
+    """Return elements of a used ring (2.7.8 virtq_used_elem): head and length of each in turn."""
+    elements = array("I", bytes(8 * len(heads)))
+    elements[::2], elements[1::2] = array("I", heads), array("I", written)
+    return elements
+
+
 class QueueError(VmmError):
     """The driver broke a rule of its ring. The device answers with DEVICE_NEEDS_RESET (2.1.2)."""
 
@@ -310,17 +317,21 @@ class SplitQueue:
 
     def add_all_used(self, heads: Sequence[int], written: Sequence[int]) -> None:
         """Give requests back as with add_used() for each of `heads` in turn. What was `written` into each is below 2**32."""
-        size, used = self.size, self._used_halves
-        at = self._used_idx & (size - 1)
-        ids, lengths = array("I", heads), array("I", written)
-        count = len(ids)
-        if at + count > size:
-            room = size - at
-            used[: 2 * (count - room) : 2], used[1 : 2 * (count - room) : 2] = ids[room:], lengths[room:]
-            ids, lengths = ids[:room], lengths[:room]
-        used[2 * at : 2 * (at + len(ids)) : 2] = ids
-        used[2 * at + 1 : 2 * (at + len(ids)) : 2] = lengths
-        self._used_idx = (self._used_idx + count) & 0xFFFF
+        self.add_elements(used_elements(heads, written))
+
+    def add_elements(self, elements: array[int]) -> None:
+        """Give requests back of which `used_elements` has made these."""
+        used = self._used_halves
+        count = len(elements)
+        at = 2 * (self._used_idx & (self.size - 1))
+        end = at + count
+        self._used_idx = (self._used_idx + (count >> 1)) & 0xFFFF
+        if end > len(used):
+            room = len(used) - at
+            used[: count - room] = elements[room:]
+            elements = elements[:room]
+            end = len(used)
+        used[at:end] = elements
 
     def publish(self) -> bool:
         """Make everything given back visible at once, and return whether the driver wants a notification for it."""

@@ -9,13 +9,14 @@ Not here: what frames are, and where they come from.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from itertools import accumulate, compress, islice, pairwise, repeat
 from operator import ne
 from struct import Struct
 
 from virtio_devices.net.features import ETHERNET, HEADER, NUM_BUFFERS
-from virtio_devices.queue import QueueError, SplitQueue
+from virtio_devices.queue import QueueError, SplitQueue, used_elements
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Buffers:
 
     def clear(self) -> None:
         """Have none."""
-        self._heads: list[int] = []
+        self._elements = array("I")  # head and length of each, as they go into the used ring
         self._lengths: list[int] = []
         self._ends = [0]  # number n begins at [n] of some stretch, and ends at [n + 1]
         self._at = 0  # the first one that is not given back
@@ -55,7 +56,7 @@ class Buffers:
     @property
     def count(self) -> int:
         """How many buffers there are."""
-        return len(self._heads) - self._at
+        return len(self._lengths) - self._at
 
     def fill(self, queue: SplitQueue, wanted: int) -> bool:
         """Have room for `wanted`, if the driver has made that much available; more if that is cheap. Tell whether any came.
@@ -68,11 +69,11 @@ class Buffers:
             if self.count:
                 return False
             wanted = 1
-        heads, lengths, ends, views = self._heads, self._lengths, self._ends, self._views
+        lengths, ends, views = self._lengths, self._ends, self._views
         if at := self._at:
-            del heads[:at], lengths[:at], ends[:at]
+            del self._elements[: 2 * at], lengths[:at], ends[:at]
             self._at = 0
-        before = len(heads)
+        before = len(lengths)
         if not before:
             self._apart = True
         if self._detour <= 0:
@@ -81,7 +82,7 @@ class Buffers:
                 self._detour = _AHEAD
             elif run[0]:
                 more, starts, sizes, stops = run
-                heads += more
+                self._elements += used_elements(more, sizes)
                 lengths += sizes
                 ends[-1:] = accumulate(sizes, initial=ends[-1])
                 self.room = ends[-1] - ends[0] if self.mergeable else lengths[0]
@@ -95,7 +96,7 @@ class Buffers:
                     views += map(window.__getitem__, map(slice, starts, stops))
         if self.room < wanted:
             self._fill_singly(queue, wanted)
-        return len(heads) > before
+        return len(lengths) > before
 
     def _fill_singly(self, queue: SplitQueue, wanted: int) -> None:
         for head, readable, writable in queue.chains():
@@ -104,7 +105,7 @@ class Buffers:
             length = len(writable[0]) if len(writable) == 1 else sum(map(len, writable))
             if length < self._least or len(writable) >= IOV_MAX:
                 raise QueueError(f"a receive buffer of {length} bytes in {len(writable)} pieces")
-            self._heads.append(head)
+            self._elements.extend((head, length))
             self._lengths.append(length)
             self._ends.append(self._ends[-1] + length)
             self.room += length
@@ -155,19 +156,18 @@ class Buffers:
 
     def give(self, queue: SplitQueue, length: int) -> None:
         """Give back the buffers that a frame of `length` with its header lies in. There is room for it."""
-        views, at = self._views, self._at
+        views, at, elements = self._views, self._at, self._elements
         taken = self._lengths[at]
         count = 1
         if length <= taken:
-            queue.add_used(self._heads[at], length)
+            queue.add_used(elements[2 * at], length)
         else:
             ends = self._ends
             end = ends[at] + length
             after = bisect_left(ends, end, at + 1)
             count = after - at
-            written = self._lengths[at:after]
-            written[-1] -= ends[after] - end
-            queue.add_all_used(self._heads[at:after], written)
+            elements[2 * after - 1] -= ends[after] - end  # the last one is not full
+            queue.add_elements(elements[2 * at : 2 * after])
             taken = ends[after] - ends[at]
         first = views[0]
         if len(first) >= HEADER:
@@ -192,7 +192,9 @@ class Buffers:
         at, views = self._at, self._views
         count = len(lengths)
         self._at = after = at + count
-        queue.add_all_used(self._heads[at:after], lengths)
+        elements = self._elements[2 * at : 2 * after]
+        elements[1::2] = array("I", lengths)
+        queue.add_elements(elements)
         any(map(_STORE, islice(views, count), repeat(NUM_BUFFERS), repeat(1)))  # no loop of Python's
         del views[:count]
         if self.mergeable:

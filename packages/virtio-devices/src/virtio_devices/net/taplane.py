@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from virtio_devices.net.backend import Owner
+    from virtio_devices.net.filter import RxFilter
 
 # What a tap answers that takes no more frames now, or none any more. Anything else (an interface that is down, nonsense in the
 # header) is about one frame, which is lost.
@@ -53,6 +54,7 @@ class TapLane(Lane):
         # Frames that were read and are not the driver's yet, as they did not fit or wait for more buffers.
         self._backlog: deque[bytes] = deque()
         self._expected = self._row = 1
+        self._wanted: tuple[RxFilter, bytes] | None = None  # how the last frame began that was, and by which filter
 
     def begin(self, mergeable: bool) -> None:
         """Get ready for a new driver."""
@@ -171,12 +173,27 @@ class TapLane(Lane):
             self.rx_dropped += 1
         elif length > room:
             self._keep_one(vector, length)
-        elif self._owner.rx_filter is None or not self._unwanted(peek(vector, HEADER, _FIRST)):
+        elif self._wants(vector):
             buffers.give(queue, length)
             self._expected = max(length, expected - (expected >> _FADE))
             self.rx_frames += 1
             self.rx_bytes += length - HEADER
         return (length,)
+
+    def _wants(self, vector: Sequence[memoryview]) -> bool:
+        """Tell whether the driver wants the frame that was read into `vector`; count it if not."""
+        rx_filter = self._owner.rx_filter
+        if rx_filter is None:
+            return True
+        if len(vector[0]) < HEADER + _FIRST:
+            return not self._unwanted(peek(vector, HEADER, _FIRST))
+        beginning: bytes = _BEGINNING(vector[0])[0]
+        if self._wanted == (rx_filter, beginning):  # of the same conversation as the last one
+            return True
+        if self._unwanted(beginning):
+            return False
+        self._wanted = rx_filter, beginning
+        return True
 
     def _deliver(self, queue: SplitQueue) -> bool:
         """Copy the frames that wait into buffers. False while those are missing."""
