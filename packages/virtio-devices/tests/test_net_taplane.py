@@ -116,3 +116,18 @@ def test_frames_that_wait_are_no_later_driver_s(driver: Net) -> None:
     assert driver.heard() == []
     assert driver.device.statistics().rx_dropped == 2
     assert bring(driver, frame(62)) == [frame(62)]
+
+
+def test_frames_that_end_a_turn_and_do_not_lie_where_they_were_read_arrive_in_it(
+    driver: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tap has nothing more then, and would not call again for them."""
+    assert driver.command(RX, PROMISCUOUS, b"\0") == 0
+    monkeypatch.setattr("virtio_devices.net.taplane.FRAMES", 4)
+    assert bring(driver, frame(60), frame(61, to=OTHER), frame(62), frame(63)) == [frame(60), frame(62), frame(63)]
+    monkeypatch.setattr("virtio_devices.net.taplane.BYTES", 60)
+    monkeypatch.setattr("virtio_devices.net.taplane.FRAMES", 1)
+    assert bring(driver, frame(1500)) == [frame(1500)]
+    assert bring(driver, frame(1501, to=OTHER)) == []
+    merges = bool(driver.device.negotiated & F_MRG_RXBUF)
+    assert bring(driver, frame(3000)) == ([frame(3000)] if merges else [])

@@ -90,7 +90,9 @@ class TapLane(Lane):
                 return
             frames -= len(lengths)
             budget -= sum(lengths)
-        self._hungry(queue)
+        # The tap tells of frames that it has, and not of those that were read.
+        if not self._backlog or self._deliver(queue):
+            self._hungry(queue)
 
     def _read_row(self, queue: SplitQueue, most: int) -> Sequence[int] | None:
         """Read frames that are likely to fit into a buffer each. Return their lengths; None to stop, with everything done."""
