@@ -236,6 +236,29 @@ def test_a_buffer_of_more_pieces_than_a_system_call_takes_is_refused() -> None:
             buffers.fill(queue, 8)
 
 
+@pytest.mark.parametrize("mergeable", [True, False])
+def test_a_buffer_may_have_more_bytes_than_a_used_length_holds(mergeable: bool) -> None:
+    memory = GuestMemory([(0, 1 << 25)])
+    ring = Ring(memory, 512)
+    small, huge = ring.chain((0x1_0000, 100, True)), ring.chain(*[(0x2_0000, 1 << 24, True)] * 256)
+    queue = SplitQueue(memory, 512, ring.desc, ring.avail, ring.used)
+    buffers = Buffers()
+    buffers.begin(mergeable=mergeable)
+    for head, length in ((huge, 150), (small, 100), (huge, 150)):
+        ring.offer(head)  # a chain may have 2**32 bytes
+        assert buffers.fill(queue, length)
+        buffers.give(queue, length)
+        assert (buffers.count, buffers.room) == (0, 0)
+    if mergeable:
+        ring.offer(small, huge)
+        while buffers.room < 150:
+            assert buffers.fill(queue, 150)
+        buffers.give(queue, 150)
+    queue.publish()
+    assert ring.collect() == [(huge, 150), (small, 100), (huge, 150), *([(small, 100), (huge, 50)] if mergeable else [])]
+    memory.close()
+
+
 def test_a_system_call_is_never_offered_more_views_than_it_takes() -> None:
     ring, queue = new_queue(size=2048)
     for _ in range(3):

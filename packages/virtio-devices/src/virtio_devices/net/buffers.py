@@ -105,7 +105,7 @@ class Buffers:
             length = len(writable[0]) if len(writable) == 1 else sum(map(len, writable))
             if length < self._least or len(writable) >= IOV_MAX:
                 raise QueueError(f"a receive buffer of {length} bytes in {len(writable)} pieces")
-            self._elements.extend((head, length))
+            self._elements.extend((head, min(length, 0xFFFF_FFFF)))  # a chain may have one byte more, and no frame needs it
             self._lengths.append(length)
             self._ends.append(self._ends[-1] + length)
             self.room += length
@@ -166,7 +166,7 @@ class Buffers:
             end = ends[at] + length
             after = bisect_left(ends, end, at + 1)
             count = after - at
-            elements[2 * after - 1] -= ends[after] - end  # the last one is not full
+            elements[2 * after - 1] = end - ends[after - 1]  # the last one is not full
             queue.add_elements(elements[2 * at : 2 * after])
             taken = ends[after] - ends[at]
         first = views[0]
