@@ -14,7 +14,7 @@ from virtio_devices.net.features import F_MRG_RXBUF
 from virtio_driver import new_loop
 from vmm_core.guestmem import GuestMemory
 
-RX, PROMISCUOUS = 0, 0  # of the control queue
+RX, PROMISCUOUS, VLANS, ADD, MQ = 0, 0, 2, 0, 4  # of the control queue
 ROW = 8  # frames, which a datagram socket of the tests holds
 
 
@@ -87,6 +87,17 @@ def test_frames_for_others_are_not_brought_and_the_driver_s_own_are(driver: Net)
     assert bring(driver, *frames) == [frames[0], frames[2], frames[4]]
     assert driver.device.statistics().rx_filtered == 2
     assert bring(driver, *[frame(60)] * 4) == [frame(60)] * 4
+
+
+def test_what_lies_behind_the_end_of_a_tiny_frame_is_not_taken_for_its_tag(driver: Net) -> None:
+    """What lies there is what the driver left in its buffer, or an earlier frame."""
+    assert driver.command(RX, PROMISCUOUS, b"\0") == 0
+    assert driver.command(VLANS, ADD, b"\xcc\x0c") == 0  # which the buffers are full of
+    frames = [frame(14, tag=0xCCC)[:14], frame(16, tag=0xCCC)[:16]]
+    assert bring(driver, *frames) == [frames[1]]
+    assert bring(driver, frame(1500)) == [frame(1500)]  # and one by one
+    assert bring(driver, *frames) == [frames[1]]
+    assert driver.device.statistics().rx_filtered == 2
 
 
 def test_frames_that_were_read_before_the_network_failed_arrive(driver: Net, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ class TapLane(Lane):
         """Keep one that was read into `vector`, if it is a frame that is whole and wanted."""
         if length < HEADER + ETHERNET or length >= sum(map(len, vector)):
             self.rx_dropped += 1
-        elif not self._unwanted(peek(vector, HEADER, _FIRST)):
+        elif not self._unwanted(peek(vector, HEADER, min(_FIRST, length - HEADER))):  # what lies behind it is none of it
             self._backlog.append(peek(vector, 0, length))
 
     def _read_one(self, queue: SplitQueue, expected: int) -> Sequence[int] | None:
@@ -168,12 +168,10 @@ class TapLane(Lane):
         except OSError as error:
             self._die(error.strerror or str(error))
             return None
-        if length < HEADER + ETHERNET:
+        if length < HEADER + _FIRST or length > room:
             if not length:
                 self._die("end of file")
                 return None
-            self.rx_dropped += 1
-        elif length > room:
             self._keep_one(vector, length)
         elif self._wants(vector):
             buffers.give(queue, length)
