@@ -142,3 +142,34 @@ def test_frames_that_end_a_turn_and_do_not_lie_where_they_were_read_arrive_in_it
     assert bring(driver, frame(1501, to=OTHER)) == []
     merges = bool(driver.device.negotiated & F_MRG_RXBUF)
     assert bring(driver, frame(3000)) == ([frame(3000)] if merges else [])
+
+
+def test_frames_that_wait_in_a_pair_that_is_given_up_do_not_come_when_it_is_used_again(memory: GuestMemory) -> None:
+    """The kernel drops those that wait in the queue of a tap that is detached, too."""
+    loop, cable = new_loop(), Cable(2)
+    driver = Net(NetDevice("net0", [loop], memory, mac=MAC, backend=cable, pairs=2), memory, loop).up(size=64)
+    assert driver.command(MQ, 0, b"\2\0") == 0
+    driver.room(1536, pair=1)
+    cable.send(frame(3000), 1)
+    loop.poll()
+    assert driver.command(MQ, 0, b"\1\0") == 0
+    assert driver.command(MQ, 0, b"\2\0") == 0
+    driver.room(1536, 1536, pair=1)
+    assert driver.heard(1) == []
+    assert driver.device.statistics().rx_dropped == 1
+    cable.send(frame(60), 1)
+    loop.poll()
+    assert driver.heard(1) == [frame(60)]
+    driver.close()
+    cable.close()
+    loop.close()
+
+
+@pytest.mark.parametrize("driver", [True], ids=["mergeable"], indirect=True)
+def test_frames_that_wait_for_buffers_are_dropped_once_the_network_has_gone(driver: Net) -> None:
+    frames = [frame(60), frame(60_000), frame(61)]
+    assert bring(driver, *frames) == frames[:1]
+    driver.device._lanes[0]._die("gone")
+    driver.room(*[1536] * 10)
+    assert driver.heard() == []
+    assert driver.device.statistics().rx_dropped == 2

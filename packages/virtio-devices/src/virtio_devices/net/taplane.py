@@ -59,8 +59,7 @@ class TapLane(Lane):
     def begin(self, mergeable: bool) -> None:
         """Get ready for a new driver."""
         super().begin(mergeable)
-        self.rx_dropped += len(self._backlog)
-        self._backlog.clear()
+        self._drop_backlog()
         self._expected = self._row = 1  # length of the next frame, and how many are read in a row
 
     def receive(self, queue: SplitQueue) -> None:
@@ -70,6 +69,12 @@ class TapLane(Lane):
                 self._receive(queue)
             finally:
                 self._owner.publish(self._rx, queue)
+        else:
+            self._drop_backlog()  # nobody is to have it later, when it is old
+
+    def _drop_backlog(self) -> None:
+        self.rx_dropped += len(self._backlog)
+        self._backlog.clear()
 
     def _receive(self, queue: SplitQueue) -> None:
         buffers = self._buffers
