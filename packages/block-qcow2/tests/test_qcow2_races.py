@@ -346,3 +346,22 @@ def test_part_of_an_encrypted_sector_is_not_written_over_a_whole_one_with_what_w
     assert whole.ended() is None
     assert path.read_bytes()[100:] == b"c" * 924
     file.close()
+
+
+def test_who_is_interrupted_while_it_waits_to_be_alone_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    with open_image(path, read_only=False) as image:
+        request = image.begin()
+
+        def interrupted(timeout: float | None = None) -> bool:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(image._changed, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                image.snapshots.create("never")
+        assert Other(lambda: image.write(0, b"a" * 512)).ended() is None
+        image.end(request)
+        image.snapshots.create("then")
+    is_clean(path)

@@ -126,9 +126,10 @@ class Metadata:
             while self._exclusive:
                 self._changed.wait()
             self._exclusive = True
-            while self._operations:
-                self._changed.wait()
         try:
+            with self._lock:
+                while self._operations:
+                    self._changed.wait()
             with self._commit_lock:
                 yield
         finally:
