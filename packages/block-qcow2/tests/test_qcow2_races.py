@@ -18,7 +18,8 @@ from block_qcow2.hostfile import HostFile
 from block_qcow2.luks import CryptFile
 from block_qcow2.qcow2.bitmaps import Bitmaps, marked
 from block_qcow2.qcow2.create import Options
-from block_qcow2.qcow2.format import OFFSET_MASK
+from block_qcow2.qcow2.format import INCOMPAT_CORRUPT, OFFSET_MASK
+from block_qcow2.qcow2.image import read_header
 
 from .conftest import Driver
 from .qemu import is_clean
@@ -365,3 +366,25 @@ def test_who_is_interrupted_while_it_waits_to_be_alone_holds_up_nobody(tmp_path:
         image.end(request)
         image.snapshots.create("then")
     is_clean(path)
+
+
+def test_an_image_found_wrong_while_its_header_is_written_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, 64 * MiB, options=Options(cluster_size=4096))
+    with open_image(path, read_only=False) as image:
+        for at in (0, 32 * MiB):
+            image.write(at, b"a" * 4096)
+        image.header.autoclear |= 1 << 40  # of somebody else
+        image.write_header()
+    image = open_image(path, read_only=False)
+    image.l1[32 * MiB >> image._l2_shift] = OFFSET_MASK & ~0xFFF  # far outside of the file
+    stop = Stop(image.header.pack_fields, behind=True)
+    monkeypatch.setattr(image.header, "pack_fields", stop)
+    writer = stop.hold(lambda: image.write(0, b"b" * 4096))  # makes the header ours first
+    reader = Other(lambda: image.read(32 * MiB, 4096))
+    reader.join(A_WHILE)
+    stop.go_on()
+    writer.ended()
+    assert isinstance(reader.ended(), ImageCorruptError)
+    assert read_header(image.file).incompatible & INCOMPAT_CORRUPT
+    image.close()

@@ -378,7 +378,8 @@ class Qcow2Image(Resizer):
         from .switch import write_whole
 
         try:
-            write_whole(self.file, self.header)
+            with self._header_lock:
+                write_whole(self.file, self.header)
         except OSError:
             self._broken = "the header could not be changed"  # which of the two is on the disk is not known
             raise

@@ -59,6 +59,7 @@ class Metadata:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._commit_lock = threading.RLock()
+        self._header_lock = threading.Lock()  # from what the header is to be until that is in the file; the last one taken
         self.gate = RangeGate()  # of guest ranges: allocating requests have their clusters alone
         self._operations: dict[int, None] = {}  # running requests, oldest first
         self._next_operation = 0
@@ -299,12 +300,13 @@ class Metadata:
         if not self.read_only and not self._broken:
             self._broken = what
             if self.header.version >= 3:
-                self.header.incompatible |= INCOMPAT_CORRUPT
-                try:
-                    self.file.pwrite(0, self.header.pack_fields())
-                    self.file.flush()
-                except OSError:
-                    pass  # the error that is being reported matters more
+                with self._header_lock:
+                    self.header.incompatible |= INCOMPAT_CORRUPT
+                    try:
+                        self.file.pwrite(0, self.header.pack_fields())
+                        self.file.flush()
+                    except OSError:
+                        pass  # the error that is being reported matters more
         return ImageCorruptError(f"{self.file.path}: {what}")
 
     # --- to the disk ---
@@ -312,7 +314,8 @@ class Metadata:
     def write_header(self) -> None:
         """Write the fixed fields of the header, with a barrier on both sides."""
         self.file.flush()
-        self.file.pwrite(0, self.header.pack_fields())
+        with self._header_lock:
+            self.file.pwrite(0, self.header.pack_fields())
         self.file.flush()
 
     def commit_if_crowded(self) -> None:
