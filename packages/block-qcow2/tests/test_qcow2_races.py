@@ -20,6 +20,7 @@ from block_qcow2.qcow2.bitmaps import Bitmaps, marked
 from block_qcow2.qcow2.create import Options
 from block_qcow2.qcow2.format import INCOMPAT_CORRUPT, OFFSET_MASK
 from block_qcow2.qcow2.image import read_header
+from block_qcow2.qcow2.snapshots import load
 
 from .conftest import Driver
 from .qemu import is_clean
@@ -388,3 +389,35 @@ def test_an_image_found_wrong_while_its_header_is_written_is_marked(tmp_path: Pa
     assert isinstance(reader.ended(), ImageCorruptError)
     assert read_header(image.file).incompatible & INCOMPAT_CORRUPT
     image.close()
+
+
+def test_the_place_of_a_snapshot_table_that_a_repair_made_longer_is_free_after_the_next_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB, options=Options(cluster_size=512))
+    with open_image(path, read_only=False) as image:
+        for number in range(7):
+            image.snapshots.create(f"number {number}")
+        forget_extra_data(image)
+    with open_image(path, read_only=False) as image:
+        stop = Stop(image.exclusive)
+        monkeypatch.setattr(image, "exclusive", stop)
+        snapper = stop.hold(lambda: image.snapshots.create("one more"))
+        assert image.check(repair="all").clean
+        stop.go_on()
+        assert snapper.ended() is None
+        assert image.check().clean
+        assert len(image.snapshots.list()) == 8
+    is_clean(path)
+
+
+def forget_extra_data(image: Any) -> None:
+    """Leave the snapshot table's entries as old programs wrote them: without what version 3 wants, and so shorter."""
+    old, length = load(image.file, image.header)
+    table = b""
+    for snapshot in old:
+        entry = snapshot.pack()
+        rest = entry[64:]  # id and name behind 40 bytes of fields and 24 of extra data
+        table += entry[:36] + bytes(4) + rest
+    image.file.pwrite(image.header.snapshots_offset, table.ljust(length, b"\0"))

@@ -137,7 +137,7 @@ class Snapshots:
         """`progress` is told how many of how many L2 tables have been gone through, while snapshots are changed."""
         self.image = image
         self.progress = progress
-        self.list, self._bytes = load(image.file, image.header)
+        self.list = load(image.file, image.header)[0]
 
     def find(self, name: str, *, by_id: bool = False) -> Snapshot:
         """The first snapshot of that name, or of that id if `by_id` and no id matches before. SnapshotError without one."""
@@ -170,7 +170,7 @@ class Snapshots:
                 ident, name, first << bits, len(image.l1), now // 10**9 & 0xFFFFFFFF, now % 10**9, vm_clock_nsec, 0, image.size
             )
             change.count(image.l1, 1)
-            change.put_table([*self.list, snapshot], self._bytes)
+            change.put_table([*self.list, snapshot])
         self._adopt(change)
         return snapshot
 
@@ -180,7 +180,7 @@ class Snapshots:
         image.must_be_writable()
         with image.exclusive(), _Transition(image, self.progress) as change:
             l1 = tables.load(image.file, snapshot.l1_table_offset, snapshot.l1_size)
-            change.put_table([s for s in self.list if s is not snapshot], self._bytes)
+            change.put_table([s for s in self.list if s is not snapshot])
             change.count(l1, -1)
             change.free(snapshot.l1_table_offset >> bits, -(-snapshot.l1_size * 8 >> bits))
         self._adopt(change)
@@ -205,7 +205,7 @@ class Snapshots:
 
     def _adopt(self, change: _Transition) -> None:
         if change.snapshots is not None:
-            self.list, self._bytes = change.snapshots, change.table_bytes
+            self.list = change.snapshots
 
 
 class _Transition:
@@ -219,7 +219,6 @@ class _Transition:
         self._progress = progress
         self._seen = self._expected = 0  # L2 tables
         self.snapshots: list[Snapshot] | None = None
-        self.table_bytes = 0
         self._counted: list[array[int]] = []
         self._down: list[array[int]] = []
         self._freed: list[tuple[int, int]] = []
@@ -369,9 +368,10 @@ class _Transition:
         if count:
             self._freed.append((cluster, count))
 
-    def put_table(self, snapshots: list[Snapshot], old_bytes: int) -> None:
+    def put_table(self, snapshots: list[Snapshot]) -> None:
         """Write a new snapshot table; the old one becomes free."""
         image, bits = self.image, self.image.cluster_bits
+        old_bytes = load(image.file, image.header)[1]  # a repair may have made it longer just before
         data = b"".join(s.pack() for s in snapshots)
         if len(data) > MAX_SNAPSHOT_TABLE_BYTES:
             raise SnapshotError("Snapshot table is too big")
@@ -380,16 +380,16 @@ class _Transition:
             clusters = -(-len(data) >> bits)
             self._table_at = self._allocate(clusters) << bits
             image.file.pwrite(self._table_at, data + bytes((clusters << bits) - len(data)))
-        self.snapshots, self.table_bytes = snapshots, len(data)
+        self.snapshots = snapshots
         if old_bytes:
             self.free(image.header.snapshots_offset >> bits, -(-old_bytes >> bits))
 
 
 def rewrite_table(image: Qcow2Image) -> None:
     """Write the snapshot table anew, with all that its entries should have. Nothing else is running, and nothing is wrong."""
-    found, length = load(image.file, image.header)
+    found, _ = load(image.file, image.header)
     with _Transition(image) as change:
-        change.put_table(found, length)
+        change.put_table(found)
 
 
 def _ignore(tables: int) -> None:
