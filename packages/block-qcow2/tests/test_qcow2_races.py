@@ -421,3 +421,43 @@ def forget_extra_data(image: Any) -> None:
         rest = entry[64:]  # id and name behind 40 bytes of fields and 24 of extra data
         table += entry[:36] + bytes(4) + rest
     image.file.pwrite(image.header.snapshots_offset, table.ljust(length, b"\0"))
+
+
+class Chained(NoCipher):
+    """Stands for CBC: what a byte of a sector is encrypted to depends on all before it."""
+
+    def encrypt(self, sector: int, data: memoryview) -> None:
+        for i in range(len(data)):
+            data[i] ^= data[i - 1] if i % 512 else 0
+
+    def decrypt(self, sector: int, data: memoryview) -> None:
+        for i in reversed(range(len(data))):
+            data[i] ^= data[i - 1] if i % 512 else 0
+
+
+def test_a_part_of_an_encrypted_sector_reads_as_it_is_while_another_part_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "encrypted"
+    path.write_bytes(bytes(512))
+    file = HostFile(path)
+    crypt = CryptFile(file, Chained())  # type: ignore[arg-type]
+    crypt.writev(0, [memoryview(b"a" * 512)])
+    stop = Stop(lambda: None)
+    pwrite = file.pwrite
+
+    def in_two(offset: int, data: bytearray) -> None:
+        pwrite(offset, data[:256])
+        stop()
+        pwrite(offset + 256, data[256:])
+
+    monkeypatch.setattr(file, "pwrite", in_two)  # the host promises no more: a sector is in two pages, or a write is short
+    writer = stop.hold(lambda: crypt.writev(0, [memoryview(b"b" * 101)]))
+    found = bytearray(100)
+    reader = Other(lambda: crypt.readv(200, [memoryview(found)]))
+    reader.join(A_WHILE)
+    stop.go_on()
+    assert writer.ended() is None
+    assert reader.ended() is None
+    assert found == b"a" * 100
+    file.close()

@@ -316,7 +316,7 @@ class CryptFile:
     def __init__(self, file: HostFile, cipher: Cipher) -> None:
         self._file = file
         self._cipher = cipher
-        self._edges = RangeGate()  # sectors that are changed in part: read, changed and written as one
+        self._edges = RangeGate()  # sectors that are changed in part: read, changed and written as one, read as it is
         self.path = file.path
         self.fd = file.fd
         self.direct = file.direct
@@ -331,7 +331,12 @@ class CryptFile:
         """Decrypted; a file that ends before reads as encrypted zeroes did, so everything is there."""
         length = sum(map(len, buffers))
         start, end = offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
-        data = self._sectors(start, end)
+        if start == offset and end == offset + length:
+            data = self._sectors(start, end)
+        else:
+            # Somebody may be writing the rest of a sector: half of the old and half of the new one decrypt to neither.
+            with self._edges.write(start, end):
+                data = self._sectors(start, end)
         Cursor(buffers).copy_from(memoryview(data)[offset - start : offset - start + length])
         return length
 
