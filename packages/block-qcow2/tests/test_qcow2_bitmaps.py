@@ -112,6 +112,27 @@ def test_writes_here_are_marked_and_qemu_agrees(path: Path, tmp_path: Path) -> N
     assert [b["flags"] for b in described(path)] == [["auto"], ["auto"], []]
 
 
+def test_bitmaps_are_followed_on_when_the_last_flush_before_letting_go_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk: Any = open_disk(path, format="qcow2")
+    disk.lock()
+    driver = Driver(disk)
+    assert driver.write(5 * MiB, b"g" * 4096) == 0
+
+    def fails() -> None:
+        raise OSError(errno.EIO, "the disk is not well")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.image, "flush", fails)
+        with pytest.raises(OSError, match="not well"):
+            disk.unlock()
+    assert driver.write(7 * MiB, b"h" * 4096) == 0  # the image is still ours, and the guest runs on
+    driver.channel.close()
+    disk.unlock()
+    disk.close()
+    is_clean(path)
+    assert dirty_here(path, "one") == [(5 * MiB, 5 * MiB + 65536), (7 * MiB, 7 * MiB + 65536)]
+
+
 def test_a_guest_marks_what_it_writes(path: Path) -> None:
     disk = open_disk(path, format="qcow2", discard=True)
     disk.lock()

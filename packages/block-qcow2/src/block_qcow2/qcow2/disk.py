@@ -12,6 +12,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .. import locks
@@ -111,7 +112,12 @@ class Qcow2Disk:
         """Write back everything, then let go. Raises OSError, and then keeps the locks."""
         if self._locked:
             self.image.release_bitmaps()
-            self.image.flush()
+            try:
+                self.image.flush()
+            except BaseException:
+                with suppress(OSError, BlockError):  # then writes are refused
+                    self.image.follow_bitmaps()
+                raise
             self._drop_locks()
 
     def _drop_locks(self) -> None:
