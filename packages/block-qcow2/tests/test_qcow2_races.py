@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from block_qcow2 import create_image, open_disk, open_image
-from block_qcow2.errors import ImageCorruptError
+from block_qcow2.errors import ImageCorruptError, ImageFormatError
 from block_qcow2.hostfile import HostFile
 from block_qcow2.luks import CryptFile
 from block_qcow2.qcow2.bitmaps import Bitmaps, marked
@@ -461,3 +461,63 @@ def test_a_part_of_an_encrypted_sector_reads_as_it_is_while_another_part_is_writ
     assert reader.ended() is None
     assert found == b"a" * 100
     file.close()
+
+
+def test_what_a_guest_writes_behind_the_new_end_of_a_disk_that_gets_smaller_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, 4 * MiB)
+    with open_image(path, read_only=False) as image:
+        image.write(2 * MiB, b"a" * 512)
+        stop = Stop(image.exclusive)
+        monkeypatch.setattr(image, "exclusive", stop)
+        resizer = stop.hold(lambda: image.resize(MiB, shrink=True))
+        image.write(3 * MiB, b"b" * 512)
+        stop.go_on()
+        assert resizer.ended() is None
+        image.resize(4 * MiB)
+        assert not any(image.read(3 * MiB, 512))
+    is_clean(path)
+
+
+def test_an_image_of_version_2_gets_no_other_size_beside_the_snapshot_that_forbids_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB, options=Options(version=2))
+    with open_image(path, read_only=False) as image:
+        stop = Stop(image.exclusive)
+        monkeypatch.setattr(image, "exclusive", stop)
+        resizer = stop.hold(lambda: image.resize(2 * MiB))
+        image.snapshots.create("kept")
+        stop.go_on()
+        assert isinstance(resizer.ended(), ImageFormatError)
+        assert image.size == MiB
+    is_clean(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image.resize(2 * MiB),
+        lambda image: image.set_lazy_refcounts(True),
+        lambda image: image.set_backing("b", "raw"),
+    ],
+    ids=["size", "lazy", "backing"],
+)
+def test_the_header_of_an_image_that_was_found_wrong_meanwhile_is_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_image(path, MiB)
+    image = open_image(path, read_only=False)
+    stop = Stop(image.exclusive)
+    monkeypatch.setattr(image, "exclusive", stop)
+    changer = stop.hold(lambda: change(image))
+    image._broken = "a snapshot operation failed half-way"
+    before = path.read_bytes()
+    stop.go_on()
+    assert isinstance(changer.ended(), ImageCorruptError)
+    assert path.read_bytes() == before
+    image.close()

@@ -121,6 +121,7 @@ class Qcow2Image(Resizer):
         """Write another backing file name and format into the header. Looks at neither file."""
         self.must_be_writable()
         with self.exclusive():
+            self.must_be_writable()
             header = self.header
             old = header.backing_file, list(header.extensions)
             header.backing_file = os.fsencode(name) if name else None
@@ -319,6 +320,7 @@ class Qcow2Image(Resizer):
         if self.header.version < 3:
             raise ImageFormatError(f"{self.path}: lazy_refcounts needs compat=1.1")
         with self.exclusive():
+            self.must_be_writable()
             self.header.compatible &= ~COMPAT_LAZY_REFCOUNTS
             self.header.compatible |= COMPAT_LAZY_REFCOUNTS if on else 0
             self.write_header()
@@ -330,6 +332,7 @@ class Qcow2Image(Resizer):
         if header.version >= 3:
             return
         with self.exclusive():
+            self.must_be_writable()
             header.version, header.header_length = 3, V3_FULL_LENGTH
             try:
                 self.write_whole_header()

@@ -29,13 +29,9 @@ class Resizer(Writer):
         self.must_be_writable()
         if not 0 <= size <= MAX_VIRTUAL_SIZE:
             raise ValueError(f"size {size}: expected 0 to 2^63-1")
-        if self.header.version < 3 and self.header.nb_snapshots:
-            raise ImageFormatError("Can't resize a version 2 image with snapshots")
-        if size < self.size:
-            if not shrink:
-                raise ValueError("making an image smaller loses data: it has to be asked for")
-            self._cut(size)
-        elif size == self.size:
+        if size < self.size and not shrink:
+            raise ValueError("making an image smaller loses data: it has to be asked for")
+        if size == self.size:
             return
         needed = -(-size >> self._l2_shift) if size else 0
         if needed * 8 > MAX_L1_BYTES:
@@ -43,12 +39,17 @@ class Resizer(Writer):
         if self.bitmaps is not None:
             self.bitmaps.must_fit(size)
         with self.exclusive():
+            self.must_be_writable()  # and nobody has found it wrong meanwhile, or made a snapshot
+            if self.header.version < 3 and self.header.nb_snapshots:
+                raise ImageFormatError("Can't resize a version 2 image with snapshots")
             old = self.size
-            if size < old and not shrink:
-                raise ValueError("the image was made larger meanwhile")
+            if size < old:
+                if not shrink:
+                    raise ValueError("the image was made larger meanwhile")
+                self._cut(size)
             hidden = min(size, self.backing.size) if self.backing is not None else 0
             if size > old:
-                self._forget_tail()
+                self._zero_tail(old)
             if needed > len(self.l1):
                 self._grow_l1(needed, old if hidden > old else size)
             if hidden > old:
@@ -64,25 +65,29 @@ class Resizer(Writer):
                 self.data_file.truncate(size)
 
     def _cut(self, size: int) -> None:
-        """Drop what is behind `size`: whole clusters are freed, the rest of the last one is zeroed."""
+        """Drop what is behind `size`: whole clusters are freed, the rest of the last one is zeroed. Nothing else runs."""
         mask = self.cluster_size - 1
-        border = (size + mask) & ~mask
-        if border > size and size < self.size:
-            self._zero_part(size, min(border, self.size) - size)
-        if border < self.size:
-            self._clusterwise(border, self.size - border, self._forget_clusters, True, None)
+        with self._lock:
+            self.mark_dirty(size, self.size - size)
+        self._zero_tail(size)
+        at, end = (size + mask) & ~mask, (self.size + mask) & ~mask
+        while at < end:
+            stop = min((at >> self._l2_shift) + 1 << self._l2_shift, end)
+            self._forget_clusters(at, stop - at, True)
+            self.commit_if_crowded()
+            at = stop
         self.commit()
 
     def _forget_clusters(self, offset: int, length: int, unmap: bool) -> None:
         self._set_clusters(offset, length, keep=False, zero=False)
 
-    def _forget_tail(self) -> None:
-        """What is added reads as zeroes: so must the last cluster's bytes behind the old end, whatever stands there.
+    def _zero_tail(self, start: int) -> None:
+        """What is added behind an end reads as zeroes: so must the last cluster's bytes behind it, whatever stands there.
 
         They are written like guest data: a snapshot that is longer than the disk is now may share the cluster. Nothing else runs.
         """
         mask = self.cluster_size - 1
-        start, end = self.size, (self.size + mask) & ~mask
+        end = (start + mask) & ~mask
         if start == end:
             return
         with self._lock:
@@ -92,7 +97,7 @@ class Resizer(Writer):
             shown.add(UNALLOCATED)
         if kinds & shown:
             self._write_gated(start, Cursor([memoryview(bytes(end - start))]), end - start)
-        self.commit()
+            self.commit()
 
     def _hide_backing(self, end: int) -> None:
         """A backing image that is longer than this one must not show through up to `end`. Nothing else runs.
