@@ -294,6 +294,19 @@ def test_compare(img: Any, source: bytes) -> None:
     assert img("compare", "-s", "larger", "smaller") == (1, "Strict mode: Image size mismatch!\n", "")
 
 
+@pytest.mark.parametrize("options", ["compat=0.10", "compat=1.1", "extended_l2=on"])
+def test_an_image_that_stood_alone_keeps_its_zeroes_over_a_backing_image(img: Any, options: str) -> None:
+    Path("below").write_bytes(b"b" * (4 * MiB))
+    assert img("create", "-f", "qcow2", "-o", options, "top", "3M").status == 0
+    with open_image("top", read_only=False) as image:
+        image.write(MiB + 100, b"t" * 70_000)
+        before = image.read(0, image.size)
+    assert img("rebase", "-b", "below", "-F", "raw", "top").status == 0
+    with open_image("top", allow=True) as image:
+        assert image.read(0, image.size) == before
+    qemu_img("check", "top")
+
+
 def test_commit_and_rebase_keep_the_content(img: Any) -> None:
     img("create", "-f", "qcow2", "base", "2M")
     qemu_io(Path("base"), "write -P 1 0 2M")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
@@ -114,9 +114,23 @@ def rebase(words: list[str]) -> int:
     return 0
 
 
+class _Nothing:
+    """Stands for the backing image of one that has none: zeroes are not left out then, as something will be below them."""
+
+    size = 0
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """There is nothing to read."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 def _keep_content(image: Any, base: Any, shown: bool, quiet: bool) -> None:
     """Write into the image what would read differently over the new backing image, which is closed then."""
     try:
+        if image.backing is None and base is not None:
+            image.backing = _Nothing()
         with Progress(image.size, shown=shown, quiet=quiet) as progress:
             for e in image.block_status():
                 if e.present:
