@@ -14,6 +14,7 @@ import pytest
 
 from block_qcow2 import open_disk, open_image
 from block_qcow2.errors import BlockError, ImageFormatError, OpenError, UnsupportedFeatureError
+from block_qcow2.foreign.blocks import Table
 from block_qcow2.foreign.vhdx import checksum
 from block_qcow2.img import main
 
@@ -174,6 +175,75 @@ def test_few_large_grains_are_kept(tmp_path: Path) -> None:
         kept, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert kept < 40 * MiB
+
+
+def vmdk(grain: int, per_table: int, capacity: int) -> bytes:
+    """The first KiB of an image; its grain directory follows."""
+    text = b'createType="monolithicSparse"\nparentCID=ffffffff\nCID=12345678\n'
+    head = struct.pack("<4sIIQQQQIQQQB4sH", b"KDMV", 1, 3, capacity, grain, 1, 1, per_table, 0, 2, 128, 0, b"", 0)
+    return head.ljust(512, b"\0") + text.ljust(512, b"\0")
+
+
+def vdi(block: int, blocks: int) -> bytes:
+    """The first KiB of an image; its block map follows."""
+    head = struct.pack("<64xIIIII256xII", 0xBEDA107F, 0x10001, 400, 1, 0, 1024, 1024)
+    return (head + struct.pack("<16x4xQIIII64x", block * blocks, block, 0, blocks, 0)).ljust(1024, b"\0")
+
+
+def vhd(block: int, entries: int) -> bytes:
+    """The first 1536 bytes of an image; its block table follows."""
+    size = block * entries
+    footer = struct.pack(">8sIIQI4sI4sQQHBBII", b"conectix", 2, 1 << 16, 512, 0, b"win ", 0, b"Wi2k", size, size, 0, 0, 0, 3, 0)
+    dynamic = struct.pack(">8sQQIII", b"cxsparse", (1 << 64) - 1, 1536, 1 << 16, entries, block)
+    return footer.ljust(512, b"\0") + dynamic.ljust(1024, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "head"),
+    [
+        ("vmdk", vmdk(1, 1, 1 << 41)),
+        ("vmdk", vmdk(1, 512, 1 << 41)),
+        ("vdi", vdi(4096, 1 << 31)),
+        ("vpc", vhd(2 * MiB, 1 << 29)),
+    ],
+    ids=["vmdk", "vmdk of long tables", "vdi", "vpc"],
+)
+def test_a_table_that_the_file_does_not_have_is_refused_and_not_walked_through(tmp_path: Path, fmt: str, head: bytes) -> None:
+    (tmp_path / "tiny").write_bytes(head + bytes(512))
+    with pytest.raises(ImageFormatError, match=r"block table of \d+ bytes at .*, expected inside the file of"):
+        open_image(tmp_path / "tiny", format=fmt)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "data"),
+    [
+        ("vdi", vdi(4096, 1 << 20) + bytes(4 << 20)),
+        ("vmdk", vmdk(1, 512, 4096 * 512) + struct.pack("<I", 34) * 4096 + struct.pack("<I", 34) * 512),
+    ],
+    ids=["vdi", "vmdk"],
+)
+def test_blocks_that_are_all_there_are_not_looked_at_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fmt: str, data: bytes
+) -> None:
+    """A small file may say so of very many, and name the same table for all of them."""
+    (tmp_path / "full").write_bytes(data)
+    loads: list[int] = []
+    load = Table._load
+
+    def counted(table: Table, number: int) -> Any:
+        loads.append(number)
+        return load(table, number)
+
+    monkeypatch.setattr(Table, "_load", counted)
+    with open_image(tmp_path / "full", format=fmt) as opened:
+        image: Any = opened
+        looked: list[int] = []
+        block = image._block
+        monkeypatch.setattr(image, "_block", lambda index: looked.append(index) or block(index))
+        [extent] = image.block_status()
+        assert (extent.length, extent.present) == (image.size, True)
+    assert len(looked) < 600
+    assert len(loads) < 600
 
 
 # --- VHDX ---

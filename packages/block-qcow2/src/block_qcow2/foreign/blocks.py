@@ -24,7 +24,7 @@ _ZEROES = bytes(1 << 16)
 
 
 class Table:
-    """`count` entries from `offset` on, of 4 bytes ("I") or 8 ("Q"). What the file does not have of it is 0.
+    """`count` entries from `offset` on, of 4 bytes ("I") or 8 ("Q").
 
     `there` tells from an entry whether its block is in the file.
     """
@@ -33,13 +33,14 @@ class Table:
         self._file, self._offset, self.count, self._code = file, offset, count, code
         self._swap = order != sys.byteorder
         self._there = there
-        self._pages: OrderedDict[int, tuple[array[int], bool]] = OrderedDict()  # and whether any of its blocks is there
+        # And whether any of its blocks is there, and whether all are.
+        self._pages: OrderedDict[int, tuple[array[int], bool, bool]] = OrderedDict()
 
     def __getitem__(self, index: int) -> int:
         number = index // _PAGE
         return (self._pages.get(number) or self._load(number))[0][index % _PAGE]
 
-    def _load(self, number: int) -> tuple[array[int], bool]:
+    def _load(self, number: int) -> tuple[array[int], bool, bool]:
         page = array(self._code)
         first = number * _PAGE
         data = bytearray(min(_PAGE, self.count - first) * page.itemsize)
@@ -48,16 +49,18 @@ class Table:
         page.frombytes(data)
         if self._swap:
             page.byteswap()
-        loaded = self._pages[number] = page, any(map(self._there, set(page)))
+        there = set(map(self._there, set(page)))
+        loaded = self._pages[number] = page, True in there, False not in there
         while len(self._pages) > PAGES:
             self._pages.popitem(last=False)
         return loaded
 
-    def skip(self, index: int) -> int:
-        """The first index from this one on whose block may be there, as far as can be said without looking at each."""
+    def skip(self, index: int, there: bool) -> int:
+        """The first index from this one on whose block may not be as `there` says, without looking at each."""
         while index < self.count:
             number = index // _PAGE
-            if (self._pages.get(number) or self._load(number))[1]:
+            _, some, every = self._pages.get(number) or self._load(number)
+            if not (every if there else not some):
                 return index
             index = (number + 1) * _PAGE
         return self.count
@@ -80,8 +83,8 @@ class ForeignImage(ReadOnlyImage):
         """Where a block's data are in the file, None for zeroes."""
         raise NotImplementedError
 
-    def _skip(self, index: int) -> int:
-        """The first block from this one on that may be in the file; saying `index` is always right."""
+    def _skip(self, index: int, there: bool) -> int:
+        """The first block from this one on that may not be as `there` says, in the file or not; `index` is always right."""
         return index
 
     def _refuse(self, what: str) -> ImageFormatError:
@@ -95,8 +98,12 @@ class ForeignImage(ReadOnlyImage):
             raise self._refuse(f"{self.format} header: a table of {blocks} blocks for {size} bytes in blocks of {block}")
 
     def _table(self, offset: int, count: int, code: str, order: str, there: Callable[[int], bool]) -> Table:
-        if offset >= self.file.size:
-            raise self._refuse(f"{self.format} block table at {offset:#x}, expected inside the file of {self.file.size} bytes")
+        length = count * (4 if code == "I" else 8)
+        if offset + length > self.file.size:
+            # Not zeroes instead: a few bytes would be as much work as a table of any size.
+            raise self._refuse(
+                f"{self.format} block table of {length} bytes at {offset:#x}, expected inside the file of {self.file.size} bytes"
+            )
         return Table(self.file, offset, count, code, order, there)
 
     # --- what every image does ---
@@ -140,7 +147,7 @@ class ForeignImage(ReadOnlyImage):
             there = self._block(index) is not None
             index += 1
             while index * self.block_size < end and (self._block(index) is not None) == there:
-                index = index + 1 if there else max(self._skip(index), index + 1)
+                index = max(self._skip(index, there), index + 1)
             stop = min(index * self.block_size, end)
             yield Extent(offset, stop - offset, there, not there, False, None)
             offset = stop

@@ -39,5 +39,5 @@ class VdiImage(ForeignImage):
     def _there(entry: int) -> bool:
         return entry < 0xFFFFFFFE
 
-    def _skip(self, index: int) -> int:
-        return self._blocks.skip(index)
+    def _skip(self, index: int, there: bool) -> int:
+        return self._blocks.skip(index, there)

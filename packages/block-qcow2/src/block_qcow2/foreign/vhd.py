@@ -59,5 +59,5 @@ class VhdImage(ForeignImage):
     def _there(entry: int) -> bool:
         return entry != 0xFFFFFFFF
 
-    def _skip(self, index: int) -> int:
-        return index if self._blocks is None else self._blocks.skip(index)
+    def _skip(self, index: int, there: bool) -> int:
+        return index if self._blocks is None else self._blocks.skip(index, there)

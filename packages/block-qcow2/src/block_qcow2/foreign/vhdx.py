@@ -91,8 +91,8 @@ class VhdxImage(ForeignImage):
     def _there(cls, entry: int) -> bool:
         return entry & 7 == cls._PRESENT
 
-    def _skip(self, index: int) -> int:
-        at = self._blocks.skip(index + index // self._ratio)
+    def _skip(self, index: int, there: bool) -> int:
+        at = self._blocks.skip(index + index // self._ratio, there)
         return max(at - at // (self._ratio + 1), index)  # every so many blocks there is an entry for a bitmap
 
 

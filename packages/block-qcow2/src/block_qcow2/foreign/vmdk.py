@@ -43,7 +43,7 @@ class VmdkImage(ForeignImage):
         grains = -(-self.size // self.block_size) if self.block_size else 0
         self._check_shape(grains)
         self._directory = self._table(directory_at * 512, -(-grains // self._per_table), "I", "little", bool)
-        self._tables: OrderedDict[int, Table] = OrderedDict()
+        self._tables: OrderedDict[int, Table] = OrderedDict()  # by their places: many entries may name the same one
         self._grains: OrderedDict[int, bytes] = OrderedDict()
 
     def _descriptor(self, at: int, size: int) -> None:
@@ -83,23 +83,25 @@ class VmdkImage(ForeignImage):
         return sector > (1 if self._zero_grains else 0)
 
     def _grain_table(self, number: int) -> Table | None:
-        table = self._tables.get(number)
+        where: int = self._directory[number]
+        if not where:
+            return None
+        table = self._tables.get(where)
         if table is None:
-            where: int = self._directory[number]
-            if not where:
-                return None
-            table = self._tables[number] = self._table(where * 512, self._per_table, "I", "little", self._there)
+            table = self._tables[where] = self._table(where * 512, self._per_table, "I", "little", self._there)
             while len(self._tables) > PAGES:
                 self._tables.popitem(last=False)
         return table
 
-    def _skip(self, index: int) -> int:
+    def _skip(self, index: int, there: bool) -> int:
         number, entry = divmod(index, self._per_table)
         while number < self._directory.count:
             table = self._grain_table(number)
             if table is None:
-                number, entry = max(self._directory.skip(number), number + 1), 0
-            elif table.skip(entry) < table.count:
+                if there:
+                    break
+                number, entry = max(self._directory.skip(number, False), number + 1), 0
+            elif table.skip(entry, there) < table.count:
                 break
             else:
                 number, entry = number + 1, 0
