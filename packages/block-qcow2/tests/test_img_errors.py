@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from block_qcow2 import create_image, open_image
 from block_qcow2.errors import OpenError
+from block_qcow2.hostfile import HostFile
 from block_qcow2.img import main
 from block_qcow2.qcow2.create import Options
 
@@ -58,6 +60,33 @@ def test_numbers_and_names_out_of_bounds(img: Any, words: list[str], says: str) 
     assert said.err.count("\n") == 1
     assert not Path("x").exists()
     assert img("check", "qcow2").status == 0
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+def test_a_loss_of_power_while_an_image_grows_with_its_space_leaves_it_whole(
+    img: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    create_image("image", MiB)
+    with open_image("image", read_only=False) as image:
+        image.write(0, b"a" * MiB)
+    lost: list[Path] = []
+
+    def losing(original: Any) -> Any:
+        def loses(*arguments: Any) -> None:
+            lost.append(Path(f"lost {len(lost)}"))
+            shutil.copy("image", lost[-1])
+            original(*arguments)
+
+        return loses
+
+    with monkeypatch.context() as patch:
+        for name in ("truncate", "flush"):
+            patch.setattr(HostFile, name, losing(getattr(HostFile, name)))
+        assert img("resize", f"--preallocation={mode}", "image", "+8M").status == 0
+    for path in lost:
+        with open_image(path) as image:
+            assert not image.check().corruptions
+            assert image.read(0, MiB) == b"a" * MiB
 
 
 @pytest.fixture

@@ -187,6 +187,12 @@ def make_data_file(path: str, size: int, made: Callable[[str], None]) -> None:
         file.close()
 
 
+def _reach(file: HostFile, end: int) -> None:
+    """Make a file at least as long."""
+    if file.size < end:
+        file.truncate(end)
+
+
 def preallocate(image: Qcow2Image, start: int, mode: str, report: Report | None = None) -> None:
     """Give the unmapped clusters from byte `start` on their place ("metadata"), its space ("falloc"), or zeroes ("full")."""
     from .format import COPIED
@@ -217,6 +223,8 @@ def preallocate(image: Qcow2Image, start: int, mode: str, report: Report | None 
             if stale:
                 image.file.flush()
             image.l2.touch(table, words * begin, words * total)
+            if not image.external:
+                _reach(image.file, image.refcounts.end << bits)  # before the disk has a reference to what is behind its end
         image.commit_if_crowded()
         at = stop
         if report is not None and mode == "metadata":
@@ -224,8 +232,7 @@ def preallocate(image: Qcow2Image, start: int, mode: str, report: Report | None 
     image.flush()
     end = image.size if image.external else image.refcounts.end << bits
     file = image.data_file
-    if file.size < end:
-        file.truncate(end)
+    _reach(file, end)
     if mode == "full" and image.backing is None:
         at, zeroes = start, bytes(1 << 20)
         while at < image.size:
