@@ -551,6 +551,44 @@ def test_a_process_out_of_descriptors_tries_again_later(
     assert desk.front.got == b"patience"
 
 
+def refuse_watches(desk: Desk, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Have the kernel take no more descriptors to watch, for a while."""
+    add_fd, left = desk.loop.add_fd, [times]
+
+    def add(fd: int, events: int, callback: Callable[[int], None]) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add_fd(fd, events, callback)
+
+    monkeypatch.setattr(desk.loop, "add_fd", add)
+
+
+def test_a_peer_that_cannot_be_watched_is_heard_later_and_the_next_one_as_well(
+    desk: Desk, server: SocketListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_watches(desk, monkeypatch, 2)
+    first = connect(desk, server)
+    first.send(b"one")
+    desk.until(lambda: desk.front.got == b"one")
+    first.close()
+    desk.until(lambda: desk.front.peers == [True, False])
+    connect(desk, server).send(b"two")
+    desk.until(lambda: desk.front.got == b"onetwo")
+
+
+def test_a_door_that_cannot_be_watched_is_tried_again_later(
+    desk: Desk, server: SocketListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = connect(desk, server)
+    first.close()
+    refuse_watches(desk, monkeypatch, 1)
+    desk.loop.poll()
+    assert desk.reports == [f"{server.name}: cannot listen: No space left on device"]
+    connect(desk, server).send(b"heard")
+    desk.until(lambda: desk.front.got == b"heard")
+
+
 def test_a_stalled_peer_holds_output_until_it_reads(desk: Desk, server: SocketListener) -> None:
     peer = connect(desk, server)
     data = b"x" * 10_000_000
@@ -817,6 +855,18 @@ def test_a_tcp_client_connects_in_the_background(desk: Desk) -> None:
         client.close()
         assert peer.recv(100) == b""
         peer.close()
+
+
+def test_a_client_that_cannot_watch_its_peer_tries_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_INET) as daemon:
+        daemon.bind(("127.0.0.1", 0))
+        daemon.listen()
+        refuse_watches(desk, monkeypatch, 1)
+        client = desk.start(connect_tcp(*daemon.getsockname(), desk.reports.append, reconnect=1))
+        desk.until(lambda: desk.front.peers == [True])
+        assert len(desk.reports) == 1
+        assert "cannot connect: No space left on device" in desk.reports[0]
+        client.close()
 
 
 def test_a_client_can_be_closed_while_it_looks_for_its_peer(desk: Desk, tmp_path: Path) -> None:

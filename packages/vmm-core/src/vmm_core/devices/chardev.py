@@ -21,6 +21,7 @@ from vmm_core.errors import ChardevError
 from vmm_core.loop import READ, WRITE, Loop
 
 CHUNK = 4096  # bytes read at a time
+RETRY = 1_000_000_000  # nanoseconds to wait when the process has no descriptor left, or may watch no more of them
 
 Report = Callable[[str], None]
 
@@ -100,6 +101,7 @@ class Stream:
         self._held = False  # input waits for room
         self._blocked = False  # output waits for the host
         self._reading_soon = False  # the input is one that epoll cannot watch
+        self._watching_later = False  # there was no room for a watch
         self._closed = False
         self._update()
 
@@ -170,8 +172,16 @@ class Stream:
             if events & READ and not self._reading_soon:
                 self._reading_soon = True
                 self._loop.call_soon(self._read_soon)
+        except OSError:  # the user's limit of watches is reached, or memory is short: a peer waits until there is room
+            if not self._watching_later:
+                self._watching_later = True
+                self._loop.call_later(RETRY, self._watch_again, host=True)
         else:
             self._watched[fd] = events
+
+    def _watch_again(self) -> None:
+        self._watching_later = False
+        self._update()
 
     def _event(self, mask: int) -> None:
         if mask & ~WRITE and self._read_fd is not None:

@@ -62,11 +62,12 @@ class SocketClient(SocketBackend):
         try:
             self._trying = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             status = self._trying.connect_ex(self._address)
-        except OSError as error:  # no descriptor left, or an address that cannot be one
+            if status == errno.EINPROGRESS:
+                self._loop.add_fd(self._trying.fileno(), WRITE, self._progress)
+                return
+        except OSError as error:  # no descriptor or no watch left, or an address that cannot be one
             status = error.errno or errno.EINVAL
-        if status == errno.EINPROGRESS and self._trying is not None:
-            self._loop.add_fd(self._trying.fileno(), WRITE, self._progress)
-        elif status:
+        if status:
             self._failed(status)
         else:
             self._connected()

@@ -15,11 +15,9 @@ import socket
 import stat
 from contextlib import suppress
 
-from vmm_core.devices.chardev import CharFrontend, Report, Stream
+from vmm_core.devices.chardev import RETRY, CharFrontend, Report, Stream
 from vmm_core.errors import ChardevError
 from vmm_core.loop import READ, Loop
-
-RETRY = 1_000_000_000  # nanoseconds to wait with accepting when the process has no descriptor left
 
 
 class SocketBackend:
@@ -161,8 +159,17 @@ class SocketListener(SocketBackend):
 
     def _seek(self) -> None:
         if self._loop is not None and not self._closed and not self._listening:
-            self._listening = True
-            self._loop.add_fd(self._listener.fileno(), READ, self._accept)
+            try:
+                self._loop.add_fd(self._listener.fileno(), READ, self._accept)
+            except OSError as error:  # the user's limit of watches is reached, or memory is short
+                self._seek_later("listen", error)
+            else:
+                self._listening = True
+
+    def _seek_later(self, what: str, error: OSError) -> None:
+        assert self._loop is not None
+        self._report(f"{self.name}: cannot {what}: {error.strerror}")
+        self._loop.call_later(RETRY, self._seek, host=True)
 
     def _rest(self) -> None:
         if self._listening and self._loop is not None:
@@ -170,16 +177,14 @@ class SocketListener(SocketBackend):
             self._loop.remove_fd(self._listener.fileno())
 
     def _accept(self, mask: int) -> None:
-        assert self._loop is not None
         try:
             peer, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
             # Out of descriptors or memory: the connection stays in the backlog and would be reported without end.
-            self._report(f"{self.name}: cannot accept: {error.strerror}")
             self._rest()
-            self._loop.call_later(RETRY, self._seek, host=True)
+            self._seek_later("accept", error)
             return
         self._rest()
         peer.setblocking(False)
