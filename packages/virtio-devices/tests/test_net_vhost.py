@@ -308,3 +308,24 @@ def test_a_used_index_that_the_driver_overwrote_breaks_the_device(make: Make, me
     driver.transport.resume()
     driver.restart()
     assert not driver.broken
+
+
+def test_a_broken_device_s_pairs_stay_with_us(make: Make, memory: GuestMemory) -> None:
+    driver = make(pairs=2).up()
+    memory.store(driver.rings[0].used + 2, 2, 0x7000)
+    driver.transport.pause()
+    assert driver.broken
+    driver.transport.resume()
+    assert driver.running() == [False, False], "nobody knows where the rings stand"
+    driver.restart()
+    assert driver.running() == [True, False]
+
+
+def test_a_deleted_tap_is_noticed_without_the_control_queue(make: Make) -> None:
+    driver = make().up()
+    driver.write(0x030, 2)
+    driver.write(0x044, 0)
+    assert driver.running() == [True]
+    driver.tap.unplug()
+    driver.loop.poll()
+    assert driver.link == 0

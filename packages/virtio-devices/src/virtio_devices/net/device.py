@@ -309,6 +309,10 @@ class NetDevice(VirtioDevice):
                 for other, queue in enumerate(self.queues):  # lanes of that loop were put to rest with it
                     if queue is not None and self._loops[other] is self._loops[index] and other not in self.handed_over:
                         self._kick_later(other)
+                for pair in self._elsewhere:
+                    lane = self._lanes[pair]
+                    if lane.loop is self._loops[index]:
+                        lane.loop.run(lane.guard)
 
     def _drain(self, loop: Loop) -> None:
         for pair, lane in enumerate(self._lanes):
@@ -329,8 +333,8 @@ class NetDevice(VirtioDevice):
     def _begin_elsewhere(self) -> None:
         """Hand over the pairs that the driver uses."""
         backend, notifier = self._backend, self._notifier
-        if not self.handed_over or backend is None or notifier is None:
-            return
+        if not self.handed_over or backend is None or notifier is None or self.broken:
+            return  # of a broken one nobody knows where its rings stand
         features = self.negotiated
         for pair, lane in enumerate(self._lanes):
             rx, tx = self.queues[2 * pair : 2 * pair + 2]
