@@ -452,6 +452,41 @@ def test_a_disk_that_cannot_come_to_rest_works_on(make: Make, loop: DirectLoop, 
     other.close()
 
 
+def refuse_to_rest(disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(disk.channels[0], "drain", refuse)
+
+
+def test_a_reset_after_one_that_failed_waits_for_requests_under_way(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = MemoryDisk(inline=False)
+    driver = make(disk).start()
+    driver.offer(header(IN), 512, 1)
+    driver.kick()
+    refuse_to_rest(disk, monkeypatch)
+    with pytest.raises(OSError, match="the disk is gone"):
+        driver.transport.reset()
+    monkeypatch.undo()
+    driver.transport.reset()
+    assert not disk.channels[0].waiting, "it would write into the memory of the next guest"
+
+
+def test_a_disk_that_cannot_come_to_rest_leaves_nothing_open(
+    make: Make, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = MemoryDisk(inline=False)
+    driver = make(disk).start()
+    driver.offer(header(IN), 512, 1)
+    driver.kick()
+    refuse_to_rest(disk, monkeypatch)
+    with pytest.raises(OSError, match="the disk is gone"):
+        driver.transport.close()
+    assert not driver.transport.doorbells
+    monkeypatch.undo()
+    driver.device.close()
+
+
 def test_a_disk_that_cannot_go_on_stays_at_rest_until_it_can(
     make: Make, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ class VirtioDevice:
         self._notifier: Notifier | None = None
         self._lock = threading.RLock()  # life cycle; held while waiting for loops, so never taken on one
         self._running = False  # loops may work on queues
+        self._restless = False  # the last attempt to come to rest has failed
         self._paused = False
         # Replaced as one, so that a reader on any thread sees bytes and generation that belong together (2.5.1).
         self._config = (0, config)
@@ -168,7 +169,7 @@ class VirtioDevice:
         with self._lock:
             if not self.active:
                 return
-            if self._running:
+            if self._running or self._restless:
                 self._halt()
             self._stop()
             self.handed_over = frozenset()
@@ -325,6 +326,7 @@ class VirtioDevice:
                 loop.run(rest)
             except Exception as error:
                 failure = failure or error
+        self._restless = failure is not None
         if failure is not None:
             raise failure
 

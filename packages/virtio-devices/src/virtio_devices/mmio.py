@@ -428,14 +428,16 @@ class MmioTransport:
     def close(self) -> None:
         """Close the device and the doorbells, which must not be registered with a hypervisor any more. Twice is fine."""
         with self._control:
-            self.reset()  # no view of guest memory is kept
-            if self.device:
-                self.device.close()
-            fds, self.notify_fds = self.notify_fds, ()
-            with self._state:
-                ack, self.ack_fd = self.ack_fd, -1
-            for fd in (*fds, ack) if ack >= 0 else fds:
-                os.close(fd)
+            try:
+                self.reset()  # no view of guest memory is kept
+                if self.device:
+                    self.device.close()
+            finally:
+                fds, self.notify_fds = self.notify_fds, ()
+                with self._state:
+                    ack, self.ack_fd = self.ack_fd, -1
+                for fd in (*fds, ack) if ack >= 0 else fds:
+                    os.close(fd)
 
     def save(self) -> MmioState:
         """Return the registers and the queues' indices. While paused."""

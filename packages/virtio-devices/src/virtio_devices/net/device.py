@@ -282,8 +282,10 @@ class NetDevice(VirtioDevice):
         super()._go()
 
     def _halt(self) -> None:
-        super()._halt()
-        self._end_elsewhere()
+        try:
+            super()._halt()
+        finally:
+            self._end_elsewhere()
 
     def resume(self) -> None:
         """Go on after pause(). A driver that came here from elsewhere is asked to tell the network (5.1.6.5.4)."""
