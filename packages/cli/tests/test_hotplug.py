@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import resource
@@ -28,6 +29,7 @@ from qmp_protocol.commands.device import NetdevAdd
 from qmp_protocol.schema import Struct
 from running_vm import STATUS, Refused, RunningVm, holdings, open_pair
 from virtio_devices.device import DeviceError
+from virtio_devices.mmio import NEEDS_RESET
 from virtio_devices.net import tap, vhost
 from virtio_devices.net.stream import StreamBackend
 from virtio_devices.vhost_kernel import VhostKernel
@@ -876,3 +878,32 @@ class TestOtherCommands:
             for number in range(63):
                 vm.run("chardev-add", id=f"c{number}", backend=backend("/run/c"))
             assert refusal(vm, "chardev-add", id="more", backend=backend("/run/c")) == "at most 64 character devices"
+
+
+def test_without_room_for_watches_devices_come_and_go_or_all_is_as_before(vm: RunningVm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(fd: int, events: int, callback: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # epoll_ctl(2): max_user_watches
+
+    def plug() -> None:
+        vm.run("device_add", id="net0", driver="virtio-net-mmio", addr="0x0")
+
+    monkeypatch.setattr(net, "open_netdev", open_pair)
+    vm.run("netdev_add", id="net0", ifname="cable")
+    plug()
+    Driver(vm, 4, 3)
+    with monkeypatch.context() as now:
+        now.setattr(vm.vm.main_loop, "add_fd", no_room)
+        assert vm.answers("device_del", id="net0")[0]["event"] == "DEVICE_DELETED"
+    assert vm.register(4, STATUS) & NEEDS_RESET, "nobody looks at its queues any more"
+    vm.run("netdev_add", id="net0", ifname="cable")
+    plug()
+    Driver(vm, 4, 3)
+    vm.run("device_del", id="net0")
+    vm.run("netdev_add", id="net0", ifname="cable")
+    with monkeypatch.context() as now:
+        now.setattr(vm.vm.main_loop, "add_fd", no_room)
+        with pytest.raises(Refused, match="No space left on device$"):
+            plug()
+    assert vm.register(4, STATUS) & NEEDS_RESET
+    plug()
+    Driver(vm, 4, 3)

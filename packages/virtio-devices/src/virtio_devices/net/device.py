@@ -169,7 +169,7 @@ class NetDevice(VirtioDevice):
                 self._let_go()
                 self._set_status(S_LINK_UP, False)
                 if running and not self._running:
-                    self._go()
+                    self._go_or_break()
                 raise DeviceError(f"{self.name}: {error}") from None
 
     def detach(self) -> Backend:
@@ -186,7 +186,7 @@ class NetDevice(VirtioDevice):
                 self._halt()
             self._let_go()
             if running:
-                self._go()
+                self._go_or_break()
             self._set_status(S_LINK_UP, False)
             return backend
 
@@ -280,6 +280,13 @@ class NetDevice(VirtioDevice):
     def _go(self) -> None:
         self._begin_elsewhere()
         super()._go()
+
+    def _go_or_break(self) -> None:
+        """Go on without a network. Where the host has no room for that the driver's reset tries again."""
+        try:
+            self._go()
+        except (VmmError, OSError) as error:
+            self._break(str(error))
 
     def _halt(self) -> None:
         try:
