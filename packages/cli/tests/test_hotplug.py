@@ -902,8 +902,41 @@ def test_without_room_for_watches_devices_come_and_go_or_all_is_as_before(vm: Ru
     vm.run("netdev_add", id="net0", ifname="cable")
     with monkeypatch.context() as now:
         now.setattr(vm.vm.main_loop, "add_fd", no_room)
-        with pytest.raises(Refused, match="No space left on device$"):
+        with pytest.raises(Refused, match=r"No space left on device$"):
             plug()
     assert vm.register(4, STATUS) & NEEDS_RESET
     plug()
     Driver(vm, 4, 3)
+
+
+@pytest.mark.parametrize("shortage", [ImportError("no room for a module"), MemoryError(), RuntimeError("can't start new thread")])
+def test_a_network_that_the_host_has_no_room_for_leaves_its_name_free(
+    vm: RunningVm, monkeypatch: pytest.MonkeyPatch, shortage: Exception
+) -> None:
+    def fail(netdev: object, take: object) -> None:
+        raise shortage
+
+    with monkeypatch.context() as now:
+        now.setattr(net, "open_netdev", fail)
+        refusal(vm, "netdev_add", id="net0", ifname="cable")
+    monkeypatch.setattr(net, "open_netdev", open_pair)
+    vm.run("netdev_add", id="net0", ifname="cable")
+    vm.run("netdev_del", id="net0")
+
+
+def test_a_disk_that_cannot_come_to_rest_can_be_unplugged_later(
+    vm: RunningVm, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm.add_drive("disk", image)
+    vm.run("device_add", id="disk", driver="virtio-blk-mmio", addr="0x0")
+    vm.drive_slot(0)
+    device = vm.vm.slots[0].device
+    with monkeypatch.context() as now:
+
+        def refuse(lane: object) -> None:
+            raise MemoryError
+
+        now.setattr(device, "_finish", refuse)
+        refusal(vm, "device_del", id="disk")
+    vm.run("device_del", id="disk")
+    assert not is_locked(image)

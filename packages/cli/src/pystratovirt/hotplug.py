@@ -136,6 +136,9 @@ class HotPlug:
         except (VmmError, OSError) as error:
             self._backends.remove(backend)
             raise HotPlugError(f"Add netdev error: {error}") from None
+        except BaseException:  # no room for a module, a thread
+            self._backends.remove(backend)
+            raise
         self._vm.netdevs[netdev.id] = netdev
         self._gone.pop((NET, netdev.id), None)
 

@@ -199,8 +199,8 @@ class BlkDevice(VirtioDevice):
         with self._lock:
             if self._disk is None:
                 raise DeviceError(f"{self.name}: has no disk")
-            self._disk = None
             self._close_channels()
+            self._disk = None  # not before: what cannot come to rest stays, and can be taken out later
             self._set_limits(0, 0)
             self._read_only = False
             if not self.active:
