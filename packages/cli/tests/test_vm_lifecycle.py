@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -141,3 +143,42 @@ class TestFailures:
         run.turn()
         assert run.told == [Reset()]
         assert run.machine.status is VmStatus.RUNNING
+
+
+class Stuck:
+    """A part that never does what it is told."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def refuse(self) -> None:
+        raise self.error
+
+    reset = pause = resume = stop = refuse
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), MemoryError()], ids=repr)
+class TestParts:
+    """Parts fail with what the host says, which the main loop must survive: nobody could end the process any more."""
+
+    def test_a_machine_that_cannot_be_reset_ends(self, run: Run, error: Exception) -> None:
+        run.machine.components["stuck"] = cast("Any", Stuck(error))
+        run.guest_does(ACPI_RESET)
+        run.turn()
+        assert run.told == [Shutdown(guest=False, reason="reset-failed")]
+        assert run.runtime.status == 1
+
+    def test_a_machine_that_cannot_come_to_rest_fails_as_any_other(self, run: Run, error: Exception) -> None:
+        run.machine.add_pausable(cast("Any", Stuck(error)))
+        run.crash(0)
+        run.turn()
+        assert run.told == [Stopped()]
+        assert run.machine.status is VmStatus.FAILED
+
+    def test_a_machine_that_cannot_end_is_the_end_of_the_process(self, run: Run, error: Exception) -> None:
+        vcpus = run.machine.vcpus
+        vcpus.append(cast("Any", Stuck(error)))
+        run.runtime.end(guest=False, reason="host-qmp-quit")
+        assert run.told == [Shutdown(guest=False, reason="host-qmp-quit")]
+        assert run.runtime.status == 1
+        vcpus.pop()

@@ -71,8 +71,8 @@ class Runtime:
         log.info(f"the virtual machine ends: {reason}")
         try:
             self.machine.shutdown()
-        except VmmError as error:
-            log.error(f"{error}")
+        except Exception as error:  # whatever it is: it must not keep the process from ending
+            log.error(_in_words(error))
             self.status = 1
         self._qmp.emit(Shutdown(guest=guest, reason=reason))
         self._qmp.close()
@@ -91,8 +91,8 @@ class Runtime:
         log.info(f"the virtual machine is reset: {reason}")
         try:
             self.machine.reset()
-        except VmmError as error:
-            log.error(f"reset failed: {error}")
+        except Exception as error:  # whatever it is: half a reset is nothing to go on with
+            log.error(f"reset failed: {_in_words(error)}")
             self.end(guest=False, reason="reset-failed", status=1)
         else:
             self._qmp.emit(Reset())
@@ -103,8 +103,8 @@ class Runtime:
         was_running = self.machine.status is VmStatus.RUNNING
         try:
             self.machine.fail()
-        except VmmError as error:
-            log.error(f"{error}")
+        except Exception as error:  # all the rest has come to rest
+            log.error(_in_words(error))
         if was_running:  # who has stopped it, or heard of a first failure, knows that it stands still
             self._qmp.emit(Stopped())
 
@@ -148,6 +148,15 @@ class Runtime:
                 self.end(guest=False, reason="test socket closed", status=1)
                 return
             await _send_all(sock, protocol.receive(data))
+
+
+def _in_words(error: Exception) -> str:
+    """Return what to log: the whole story of what is not for a user to put right."""
+    if isinstance(error, VmmError | OSError):
+        return str(error)
+    import traceback
+
+    return "".join(traceback.format_exception(error))
 
 
 def _log_traffic(direction: str, line: bytes) -> None:
