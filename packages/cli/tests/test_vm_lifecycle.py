@@ -15,9 +15,11 @@ from pystratovirt.events import EventChannel
 from pystratovirt.runtime import Runtime
 from pystratovirt.vm import VirtualMachine
 from qmp_protocol.events import Reset, Shutdown, Stopped
+from virtio_devices.vhost_user import session
 from vmm_core import testprotocol
 from vmm_core.hypervisor import ExitReason
-from vmm_core.machine.core import VmStatus
+from vmm_core.hypervisor.kvm import vcpu
+from vmm_core.machine.core import PAUSE_LIMIT, VmStatus
 
 MiB = 1 << 20
 ACPI_RESET, KEYBOARD_RESET = "writeb 0xf0000012 0x42\n", "outb 0x64 0xfe\n"
@@ -182,3 +184,9 @@ class TestParts:
         assert run.told == [Shutdown(guest=False, reason="host-qmp-quit")]
         assert run.runtime.status == 1
         vcpus.pop()
+
+
+def test_the_end_waits_for_a_vcpu_as_long_as_the_reset_of_a_device_may_hold_it() -> None:
+    longest = session.SETTLE_LIMIT + 2 * session.REPLY_LIMIT  # its requests come back, its rings are stopped, it is reset
+    assert 1.5 * longest <= vcpu._STOP_LIMIT, "quit would end with status 1 and give back what the vCPU still uses"
+    assert vcpu._STOP_LIMIT <= PAUSE_LIMIT

@@ -35,7 +35,9 @@ KICK = signal.SIGRTMIN
 # Blocked in vCPU threads like everything else would leave a crash of ours without its report.
 _OUR_OWN_FAULT = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT}
 
-_STOP_LIMIT = 10.0  # seconds; a vCPU leaves the guest in microseconds, its last exit may wait for a slow device
+# A vCPU leaves the guest in microseconds. Its last exit may be the reset of a device that another process serves, which is given
+# three steps of 5 s; as long as a pause waits for one (`machine.core.PAUSE_LIMIT`).
+_STOP_LIMIT = 30.0  # seconds
 
 _MOST_PIECES = 4096  # a page of string I/O, byte by byte
 
