@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from block_qcow2 import create_image
 from block_qcow2.qcow2.create import Options
+from pystratovirt import main
 from pystratovirt.cmdline import parse
+from pystratovirt.cmdline.config import Config
 from pystratovirt.errors import VmError
 from pystratovirt.vm import VirtualMachine
 from vmm_core.machine.core import MachineEvent
@@ -128,3 +133,33 @@ def test_a_secret_that_does_not_open_the_image_is_refused_by_name(
 def test_an_encrypted_image_without_a_secret_is_refused(tmp_path: Path, encrypted: Path) -> None:
     with pytest.raises(VmError, match=r"-drive id=d: .*encrypted.*\(encrypt\.key-secret=ID, of an -object secret\)$"):
         machine(tmp_path, f"file={encrypted},format=qcow2")
+
+
+def test_a_disk_that_cannot_be_written_back_at_the_end_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    create_image(tmp_path / "disk", SIZE)
+
+    def run(config: Config, stack: ExitStack) -> int:
+        disk = stack.enter_context(VirtualMachine(config, lambda _event: None)).disks["d"]
+        close = disk.close
+
+        def fail() -> None:
+            close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(disk, "close", fail)
+        return 0
+
+    logged: list[str] = []
+    monkeypatch.setattr(main, "_run", run)
+    monkeypatch.setattr(main.log, "setup", lambda *_, **__: None)
+    monkeypatch.setattr(main.log, "error", logged.append)
+    words = ["-machine", "microvm", "-mod-test", "unused", "-m", "128", "-D", str(tmp_path / "log")]
+    with pytest.raises(SystemExit, match="1"):
+        main.main(
+            [*words, "-drive", f"id=d,file={tmp_path}/disk,format=qcow2,direct=off", "-device", "virtio-blk-device,drive=d,id=d"]
+        )
+    told = "-drive id=d: closed, but may lack what was written last: [Errno 28] No space left on device"
+    assert capfd.readouterr().err == f"stratovirt: {told}\n"
+    assert logged == [told]

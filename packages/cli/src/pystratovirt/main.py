@@ -64,13 +64,16 @@ def _main(argv: Sequence[str] | None) -> int:
             fail(CommandLineError("-trace", f"file={show(config.trace)}", str(error).removeprefix(f"{config.trace}: ")))
     from pystratovirt.errors import StartError
 
-    with contextlib.ExitStack() as stack:
-        try:
-            return _run(config, stack)
-        except StartError as error:
-            _give_up(config, error)
-        except (OSError, MemoryError, ImportError) as error:
-            _give_up(config, _out_of_resources(error))
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                return _run(config, stack)
+            except StartError as error:
+                _give_up(config, error)
+            except (OSError, MemoryError, ImportError) as error:
+                _give_up(config, _out_of_resources(error))
+    except StartError as error:  # of the end: a disk may lack what was written last
+        _give_up(config, error)
 
 
 def _out_of_resources(error: Exception) -> StartError:
@@ -83,7 +86,10 @@ def _out_of_resources(error: Exception) -> StartError:
 
 
 def _give_up(config: Config, error: StartError) -> NoReturn:
-    """Say why there is no machine, before anything is undone: with -daemonize the caller listens only as long."""
+    """Say why there is no machine, before anything is undone: with -daemonize the caller listens only as long.
+
+    Or what went wrong while it was given back.
+    """
     if config.log_file:
         log.error(str(error))
     fail(error)

@@ -102,7 +102,10 @@ class VirtualMachine:
         return MachineAccess(machine.hypervisor, machine.memory, machine.mmio, machine.pio, clock)
 
     def close(self) -> None:
-        """End the machine and give everything back, the last thing first. Twice is fine."""
+        """End the machine and give everything back, the last thing first. Twice is fine.
+
+        Raises VmError when a disk may lack what was written last.
+        """
         self._stack.close()
 
     def __enter__(self) -> Self:
@@ -226,9 +229,18 @@ class VirtualMachine:
         disk.close()
 
     def _close_drives(self) -> None:
-        with contextlib.ExitStack() as stack:  # each of them, also when one fails
-            for name in self.disks:
-                stack.callback(self.close_drive, name)
+        if not self.disks:
+            return
+        from block_qcow2.errors import BlockError
+
+        failures: list[str] = []
+        for name in list(self.disks):  # each of them, also when one fails
+            try:
+                self.close_drive(name)
+            except (BlockError, OSError) as error:
+                failures.append(f"-drive id={name}: closed, but may lack what was written last: {error}")
+        if failures:
+            raise VmError("; ".join(failures))
 
     def open_netdev(self, netdev: Connected, take: Callable[[str], int | None] = lambda _name: None) -> None:
         """Open a network, until close_netdev() or close(). `take` hands over descriptors by name. Raises VmError."""
