@@ -154,13 +154,16 @@ def test_a_queue_that_is_stopped_stops_the_kernel(make: Make) -> None:
 
 
 def test_a_used_ring_that_the_driver_overwrote_breaks_the_device(make: Make) -> None:
-    driver, _ = make()
+    driver, peer = make()
     driver.start()
     driver.memory.store(driver.rings[0].used + 2, 2, 1000)
     driver.transport.pause()
     assert driver.broken
     driver.transport.save()
     driver.transport.resume()
+    assert not peer.running, "nobody knows where its rings stand"
+    driver.restart()
+    assert peer.running
 
 
 @pytest.mark.parametrize("request_", ["set_running", "addr", "set_mem_table", "set_features"])

@@ -82,7 +82,7 @@ class VhostVsockDevice(VsockDevice):
 
     def _go(self) -> None:
         super()._go()
-        if all(self.queues[index] is not None for index in (RX, TX)):
+        if not self.broken and all(self.queues[index] is not None for index in (RX, TX)):
             self._vhost.ioctl(SET_RUNNING, bytearray(_INT.pack(1)))
             # The kernel has not seen kicks for what was offered while it stood still.
             self._kick_later(RX)
