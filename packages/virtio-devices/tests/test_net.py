@@ -54,6 +54,7 @@ from virtio_driver import DATA, descriptors, new_loop, watched
 from vmm_core.directloop import DirectLoop
 from vmm_core.errors import StateError
 from vmm_core.guestmem import GuestMemory
+from vmm_core.loop import WRITE
 from vmm_core.state import decode, encode
 
 OK, ERR = 0, 1
@@ -917,3 +918,57 @@ def test_no_command_escapes_whatever_is_in_it(data: bytes, split: int) -> None:
     cable.close()
     loop.close()
     memory.close()
+
+
+def test_a_network_that_cannot_be_watched_is_looked_at_again_later(
+    make: Make, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cable = Cable()
+    driver = make(cable).up()
+    add_fd, refused = loop.add_fd, []
+
+    def no_room(fd: int, events: int, callback: Callable[[int], None]) -> None:
+        if fd != cable.near[0].fileno() or len(refused) == 3:
+            add_fd(fd, events, callback)
+            return
+        refused.append(events)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # epoll_ctl(2): max_user_watches
+
+    monkeypatch.setattr(loop, "add_fd", no_room)
+    driver.room(2000, 2000)
+    cable.send(frame(fill=1))
+    for _ in range(4):
+        loop.poll()
+    assert driver.heard() == [frame(fill=1)]
+    assert len(refused) == 3
+    cable.send(frame(fill=2))
+    loop.poll()
+    assert driver.heard() == [frame(fill=2)]
+    refused.clear()
+    driver.transport.pause()
+    assert loop.poll() == 0, "nothing is left to be done later"
+    driver.transport.resume()
+
+
+def test_frames_to_send_wait_for_a_watch_as_well(make: Make, loop: DirectLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    cable = Cable()
+    cable.near[0].setsockopt(1, 7, 4096)  # SO_SNDBUF: a few frames
+    driver = make(cable).up(size=64)
+    add_fd, refused = loop.add_fd, []
+
+    def no_room(fd: int, events: int, callback: Callable[[int], None]) -> None:
+        if fd != cable.near[0].fileno() or refused:
+            add_fd(fd, events, callback)
+            return
+        refused.append(events)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loop, "add_fd", no_room)
+    frames = [frame(60, fill=number) for number in range(30)]
+    driver.say(*frames)
+    assert refused == [WRITE]
+    sent: list[bytes] = []
+    for _ in range(40):
+        sent += cable.received()
+        loop.poll()
+    assert sent == [bytes(HEADER) + one for one in frames]

@@ -15,7 +15,7 @@ from virtio_devices.device import F_EVENT_IDX, F_INDIRECT_DESC
 from virtio_devices.net.buffers import Buffers
 from virtio_devices.net.features import F_MRG_RXBUF
 from virtio_devices.queue import SplitQueue
-from vmm_core.loop import READ, WRITE, Loop
+from vmm_core.loop import READ, WRITE, Loop, Timer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 # was done until then is published, so that a driver need not wait for the end of a long queue.
 FRAMES, BYTES = 64, 1 << 18
 
+_RETRY_NS = 1_000_000_000  # to wait with watching when the host has no room for another watch
+
 
 class Statistics(NamedTuple):
     """What went through since the device was made. Frames and bytes of frames, without headers; as the guest sees directions."""
@@ -85,6 +87,7 @@ class Lane:
         self._rx, self._tx = 2 * pair, 2 * pair + 1
         self._fd = fd
         self._mask = 0
+        self._again: Timer | None = None  # will try to watch
         self._blocked = False  # frames to send wait for the descriptor
         self._kicks_wanted = True
         self._buffers = Buffers()
@@ -105,6 +108,9 @@ class Lane:
     def rest(self, rx: SplitQueue | None) -> None:
         """Stop watching, and put receive buffers back into their ring."""
         self._watch(0)
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         self._blocked = False
         if rx is not None:
             self._buffers.put_back(rx)
@@ -133,8 +139,18 @@ class Lane:
         elif self._mask:
             self.loop.modify_fd(self._fd, mask)
         else:
-            self.loop.add_fd(self._fd, mask, self._event)
+            try:
+                self.loop.add_fd(self._fd, mask, self._event)
+            except OSError:  # the user's limit of watches is reached, or memory is short
+                if self._again is None:
+                    self._again = self.loop.call_later(_RETRY_NS, self._look_again, host=True)
+                return
         self._mask = mask
+
+    def _look_again(self) -> None:
+        """Do what would have been done if there had been a watch, and try to watch again."""
+        self._again = None
+        self._event(READ | WRITE)
 
     def _event(self, events: int) -> None:
         if not self._owner.working:
