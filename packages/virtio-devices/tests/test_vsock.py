@@ -986,3 +986,55 @@ def _host(service: Service, path: str, what: str, number: int) -> None:
         service.peers[number].shutdown(number % 3)
     else:
         service.peers[number].close()
+
+
+def test_a_connection_that_cannot_be_watched_is_refused_and_the_next_one_works(
+    make: Make, service: Service, client: socket.socket, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = make()
+    loop = guest.driver.loop
+    connected(guest, service, 1000)
+
+    def no_room(fd: int, events: int, callback: Callable[[int], None]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # epoll_ctl(2): max_user_watches
+
+    with monkeypatch.context() as now:
+        now.setattr(loop, "add_fd", no_room)
+        guest.send(REQUEST, PORT, SERVICE)
+        assert guest.ops()[-1] == RST
+        assert ended(service.accept())
+        guest.driver.transport.pause()
+        with pytest.raises(OSError, match="No space left"):
+            guest.driver.transport.resume()
+    guest.driver.transport.resume()
+    connected(guest, service, 2000)
+    reached(guest, client, path)
+
+
+@pytest.mark.parametrize("room", range(3, 6))
+def test_a_door_that_cannot_be_watched_again_after_a_pause_opens_later(
+    make: Make, service: Service, client: socket.socket, path: str, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    guest = make()
+    loop = guest.driver.loop
+    connected(guest, service, 1000)
+    client.connect(path)
+    loop.poll()
+    guest.driver.transport.pause()
+    add_fd, left = loop.add_fd, [room]  # of which the kicks of the queues need three
+
+    def little_room(fd: int, events: int, callback: Callable[[int], None]) -> None:
+        left[0] -= 1
+        if left[0] == -1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # epoll_ctl(2): max_user_watches
+        add_fd(fd, events, callback)
+
+    monkeypatch.setattr(loop, "add_fd", little_room)
+    guest.driver.transport.resume()
+    for _ in range(3):
+        loop.poll()
+    guest.ops()
+    connected(guest, service, 2000)
+    with socket.socket(socket.AF_UNIX) as late:
+        reached(guest, late, path)
+    guest.driver.transport.reset()

@@ -73,10 +73,28 @@ class Listener:
         """Accept from here on, or again. On the loop."""
         if self._loop is None and self._socket.fileno() >= 0:
             self._loop = loop
-            loop.add_fd(self._socket.fileno(), 0, self._accept)
+            self._open()
+            for client in list(self._waiting):
+                self._hear(client)
+
+    def _open(self) -> None:
+        """Watch who comes; where the host has no room for a watch, later."""
+        self._retry = None
+        if self._loop is None:
+            return
+        try:
+            self._loop.add_fd(self._socket.fileno(), 0, self._accept)
+        except OSError:
+            self._retry = self._loop.call_later(_RETRY, self._open, host=True)
+        else:
             self._accept_if_room()
-            for client in self._waiting:
-                loop.add_fd(client.socket.fileno(), READ, client.heard)
+
+    def _hear(self, client: _Client) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.add_fd(client.socket.fileno(), READ, client.heard)
+        except OSError:  # better hung up on than never heard
+            self.asked(client, None)
 
     def stop(self) -> None:
         """Leave everybody waiting. On the loop."""
@@ -128,7 +146,7 @@ class Listener:
         client = _Client(self, peer)
         client.timer = loop.call_later(_HANDSHAKE_LIMIT, lambda: self._give_up(client), host=True)
         self._waiting.add(client)
-        loop.add_fd(peer.fileno(), READ, client.heard)
+        self._hear(client)
         self._accept_if_room()
 
     def _accept_again(self) -> None:

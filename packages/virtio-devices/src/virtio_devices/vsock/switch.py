@@ -317,7 +317,11 @@ class Switchboard:
         if connection.backlog:
             events |= WRITE
         if connection.watched is None:
-            self._loop.add_fd(connection.socket.fileno(), events, lambda mask: self._ready(connection, mask))
+            try:
+                self._loop.add_fd(connection.socket.fileno(), events, lambda mask: self._ready(connection, mask))
+            except OSError:  # the user's limit of watches is reached, or memory is short: better none than one that nobody hears
+                self._abort(connection)
+                return
         elif events != connection.watched:
             self._loop.modify_fd(connection.socket.fileno(), events)
         connection.watched = events
