@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from pystratovirt.cmdline import parse
-from pystratovirt.events import EventChannel
+from pystratovirt.events import TERMINATING, EventChannel
 from pystratovirt.runtime import Runtime
 from pystratovirt.vm import VirtualMachine
 from qmp_protocol.events import Reset, Shutdown, Stopped
@@ -190,3 +194,27 @@ def test_the_end_waits_for_a_vcpu_as_long_as_the_reset_of_a_device_may_hold_it()
     longest = session.SETTLE_LIMIT + 2 * session.REPLY_LIMIT  # its requests come back, its rings are stopped, it is reset
     assert 1.5 * longest <= vcpu._STOP_LIMIT, "quit would end with status 1 and give back what the vCPU still uses"
     assert vcpu._STOP_LIMIT <= PAUSE_LIMIT
+
+
+def test_a_signal_that_interrupts_nothing_wakes_the_main_loop() -> None:
+    """As when it comes just before the main thread waits: Python's handler runs only after the wait."""
+    before = {number: signal.getsignal(number) for number in (*TERMINATING, signal.SIGPIPE)}
+    channel = EventChannel()
+    try:
+        channel.catch_signals()
+
+        def come() -> None:
+            time.sleep(0.2)  # the main thread waits by then
+            signal.raise_signal(signal.SIGTERM)  # this thread's, so that it interrupts no other
+
+        thread = threading.Thread(target=come)
+        thread.start()
+        assert select.select([channel.fileno()], [], [], 10)[0], "nobody would have ended the process"
+        thread.join()
+        assert channel.drain() == [signal.SIGTERM]
+        assert not select.select([channel.fileno()], [], [], 0)[0]
+    finally:
+        channel.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert signal.set_wakeup_fd(-1) == -1
