@@ -140,14 +140,22 @@ def test_flushes_at_once_share_one_that_began_after_all_of_them(tmp_path: Path, 
         began.set()
         assert go_on.wait(20)
 
+    waiting = threading.Semaphore(0)
+    wait = file._flushing.wait
+
+    def wait_seen() -> bool:
+        waiting.release()
+        return wait()
+
     monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(file._flushing, "wait", wait_seen)
     threads = [threading.Thread(target=file.flush) for _ in range(8)]
     threads[0].start()
     assert began.wait(20)
     for thread in threads[1:]:
         thread.start()
-    threads[-1].join(0.2)
-    assert all(thread.is_alive() for thread in threads)
+    for _ in threads[1:]:
+        assert waiting.acquire(timeout=20)
     go_on.set()
     for thread in threads:
         thread.join()

@@ -12,16 +12,11 @@ from typing import Any, Self, TypeAlias
 import anyio
 import orjson
 import pytest
-from hypothesis import HealthCheck, settings
 
 from qmp_protocol.framing import Framer
 from qmp_server import Call, Listener, QmpServer, listen_tcp, listen_unix
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside this file
-
-# How long an example takes tells of the machine and what else runs on it: a test's own time limit is what ends one that hangs.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")
 
 PATIENCE = 60  # seconds: only a hang takes longer
 
